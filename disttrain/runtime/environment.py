@@ -1,0 +1,154 @@
+"""Who am I: the only file that reads `os.environ`, once, as one value.
+
+Knows torchrun, `accelerate launch` (torchrun beneath), srun, and nothing (a world of one). Refuses an environment that
+contradicts itself, before any process group exists.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from disttrain.errors import LaunchError, explain
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One process's place in the world, as its launcher states it.
+
+    `restarts` counts how often the launcher started this world anew; `job` is the scheduler's or launcher's name for it.
+    """
+
+    launcher: str
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+    master_addr: str = "127.0.0.1"
+    master_port: int = 0
+    restarts: int = 0
+    job: str = ""
+
+    @property
+    def described(self) -> str:
+        """One line for people."""
+        return f"{self.launcher}: {self.world_size} process(es), {self.local_world_size} on this node"
+
+
+def read_launch(environ: Mapping[str, str] | None = None) -> Launch:
+    """The launch this process belongs to. Local; raises LaunchError where the variables contradict each other."""
+    env = os.environ if environ is None else environ
+    if "RANK" in env or "WORLD_SIZE" in env:
+        return _checked(_torchrun(env))
+    if env.get("SLURM_STEP_NUM_TASKS") and env.get("SLURM_STEP_ID", "").isdigit() and "SLURM_PROCID" in env:
+        return _checked(_srun(env))
+    return Launch("plain python", rank=0, local_rank=0, world_size=1, local_world_size=1)
+
+
+def _torchrun(env: Mapping[str, str]) -> Launch:
+    needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if not env.get(name)]
+    if missing:
+        raise LaunchError(
+            explain(
+                "The launcher set some of the variables that place a process in its world.",
+                f"{', '.join(name for name in needed if name not in missing)} but not {', '.join(missing)}",
+                "start with `torchrun --nproc_per_node=N -m disttrain.run CONFIG`, or unset them for a world of one",
+            )
+        )
+    world = _number(env, "WORLD_SIZE")
+    accelerate = any(name.startswith("ACCELERATE_") for name in env)
+    return Launch(
+        "accelerate launch" if accelerate else "torchrun" if "TORCHELASTIC_RUN_ID" in env else "environment",
+        rank=_number(env, "RANK"),
+        local_rank=_number(env, "LOCAL_RANK", 0),
+        world_size=world,
+        local_world_size=_number(env, "LOCAL_WORLD_SIZE", min(world, 1) if "LOCAL_RANK" not in env else world),
+        master_addr=env["MASTER_ADDR"],
+        master_port=_number(env, "MASTER_PORT"),
+        restarts=_number(env, "TORCHELASTIC_RESTART_COUNT", 0),
+        job=env.get("SLURM_JOB_ID") or env.get("TORCHELASTIC_RUN_ID", ""),
+    )
+
+
+def _srun(env: Mapping[str, str]) -> Launch:
+    world = _number(env, "SLURM_STEP_NUM_TASKS")
+    job = env.get("SLURM_JOB_ID", "0")
+    here = _tasks_on_node(env.get("SLURM_STEP_TASKS_PER_NODE", ""), _number(env, "SLURM_NODEID", 0), world)
+    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "127.0.0.1")
+    step = _number(env, "SLURM_STEP_ID", 0)
+    return Launch(
+        "srun",
+        rank=_number(env, "SLURM_PROCID"),
+        local_rank=_number(env, "SLURM_LOCALID", 0),
+        world_size=world,
+        local_world_size=here,
+        master_addr=env.get("MASTER_ADDR") or first_host(nodes),
+        # One port per job and step, equal on all nodes, outside the ephemeral range of most systems (32768 up).
+        master_port=_number(env, "MASTER_PORT", 15000 + (int(re.sub(r"\D", "", job) or 0) * 31 + step) % 15000),
+        restarts=_number(env, "SLURM_RESTART_COUNT", 0),
+        job=job,
+    )
+
+
+def first_host(nodelist: str) -> str:
+    """The first host of a SLURM node list such as `gpu[003-006,9],login1` (format: slurm.conf(5), NodeName)."""
+    match = re.match(r"([^\[,]+)(?:\[([0-9]+)[^\]]*\])?([^,\[]*)", nodelist)
+    if match is None:
+        raise LaunchError(explain("SLURM names the nodes of this job.", repr(nodelist), "set MASTER_ADDR yourself"))
+    return match[1] + (match[2] or "") + (match[3] if match[2] else "")
+
+
+def _tasks_on_node(pattern: str, node: int, world: int) -> int:
+    """How many tasks a node has, from SLURM's `2(x3),1`."""
+    counts: list[int] = []
+    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", pattern):
+        counts += [int(count)] * int(times or 1)
+    return counts[node] if node < len(counts) else world
+
+
+def _number(env: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = env.get(name)
+    if text is None and default is not None:
+        return default
+    try:
+        return int(text or "")
+    except ValueError:
+        raise LaunchError(
+            explain(f"{name} is to be a whole number.", repr(text), "start with torchrun, srun or accelerate launch")
+        ) from None
+
+
+def _checked(launch: Launch) -> Launch:
+    if not 0 <= launch.rank < launch.world_size or not 0 <= launch.local_rank < launch.local_world_size:
+        raise LaunchError(
+            explain(
+                f"{launch.launcher} says where this process stands.",
+                f"rank {launch.rank} of {launch.world_size}, local rank {launch.local_rank} of {launch.local_world_size}",
+                "start all processes with one launcher: torchrun, srun or accelerate launch",
+            )
+        )
+    return launch
+
+
+def export_launch(launch: Launch, extra: Mapping[str, str]) -> None:
+    """Write what libraries read from the environment (DeepSpeed wants LOCAL_RANK even in a world of one). Local."""
+    os.environ.update(
+        RANK=str(launch.rank),
+        LOCAL_RANK=str(launch.local_rank),
+        WORLD_SIZE=str(launch.world_size),
+        **extra,
+    )
+
+
+def cpu_quota() -> int:
+    """Whole cores this process may use: its affinity, cut by the container's quota (cgroup v2 `cpu.max`). Local."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        with open("/sys/fs/cgroup/cpu.max") as file:  # noqa: PTH123 - a kernel file, read once
+            quota, period = file.read().split()
+    except (OSError, ValueError):
+        return cores
+    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))

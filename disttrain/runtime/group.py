@@ -1,0 +1,114 @@
+"""The process group, with a stated timeout, and the few plain collectives that rooms above need.
+
+A world of one is a real gloo group too. Refuses to start a second group over one it did not make.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from disttrain.errors import DisttrainError, LaunchError, explain
+from disttrain.runtime.device import Device
+from disttrain.runtime.environment import Launch
+
+_FAILURE = "disttrain/first_failure"
+
+
+class Group:
+    """The world of this run. All methods but `first_failure` and `tell_failure` are collective."""
+
+    def __init__(self, launch: Launch, device: Device, *, timeout_s: float) -> None:
+        if dist.is_initialized():
+            raise LaunchError(
+                explain(
+                    "disttrain starts the process group itself.",
+                    f"one that exists already ({dist.get_backend()}, {dist.get_world_size()} rank(s))",
+                    "close the earlier Engine, or do not call init_process_group before",
+                )
+            )
+        self.rank = launch.rank
+        self.size = launch.world_size
+        self.timeout_s = timeout_s
+        timeout = timedelta(seconds=timeout_s)
+        place: dict[str, Any] = {"rank": launch.rank, "world_size": launch.world_size, "timeout": timeout}
+        if device.device.type == "cuda":
+            place["device_id"] = device.device
+        if launch.world_size == 1 and launch.master_port == 0:
+            dist.init_process_group(device.backend, store=dist.HashStore(), **place)
+        elif launch.launcher == "srun":
+            address = f"tcp://{launch.master_addr}:{launch.master_port}"
+            dist.init_process_group(device.backend, init_method=address, **place)
+        else:
+            dist.init_process_group(device.backend, init_method="env://", **place)
+        self._store = dist.distributed_c10d._get_default_store()
+
+    def gather(self, value: Any) -> list[Any] | None:
+        """Every rank's picklable value, in rank order, on rank 0; None elsewhere."""
+        into: list[Any] | None = [None] * self.size if self.rank == 0 else None
+        dist.gather_object(value, into)
+        return into
+
+    def gather_all(self, value: Any) -> list[Any]:
+        """Every rank's picklable value, in rank order, on all ranks."""
+        into: list[Any] = [None] * self.size
+        dist.all_gather_object(into, value)
+        return into
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's picklable value, on all ranks."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def minimum(self, value: int) -> int:
+        """The least of the ranks' numbers."""
+        tensor = torch.tensor(value)
+        dist.all_reduce(tensor, dist.ReduceOp.MIN)
+        return int(tensor)
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.gather_all(None)
+
+    def agree(self, error: BaseException | None, what: str) -> None:
+        """All ranks learn that one failed: raise on every rank if any rank brings an error, the first cause named."""
+        told = None if error is None else (type(error).__name__, str(error), getattr(error, "exit_code", 1))
+        failures = [(rank, text) for rank, text in enumerate(self.gather_all(told)) if text is not None]
+        if error is not None:
+            raise error
+        if failures:
+            rank, (kind, text, code) = failures[0]
+            raise OtherRankError(f"{what} failed on rank {rank}: {kind}: {text}", code)
+
+    def tell_failure(self, text: str) -> bool:
+        """Leave the first cause where the other ranks find it. Local; True if this rank was the first."""
+        with contextlib.suppress(RuntimeError):  # the store is gone with the rank that kept it
+            mine = f"{self.rank}:{text}"
+            return bool(self._store.compare_set(_FAILURE, "", mine).decode() == mine)
+        return True
+
+    def first_failure(self) -> tuple[int, str] | None:
+        """(rank, text) of the first failure that any rank told of, if any. Local."""
+        with contextlib.suppress(RuntimeError):
+            if self._store.check([_FAILURE]):
+                rank, _, text = self._store.get(_FAILURE).decode().partition(":")
+                return int(rank), text
+        return None
+
+    def close(self) -> None:
+        """Leave the group: without this, torch warns and NCCL may hang. Idempotent."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class OtherRankError(DisttrainError):
+    """Another rank failed first; `exit_code` is that rank's."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
