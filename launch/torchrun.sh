@@ -1,0 +1,17 @@
+#!/bin/bash
+# Train on this machine, on all its GPUs or on two CPU processes: bash launch/torchrun.sh CONFIG [section.key=value ...]
+# On several machines run the same line on each, with NODES=4 FIRST=address-of-one-of-them[:port] in front.
+# PROCESSES=3 sets the number of processes a machine.
+set -euo pipefail
+: "${1:?usage: bash launch/torchrun.sh CONFIG [section.key=value ...]}"
+command -v torchrun >/dev/null || . "$(dirname "${BASH_SOURCE[0]}")/../.venv/bin/activate"
+
+gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+processes=${PROCESSES:-$((gpus > 0 ? gpus : 2))}
+if [ "${NODES:-1}" -eq 1 ]; then
+    meeting=(--standalone)
+else
+    meeting=(--nnodes="$NODES" --rdzv_backend=c10d --rdzv_id=disttrain
+        --rdzv_endpoint="${FIRST:?FIRST=address[:port] of one of the $NODES machines}")
+fi
+exec torchrun "${meeting[@]}" --nproc_per_node="$processes" -m disttrain.run "$@"
