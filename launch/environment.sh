@@ -3,16 +3,15 @@
 # PYTHON=/path/to/python chooses another interpreter.
 
 make_environment() {
-    local extras=$1 python=${PYTHON:-python3} torch_folder=""
+    local extras=$1 python=${PYTHON:-python3} version torch_folder=""
     local made=.venv/made-with-$extras pins=.venv/constraints.txt
     if [ "$made" -nt pyproject.toml ] && [ "$made" -nt constraints.txt ]; then . .venv/bin/activate; return; fi
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
         echo "disttrain needs Python 3.11 or newer; set PYTHON=/path/to/python3.11" >&2; return 1; }
     if [ ! -x .venv/bin/pip ]; then
-        local usable='import re, pathlib, torch
+        torch_folder=$("$python" -c 'import re, pathlib, torch
 assert tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) >= (2, 11)
-print(pathlib.Path(torch.__file__).resolve().parents[1])'
-        torch_folder=$("$python" -c "$usable" 2>/dev/null) || torch_folder=""
+print(pathlib.Path(torch.__file__).resolve().parents[1])' 2>/dev/null) || torch_folder=""
         "$python" -m venv ${torch_folder:+--system-site-packages} .venv || {
             echo "$python -m venv failed; on Debian and Ubuntu: apt-get install python3-venv" >&2; return 1; }
     fi
@@ -20,10 +19,15 @@ print(pathlib.Path(torch.__file__).resolve().parents[1])'
     if [ -n "$torch_folder" ] && ! python -c 'import torch' 2>/dev/null; then # an active venv's: name its folder
         echo "$torch_folder" >"$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/kept_torch.pth"
     fi
-    local version
-    version=$(python -c 'import torch; print(torch.__version__)' 2>/dev/null) || version=""
-    sed "s/^torch==.*/torch==${version:-"$(sed -n 's/^torch==//p' constraints.txt)"}/" constraints.txt >"$pins"
-    [ -z "$version" ] || echo "keeping torch $version"
+    cp constraints.txt "$pins"
+    if version=$(python -c 'import sys, torch
+print(torch.__version__) if not torch.__file__.startswith(sys.prefix) else sys.exit(1)' 2>/dev/null); then
+        echo "keeping torch $version of $python"
+        sed "s/^torch==.*/torch==$version/" constraints.txt >"$pins"
+        printf '#!%s\nfrom torch.distributed.run import main\nmain()\n' "$PWD/.venv/bin/python" >.venv/bin/torchrun
+        chmod +x .venv/bin/torchrun # theirs would start their python, which has no disttrain
+    fi
+    echo "installing into .venv, with extras $extras (once; some minutes where torch has to be downloaded)"
     # deepspeed's build asks for torch, setuptools and ninja, so it cannot be isolated from them
     pip install --quiet --constraint "$pins" "setuptools>=77" wheel ninja torch
     pip install --quiet --constraint "$pins" --no-build-isolation --editable ".[$extras]"

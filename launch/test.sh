@@ -8,6 +8,6 @@ make_environment dev,all
 
 ruff format --check .
 ruff check .
-mypy --strict disttrain
+python -m mypy --strict disttrain
 lint-imports
-exec pytest -q "$@"
+exec python -m pytest -q "$@"

@@ -4,7 +4,8 @@
 # PROCESSES=3 sets the number of processes a machine.
 set -euo pipefail
 : "${1:?usage: bash launch/torchrun.sh CONFIG [section.key=value ...]}"
-command -v torchrun >/dev/null || . "$(dirname "${BASH_SOURCE[0]}")/../.venv/bin/activate"
+activate=$(dirname "${BASH_SOURCE[0]}")/../.venv/bin/activate
+[ ! -f "$activate" ] || . "$activate" # where there is none: whatever environment is active
 
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 processes=${PROCESSES:-$((gpus > 0 ? gpus : 2))}
