@@ -1,0 +1,67 @@
+"""Every file in configs/ trains: two gloo processes under torchrun, and the loss falls to what it should be."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from launched import PROJECT, column, launch, metrics, only_run, status, torchrun
+
+CONFIGS = PROJECT / "configs"
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What a run must reach. `overrides` shorten it; without any it is run whole."""
+
+    reaches: Callable[[Path], bool]
+    overrides: tuple[str, ...] = ()
+
+
+def last(run: Path, key: str) -> float:
+    """A metric's last value."""
+    values = column(run, key)
+    return values[max(values)]
+
+
+EXPECTED = {
+    # 256 equally likely bytes cost 5.55 nats; their frequencies alone bring it below 3.7
+    "quickstart.yaml": Expectation(
+        lambda run: last(run, "loss") < 3.9,
+        ("run.steps=20", "report.every=1", "eval.at_end=false"),
+    ),
+    # a linear classifier reaches 0.95
+    "digits.yaml": Expectation(lambda run: last(run, "eval/held_out/accuracy") > 0.95),
+    # targets have variance 10 and noise of variance 0.01
+    "custom_net.yaml": Expectation(lambda run: last(run, "loss") < 0.1),
+    # the mean alone gets 1.0, least squares about 0.5
+    "regression.yaml": Expectation(lambda run: last(run, "eval/held_out/loss") < 0.75),
+}
+
+
+def test_every_config_has_its_expectation() -> None:
+    assert {path.name for path in CONFIGS.glob("*.yaml")} == set(EXPECTED)
+
+
+@pytest.mark.parametrize("name", sorted(EXPECTED))
+def test_config_passes_check(name: str, tmp_path: Path) -> None:
+    command = "import sys; from disttrain.cli import main; sys.exit(main())"
+    arguments = ("check", str(CONFIGS / name), "--json")
+    done = launch(sys.executable, "-c", command, *arguments, timeout_s=60, cwd=tmp_path)
+    assert isinstance(json.loads(done.stdout), dict)
+
+
+@pytest.mark.parametrize("name", sorted(EXPECTED))
+def test_config_trains_on_two_processes(name: str, tmp_path: Path) -> None:
+    expected = EXPECTED[name]
+    torchrun(2, CONFIGS / name, f"run.dir={tmp_path}", "report.progress=false", *expected.overrides)
+    run = only_run(tmp_path)
+    assert status(run)["state"] == "finished"
+    losses = column(run, "loss")
+    assert losses[max(losses)] < losses[min(losses)]
+    assert {line["world_size"] for line in metrics(run) if "loss" in line} == {2}
+    assert expected.reaches(run), metrics(run)[-3:]
