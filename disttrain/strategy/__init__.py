@@ -1,0 +1,13 @@
+"""Strategies: how a model is spread over the ranks. Siblings behind one contract. Enters: the engine."""
+
+from disttrain.strategy.contract import (
+    AbstractStrategy,
+    Ingredients,
+    Prepared,
+    StepOutcome,
+    StepSums,
+    World,
+)
+from disttrain.strategy.registry import build_strategy
+
+__all__ = ["AbstractStrategy", "Ingredients", "Prepared", "StepOutcome", "StepSums", "World", "build_strategy"]

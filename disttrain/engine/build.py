@@ -1,0 +1,202 @@
+"""The composition root: from a config to the parts of a run. The data flow as one function is `build_run`.
+
+Everything that a config or a launch can get wrong is found here before the process group exists; user code is imported
+here, and run only after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from disttrain.config import Config, Target, build_target, resolve_target
+from disttrain.errors import ConfigError, explain
+from disttrain.logs import room_logger
+from disttrain.objective import Objective
+from disttrain.optim import optimizer_factory, schedule_factory
+from disttrain.optim.named import MakeOptimizer, MakeSchedule
+from disttrain.runtime import (
+    Device,
+    Group,
+    Launch,
+    MeshSizes,
+    apply_device,
+    build_mesh,
+    choose_device,
+    plan_mesh,
+    read_launch,
+)
+from disttrain.strategy import AbstractStrategy, World, build_strategy
+
+_log = room_logger("engine")
+_DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.float32}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is known of a run before any process talks to another."""
+
+    config: Config
+    launch: Launch
+    device: Device
+    sizes: MeshSizes
+    folder: Path
+
+
+def plan_run(config: Config) -> Plan:
+    """Place this process and check what depends on the world's size. Local; touches no group and no GPU memory."""
+    launch = read_launch()
+    device = choose_device(config.run.device, launch, config.run.threads)
+    mesh = config.mesh
+    sizes = plan_mesh(launch.world_size, replicate=mesh.replicate, shard=mesh.shard, tensor=mesh.tensor)
+    batch = config.data.global_batch if config.data is not None else None
+    if isinstance(batch, int) and batch < sizes.data_parallel:
+        raise ConfigError(
+            explain(
+                f"data.global_batch={batch} samples are to be spread over the data-parallel ranks.",
+                f"{sizes.data_parallel} of them: some would never have a sample",
+                f"set data.global_batch to at least {sizes.data_parallel}, or start fewer processes",
+            )
+        )
+    for section in ("model", "objective", "optim", "schedule"):
+        target = getattr(config, section)
+        if target is not None:
+            resolve_target(target.target, section=section, folder=config.folder)
+    return Plan(config, launch, device, sizes, Path(config.run.dir) / config.run.name)
+
+
+def start_world(plan: Plan) -> tuple[Group, World]:
+    """Start the process group and lay the mesh. Collective."""
+    apply_device(plan.device)
+    group = Group(plan.launch, plan.device, timeout_s=plan.config.run.timeout_s)
+    mesh = build_mesh(plan.sizes, plan.device.device.type, plan.launch.rank)
+    compute = plan.config.precision.compute
+    world = World(
+        group=group,
+        mesh=mesh,
+        device=plan.device.device,
+        seed=plan.config.run.seed,
+        dtype=_DTYPES[compute],
+        autocast=torch.bfloat16 if compute == "bf16" else None,
+    )
+    _log.info(
+        "%s; %s over %s, %d CPU thread(s) a rank, timeout %.0f s",
+        plan.launch.described,
+        plan.device.device.type,
+        plan.device.backend,
+        plan.device.threads,
+        plan.config.run.timeout_s,
+    )
+    return group, world
+
+
+def strategy_of(config: Config, world: World) -> AbstractStrategy:
+    """The configured strategy over this world. Local."""
+    return build_strategy(config.strategy.name, config.strategy.options, world)
+
+
+def model_factory(config: Config) -> Callable[[], nn.Module]:
+    """The configured model's constructor with its arguments; `functools.partial` so that its class can be seen."""
+    target = _needed(config.model, "model")
+    call = resolve_target(target.target, section="model", folder=config.folder)
+    if any(isinstance(value, dict | list) for value in target.args.values()):
+        # Nested targets are built at every call, so that what they draw is drawn under the seed.
+        return lambda: _module(build_target(target, section="model", folder=config.folder))
+    return partial(call, **target.args)
+
+
+def _module(value: Any) -> nn.Module:
+    if not isinstance(value, nn.Module):
+        raise ConfigError(
+            explain("model.target is to return a torch.nn.Module.", f"a {type(value).__qualname__}", "return the module")
+        )
+    return value
+
+
+def optimizer_factory_of(config: Config) -> MakeOptimizer:
+    """The configured optimizer over groups that spare vectors from weight decay."""
+    optim = _needed(config.optim, "optim")
+    make = resolve_target(optim.target, section="optim", folder=config.folder)
+    return optimizer_factory(make, optim.args, no_decay=optim.no_decay, decay_vectors=optim.decay_vectors)
+
+
+def schedule_factory_of(config: Config, total_steps: int) -> MakeSchedule | None:
+    """The configured schedule, or None for a constant rate."""
+    if config.schedule is None:
+        return None
+    make = resolve_target(config.schedule.target, section="schedule", folder=config.folder)
+    return schedule_factory(make, config.schedule.args, total_steps=total_steps)
+
+
+def objective_of(config: Config) -> Objective:
+    """The configured objective: an instance of a class, or a plain callable `(model, batch)` taken as it is."""
+    target = _needed(config.objective, "objective")
+    return Objective(build_callable(target, "objective", config.folder))
+
+
+def build_callable(target: Target, section: str, folder: Path | None) -> Any:
+    """Call a class (or a factory given args) to get the part; a plain function without args is the part itself."""
+    found = resolve_target(target.target, section=section, folder=folder)
+    if isinstance(found, type):
+        return build_target(target, section=section, folder=folder)
+    return partial(found, **target.args) if target.args else found
+
+
+def dataset_of(config: Config, target: Target, where: str) -> Any:
+    """The dataset that `target` makes. Local."""
+    return build_target(target, section="data", folder=config.folder)
+
+
+def total_steps_of(config: Config, *, dataset: Any, global_batch: int | None) -> int | None:
+    """Optimizer steps of the whole run from run.steps, run.epochs or run.tokens; None where an own loop decides."""
+    run = config.run
+    if run.steps is not None:
+        return run.steps
+    if global_batch is None or dataset is None:
+        return None
+    if run.tokens is not None:
+        return -(-run.tokens // (global_batch * tokens_per_sample(dataset, "run.tokens")))
+    if run.epochs is not None:
+        if not hasattr(dataset, "__len__"):
+            raise ConfigError(
+                explain("run.epochs needs to know how long an epoch is.", "a dataset without __len__", "set run.steps")
+            )
+        size = len(dataset)
+        whole = size // global_batch if config.data is not None and config.data.last == "drop" else -(-size // global_batch)
+        return run.epochs * whole
+    return None
+
+
+def samples_of(amount: Any, *, dataset: Any, key: str) -> int:
+    """`amount` as a number of samples: itself, or `{tokens: n}` over the dataset's `tokens_per_sample`."""
+    if isinstance(amount, int):
+        return amount
+    return max(1, amount.tokens // tokens_per_sample(dataset, key))
+
+
+def tokens_per_sample(dataset: Any, key: str) -> int:
+    """The dataset's own word for it. Raises ConfigError where it has none."""
+    found = getattr(dataset, "tokens_per_sample", None)
+    if not isinstance(found, int) or found < 1:
+        raise ConfigError(
+            explain(
+                f"{key} is a number of tokens.",
+                f"a {type(dataset).__qualname__} that does not say how many tokens a sample has",
+                "give the dataset an attribute tokens_per_sample, or count in samples and steps",
+            )
+        )
+    return found
+
+
+def _needed(section: Any, name: str) -> Any:
+    if section is None:
+        raise ConfigError(
+            explain(f"The config's section {name!r} is needed here.", "none", f"add {name}: {{target: ...}}")
+        )
+    return section

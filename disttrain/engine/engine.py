@@ -1,0 +1,459 @@
+"""`Engine`: the public heart. Process group, mesh, seeds and run folder, several prepared models, one step's acts.
+
+`disttrain.run`'s own loop uses nothing but what is public here, so an own loop keeps resume, reports and checkpoints.
+Every public method is collective (all ranks call it, in the same order) unless its docstring says local.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from disttrain.config import Config, load_config
+from disttrain.data import Batches, MicroBatch, StepBatch, align_batches
+from disttrain.engine import build, snapshot
+from disttrain.engine.evaluation import evaluate_set
+from disttrain.engine.record import Record
+from disttrain.engine.snapshot import Parts, Progress
+from disttrain.engine.transfer import to_device
+from disttrain.errors import ConfigError, explain
+from disttrain.logs import room_logger
+from disttrain.objective import Objective
+from disttrain.optim.named import MakeOptimizer
+from disttrain.resilience import Interrupts
+from disttrain.runtime.seeds import derive_seed
+from disttrain.strategy import Ingredients, Prepared, StepOutcome, StepSums
+
+_log = room_logger("engine")
+
+
+class Engine:
+    """Built from a config, a mapping or a path. Use as a context manager, or call `close` at the end.
+
+    Raises ConfigError, LaunchError before any process group exists; CheckpointError where the folder holds another run.
+    """
+
+    def __init__(self, config: Config | Mapping[str, Any] | str | Path, overrides: Any = ()) -> None:
+        self.config = load_config(config, overrides)
+        self.plan = build.plan_run(self.config)
+        self._group, self.world = build.start_world(self.plan)
+        self.strategy = build.strategy_of(self.config, self.world)
+        self.progress = Progress()
+        self._prepared: dict[str, Prepared] = {}
+        self._objectives: dict[str, Objective] = {}
+        self._pending: dict[str, StepSums] = {}
+        self._outcome: StepOutcome | None = None
+        self._tracked: dict[str, Any] = {}
+        self._total_steps: int | None = self.config.run.steps
+        self._dataset: Any = None
+        self._saved_at = -1
+        self._stopped = False
+        self._interrupts = Interrupts()
+        self._interrupts.__enter__()
+        self.record = Record(self.config, self.plan, self._group)
+
+    # ------------------------------------------------------------------ who and where
+
+    @property
+    def rank(self) -> int:
+        """This process's rank. Local."""
+        return self._group.rank
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes. Local."""
+        return self._group.size
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes. Local."""
+        return self.world.device
+
+    @property
+    def total_steps(self) -> int | None:
+        """Optimizer steps of the whole run, None where an own loop decides. Local."""
+        return self._total_steps
+
+    # ------------------------------------------------------------------ parts
+
+    def prepare(
+        self,
+        name: str = "model",
+        make_model: Callable[[], nn.Module] | None = None,
+        make_optimizer: Callable[[list[nn.Parameter]], Optimizer] | None = None,
+        make_schedule: Callable[[Optimizer], LRScheduler] | None = None,
+        *,
+        objective: Any = None,
+    ) -> nn.Module:
+        """Build, place and equip one named model; without factories, the config's own. Returns the module to call.
+
+        A model given without `make_optimizer` is frozen. An `objective` that is an nn.Module is trained with it.
+        """
+        if name in self._prepared:
+            raise ConfigError(explain(f"prepare({name!r})", "that name is taken", "prepare each model under its own name"))
+        if make_model is None:
+            ingredients = self._configured(name, objective)
+        else:
+            made = _plain(make_optimizer) if make_optimizer is not None else None
+            ingredients = Ingredients(name, make_model, made, make_schedule, self._adopt(name, objective))
+        prepared = self.strategy.prepare(ingredients)
+        self._prepared[name] = prepared
+        if make_model is None and self.config.model is not None and self.config.model.weights:
+            self.load_weights(name, self.config.model.weights)
+        return prepared.model
+
+    def _configured(self, name: str, objective: Any) -> Ingredients:
+        config = self.config
+        self._batch_sizes()
+        make_schedule = None
+        if config.schedule is not None:
+            if self._total_steps is None:
+                raise ConfigError(explain("A schedule needs to know the run's steps.", "none", "set run.steps"))
+            make_schedule = build.schedule_factory_of(config, self._total_steps)
+        return Ingredients(
+            name,
+            build.model_factory(config),
+            build.optimizer_factory_of(config),
+            make_schedule,
+            self._adopt(name, objective if objective is not None else build.objective_of(config)),
+        )
+
+    def _adopt(self, name: str, objective: Any) -> nn.Module | None:
+        if objective is None:
+            return None
+        adapted = objective if isinstance(objective, Objective) else Objective(objective)
+        self._objectives[name] = adapted
+        module = adapted.module
+        if module is not None:
+            module.to(device=self.device, dtype=self.world.dtype)
+        return module
+
+    def batches(
+        self,
+        dataset: Any = None,
+        *,
+        global_batch: int | None = None,
+        micro_batch: int | None = None,
+        **options: Any,
+    ) -> Iterator[StepBatch]:
+        """Lists of this rank's micro-batches, one per optimizer step, on the device; the config's where not given.
+
+        The first call of `next` resumes the run, if there is a checkpoint to resume from: prepare and track before it.
+        """
+        data = self.config.data
+        if dataset is None:
+            dataset = self._train_dataset()
+        self._dataset = dataset
+        sizes = self._batch_sizes(global_batch, micro_batch)
+        settings: dict[str, Any] = {}
+        if data is not None:
+            settings = {"shuffle": data.shuffle, "last": data.last, "workers": data.workers, "prefetch": data.prefetch}
+            settings["on_resume"] = data.on_resume
+            if data.collate is not None:
+                settings["collate"] = build.build_callable(data.collate, "data", self.config.folder)
+        settings |= options
+        batches, error = None, None
+        try:
+            batches = Batches(
+                dataset,
+                seed=self.config.run.seed,
+                global_batch=sizes[0],
+                micro_batch=sizes[1],
+                part=self.world.mesh.part,
+                agree=self._group.minimum,
+                **settings,
+            )
+        except Exception as caught:  # noqa: BLE001 - told to every rank, then raised as it is
+            error = caught
+        self._group.agree(error, "preparing the data")
+        assert batches is not None
+        return self._steps(batches)
+
+    def _steps(self, batches: Batches) -> Iterator[StepBatch]:
+        self.resume()
+        if self.progress.position is not None:
+            batches.load_state_dict(self.progress.position)
+        self.record.started(self.progress, self._total_steps, self._prepared)
+        try:
+            if self.finished():
+                return
+            with self.record.loading():
+                iterator = iter(batches)
+            while True:
+                with self.record.loading():
+                    step = next(iterator, None)
+                if step is None:
+                    return
+                for place, micro in enumerate(step):
+                    step[place] = to_device(micro, self.device)
+                self.progress.position = step.position
+                self.progress.samples += step.samples
+                self.progress.tokens += step.samples * int(getattr(self._dataset, "tokens_per_sample", 0) or 0)
+                yield step
+        finally:
+            batches.close()
+
+    def micro_batches(self, batches: Sequence[Any]) -> list[MicroBatch]:
+        """A step's list from batches that a script made itself; ranks that bring fewer replay their last."""
+        counts = self._group.gather_all(len(batches))
+        return [to_device(micro, self.device) for micro in align_batches(batches, counts, self.world.mesh.part[0])]
+
+    # ------------------------------------------------------------------ one step
+
+    def accumulate(self, name: str, micro_batches: Sequence[MicroBatch], objective: Any = None) -> StepSums:
+        """Forward and backward of all micro-batches, exact over ranks; other prepared models pass gradients through.
+
+        Returns the step's sums: `.loss` is that of the whole global batch.
+        """
+        prepared = self._find(name)
+        flags = (1.0 if self._interrupts.requested else 0.0,)
+        with self._others_frozen(name):
+            sums = self.strategy.accumulate(prepared, micro_batches, self._objective(name, objective), flags)
+        self._stopped = self._stopped or sums.flags[0] > 0
+        self._pending[name] = sums if name not in self._pending else self._pending[name].plus(sums)
+        return sums
+
+    def backward(self, name: str, total: Tensor, weight: float | Tensor = 1.0) -> StepSums:
+        """Like `accumulate`, for a `total` that a script computed by hand from `weight` items on this rank."""
+        by_hand = MicroBatch(batch=None, index=self.world.mesh.part[0], real=True, samples=0)
+        return self.accumulate(name, [by_hand], lambda model, batch: (total, weight))
+
+    def step(self, name: str = "model") -> StepOutcome:
+        """Scale, clip, step, schedule, zero. A step whose weight is zero changes nothing and is counted."""
+        prepared = self._find(name)
+        if name not in self._pending:
+            raise ConfigError(explain(f"step({name!r})", "nothing accumulated", "call accumulate or backward before"))
+        sums = self._pending.pop(name)
+        clip = self.config.optim.clip_norm if self.config.optim is not None else None
+        due = self.record.due(self.progress.steps + 1, self._total_steps)
+        outcome = self.strategy.step(prepared, sums, clip_norm=clip, want_norm=due)
+        if not outcome.applied:
+            self.progress.skipped += 1
+        self._outcome = outcome
+        self.record.stepped(name, sums, outcome, prepared)
+        return outcome
+
+    def log(self, **values: float) -> None:
+        """End this step: count it and, on steps that are reported, write `values` and the step's own measures.
+
+        Local, and free of device syncs on steps that are not reported.
+        """
+        self.progress.steps += 1
+        self.record.ended(self.progress, self._total_steps, values, self._objectives)
+
+    def due(self, what: str) -> bool:
+        """Whether `eval` or `checkpoint` falls on the step that just ended. Local."""
+        every = {"eval": self.config.eval.every if self.config.eval else None, "checkpoint": self.config.checkpoint.every}[
+            what
+        ]
+        return bool(every) and self.progress.steps % int(every or 1) == 0
+
+    def should_stop(self) -> bool:
+        """Save if a checkpoint is due; True once the run's steps are done or a stop was asked for on any rank."""
+        if self.due("checkpoint"):
+            self.save()
+        return self._stopped or self.finished()
+
+    def finished(self) -> bool:
+        """Whether the run's steps are done. Local."""
+        return self._total_steps is not None and self.progress.steps >= self._total_steps
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether a stop was asked for (Ctrl-C) on any rank. Local."""
+        return self._stopped
+
+    def generator(self, name: str) -> torch.Generator:
+        """A generator on the device, keyed by (seed, name, step): equal on all ranks. Local."""
+        key = derive_seed(self.config.run.seed, "user", name, self.progress.steps)
+        return torch.Generator(self.device).manual_seed(key)
+
+    # ------------------------------------------------------------------ evaluation
+
+    def evaluate(
+        self, sets: Mapping[str, Any] | None = None, *, name: str = "model", objective: Any = None
+    ) -> dict[str, float]:
+        """Loss and metrics over each set, every sample counted once; returns and reports `eval/SET/NAME`."""
+        prepared = self._find(name)
+        values: dict[str, float] = {}
+        for key, dataset in (sets if sets is not None else self.evaluation_sets()).items():
+            found = evaluate_set(
+                self.world,
+                prepared,
+                self._objective(name, objective),
+                dataset,
+                micro_batch=self._evaluation_micro_batch(),
+                collate=self._collate(),
+            )
+            values |= {f"eval/{key}/{measure}": value for measure, value in found.items()}
+        self.record.evaluated(self.progress, values)
+        return values
+
+    def evaluation_sets(self) -> dict[str, Any]:
+        """The config's evaluation sets, built once. Local."""
+        if not hasattr(self, "_sets"):
+            self._sets = {
+                key: build.dataset_of(self.config, target, f"eval.sets.{key}")
+                for key, target in (self.config.eval.sets.items() if self.config.eval else ())
+            }
+        return self._sets
+
+    # ------------------------------------------------------------------ state
+
+    def track(self, name: str, thing: Any) -> None:
+        """Save and restore `thing` (it has `state_dict` and `load_state_dict`; JSON values and tensors). Local."""
+        self._tracked[name] = thing
+
+    def save(self) -> Path | None:
+        """Write a checkpoint of this step, unless this step has one; keep the newest `checkpoint.keep_last`."""
+        if self._saved_at == self.progress.steps:
+            return None
+        path = self.record.save(self._parts(), self.progress)
+        self._saved_at = self.progress.steps
+        return path
+
+    def resume(self) -> bool:
+        """Continue from the run's own newest whole checkpoint, else from `checkpoint.resume`'s path; True if it did."""
+        found = self.record.find_checkpoint(self._parts())
+        if found is None:
+            return False
+        self.progress = snapshot.restore(self._parts(), found)
+        self._saved_at = self.progress.steps
+        self.record.resumed(self.progress, found.path)
+        return True
+
+    def load(self, path: str | Path) -> None:
+        """Everything from the newest whole checkpoint of a run's folder, or from one checkpoint."""
+        self.progress = snapshot.restore(self._parts(), self.record.open_checkpoint(self._parts(), Path(path)))
+
+    def load_weights(self, name: str, path: str | Path) -> None:
+        """Only the weights of one model, from a run's folder or a checkpoint."""
+        snapshot.load_weights(self._parts(), name, self.record.open_checkpoint(self._parts(), Path(path)))
+
+    def full_weights(self, name: str = "model") -> dict[str, Tensor]:
+        """Every parameter and persistent buffer whole, on the CPU of every rank."""
+        return dict(self.strategy.whole(self._find(name)))
+
+    def finish(self) -> None:
+        """End well: the last save, status and plot. Called by `disttrain.run`'s loop; an own loop may."""
+        if self.config.checkpoint.at_end and self.progress.steps > 0:
+            self.save()
+        self.record.finished(self.progress, interrupted=self._stopped and not self.finished())
+
+    def fail(self, error: BaseException) -> None:
+        """Leave the first cause where the other ranks and people find it. Local."""
+        self.record.failed(self.progress, error)
+
+    def close(self) -> None:
+        """Let go of the process group, signal handlers and files."""
+        self._interrupts.__exit__(None, None, None)
+        self.record.close()
+        self.strategy.close()
+        self._group.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is not None:
+            self.fail(error)
+        self.close()
+
+    # ------------------------------------------------------------------ within
+
+    def _parts(self) -> Parts:
+        return Parts(self.config, self.world, self.strategy, self._prepared, self._tracked)
+
+    def _find(self, name: str) -> Prepared:
+        if name not in self._prepared:
+            known = ", ".join(self._prepared) or "none"
+            raise ConfigError(explain(f"A prepared model {name!r}.", f"prepared: {known}", "call prepare first"))
+        return self._prepared[name]
+
+    def _objective(self, name: str, objective: Any) -> Objective:
+        if objective is None:
+            if name not in self._objectives:
+                self._objectives[name] = build.objective_of(self.config)
+            return self._objectives[name]
+        if isinstance(objective, Objective):
+            return objective
+        known = self._objectives.get(name)
+        return known if known is not None and known.user is objective else Objective(objective)
+
+    @contextmanager
+    def _others_frozen(self, name: str) -> Iterator[None]:
+        """Gradients flow through the other models, and none is collected in them."""
+        frozen = [
+            named.parameter
+            for other, prepared in self._prepared.items()
+            if other != name
+            for named in prepared.named
+            if named.parameter.requires_grad
+        ]
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+
+    def _train_dataset(self) -> Any:
+        if self._dataset is None:
+            if self.config.data is None:
+                raise ConfigError(explain("The config's data.train is needed.", "no section data", "add it"))
+            dataset, error = None, None
+            try:
+                dataset = build.dataset_of(self.config, self.config.data.train, "data.train")
+            except Exception as caught:  # noqa: BLE001 - told to every rank, then raised as it is
+                error = caught
+            self._group.agree(error, "building data.train")
+            self._dataset = dataset
+        return self._dataset
+
+    def _batch_sizes(self, global_batch: int | None = None, micro_batch: int | None = None) -> tuple[int, int]:
+        data, parts = self.config.data, self.world.mesh.part[1]
+        if data is not None and (global_batch is None or self._total_steps is None):
+            dataset = self._train_dataset()
+            if global_batch is None:
+                global_batch = build.samples_of(data.global_batch, dataset=dataset, key="data.global_batch")
+            if micro_batch is None and data.micro_batch is not None:
+                micro_batch = build.samples_of(data.micro_batch, dataset=dataset, key="data.micro_batch")
+            if self._total_steps is None:
+                self._total_steps = build.total_steps_of(self.config, dataset=dataset, global_batch=global_batch)
+        if global_batch is None:
+            raise ConfigError(explain("A global batch.", "none", "pass global_batch= or set data.global_batch"))
+        if global_batch < parts:
+            raise ConfigError(
+                explain(
+                    f"A global batch of {global_batch} is to be spread over the data-parallel ranks.",
+                    f"{parts} of them",
+                    "enlarge the global batch, or start fewer processes",
+                )
+            )
+        return global_batch, min(micro_batch or -(-global_batch // parts), global_batch)
+
+    def _evaluation_micro_batch(self) -> int:
+        if self.config.eval is not None and self.config.eval.micro_batch is not None:
+            return self.config.eval.micro_batch
+        return self._batch_sizes()[1] if self.config.data is not None else 1
+
+    def _collate(self) -> Any:
+        data = self.config.data
+        if data is None or data.collate is None:
+            return None
+        return build.build_callable(data.collate, "data", self.config.folder)
+
+
+def _plain(make: Callable[[list[nn.Parameter]], Optimizer]) -> MakeOptimizer:
+    """A user's factory takes the bare list of trainable parameters."""
+    return lambda named: make([one.parameter for one in named])
+
+

@@ -1,0 +1,47 @@
+"""One pass over an evaluation set: each sample counted once, whatever the world size, and nothing changed by it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from disttrain.data import EvaluationBatches
+from disttrain.engine.transfer import to_device
+from disttrain.objective import Objective
+from disttrain.strategy import Prepared, World
+from disttrain.strategy.arithmetic import Ledger, seed_micro_batch
+
+
+def evaluate_set(
+    world: World, prepared: Prepared, objective: Objective, dataset: Any, *, micro_batch: int, collate: Any
+) -> dict[str, float]:
+    """`loss` and what the objective summarizes. Collective: one all-reduce for the whole set."""
+    ledger = Ledger(world.device)
+    batches = EvaluationBatches(
+        dataset, seed=world.seed, micro_batch=micro_batch, part=world.mesh.part, collate=collate
+    )
+    with torch.no_grad(), evaluating(prepared.model, prepared.objective):
+        for micro in batches:
+            context = seed_micro_batch(world, prepared, micro, training=False)
+            with world.computing():
+                loss = objective(prepared.model, to_device(micro, world.device).batch, context)
+            ledger.add(loss, real=micro.real)
+    sums = ledger.reduce()
+    return {"loss": sums.loss} | objective.summarize(sums.sums, sums.totals, sums.weights)
+
+
+@contextmanager
+def evaluating(*modules: nn.Module | None) -> Iterator[None]:
+    """Evaluation mode, and back to the mode each submodule was in: frozen batch norms stay frozen. Local."""
+    training = [module for root in modules if root is not None for module in root.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

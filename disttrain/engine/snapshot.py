@@ -1,0 +1,144 @@
+"""A run's checkpoints: what of the engine's parts goes into one, and how they come back out.
+
+All functions are collective. Raises CheckpointError on every rank where one rank cannot write or read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from disttrain.checkpoint import Checkpoint, Shard, newest_whole, save_checkpoint
+from disttrain.config import Config
+from disttrain.engine.state import (
+    optimizer_document,
+    refuse_another_run,
+    restore_optimizer,
+    restore_tracked,
+    tracked_shards,
+    tracked_tensor_names,
+)
+from disttrain.errors import CheckpointError, explain
+from disttrain.strategy import AbstractStrategy, Prepared, World
+
+
+@dataclass
+class Progress:
+    """Where a run stands, in numbers that no mesh changes."""
+
+    steps: int = 0
+    samples: int = 0
+    tokens: int = 0
+    skipped: int = 0
+    position: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a checkpoint is made of."""
+
+    config: Config
+    world: World
+    strategy: AbstractStrategy
+    prepared: Mapping[str, Prepared]
+    tracked: Mapping[str, Any] = field(default_factory=dict)
+
+
+def save(parts: Parts, root: Path, progress: Progress) -> Path:
+    """Write and commit the checkpoint of this step; returns its folder."""
+    group = parts.world.group
+    replica = (group.rank, group.size)
+    shards: list[Shard] = []
+    users: dict[str, Any] = {}
+    error: CheckpointError | None = None
+    document: dict[str, Any] = {}
+    try:
+        for prepared in parts.prepared.values():
+            shards += parts.strategy.shards(prepared)
+        for name, tracked in parts.tracked.items():
+            more, users[name] = tracked_shards(name, tracked, replica)
+            shards += more
+        document = {
+            "progress": {**vars(progress)},
+            "config": parts.config.to_dict(),
+            "optim": {name: optimizer_document(prepared) for name, prepared in parts.prepared.items()},
+            "user": users,
+            "writer": {"strategy": parts.config.strategy.name, "mesh": vars(parts.world.mesh.sizes)},
+        }
+    except CheckpointError as caught:
+        error = caught
+    group.agree(error, "collecting the checkpoint")
+    return save_checkpoint(root, progress.steps, shards, document, group)
+
+
+def find(parts: Parts, root: Path) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:
+    """The newest whole checkpoint under `root`, and those that were rejected with the reasons."""
+    return newest_whole(root, parts.world.group)
+
+
+def restore(parts: Parts, checkpoint: Checkpoint) -> Progress:
+    """Put everything back into parts that are prepared already; nothing is kept of a checkpoint that does not fit."""
+    error: BaseException | None = None
+    try:
+        refuse_another_run(str(checkpoint.path), checkpoint.document["config"], parts.config.to_dict())
+        _restore(parts, checkpoint)
+    except (CheckpointError, OSError, KeyError, ValueError) as caught:
+        error = caught if isinstance(caught, CheckpointError) else _unreadable(checkpoint, caught)
+    parts.world.group.agree(error, "loading the checkpoint")
+    return Progress(**checkpoint.document["progress"])
+
+
+def _restore(parts: Parts, checkpoint: Checkpoint) -> None:
+    document = checkpoint.document
+    missing = [name for name in parts.prepared if name not in document["optim"]]
+    if missing:
+        raise CheckpointError(
+            explain(
+                f"{checkpoint.path} is to continue the prepared models {', '.join(parts.prepared)}.",
+                f"it holds {', '.join(document['optim'])}",
+                "prepare the same models under the same names",
+            )
+        )
+    shards: list[Shard] = []
+    for prepared in parts.prepared.values():
+        shards += parts.strategy.shards(prepared, checkpoint.tensors)
+    user = {name for saved in document["user"].values() for name in tracked_tensor_names(saved)}
+    checkpoint.load_into(shards, strict=True, ignore=user)
+    now, then = parts.config.to_dict(), document["config"]
+    same = all(now.get(section) == then.get(section) for section in ("optim", "schedule"))
+    for name, prepared in parts.prepared.items():
+        restore_optimizer(prepared, document["optim"][name], same_settings=same)
+    for name, tracked in parts.tracked.items():
+        saved = document["user"].get(name)
+        if saved is None:
+            raise CheckpointError(
+                explain(
+                    f"{checkpoint.path} is to give {name!r} its state back.",
+                    f"tracked objects {', '.join(document['user']) or 'none'}",
+                    "track what was tracked when it was saved",
+                )
+            )
+        restore_tracked(tracked, saved, {key: checkpoint.read(key) for key in tracked_tensor_names(saved)})
+
+
+def load_weights(parts: Parts, name: str, checkpoint: Checkpoint) -> None:
+    """Only the model's own tensors, from a checkpoint of any strategy."""
+    error: BaseException | None = None
+    try:
+        shards = [shard for shard in parts.strategy.shards(parts.prepared[name]) if shard.name.startswith("model/")]
+        checkpoint.load_into(shards, strict=True, ignore=set(checkpoint.tensors) - {shard.name for shard in shards})
+    except (CheckpointError, OSError) as caught:
+        error = caught
+    parts.world.group.agree(error, "loading weights")
+
+
+def _unreadable(checkpoint: Checkpoint, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        explain(
+            f"{checkpoint.path} is to be loaded.",
+            f"{type(error).__name__}: {error}",
+            "remove or repair it: the run then goes on from the one before",
+        )
+    )

@@ -1,0 +1,189 @@
+"""The step's arithmetic, once, for every strategy: exact sums over all ranks and micro-batches, never averages of averages.
+
+Gradients are those of `sum of the items' losses`, divided by the step's weight once, at the step. Where the loss has
+several terms each has its own weight, so the weights are agreed on before the first backward instead.
+Refuses losses that are not finite, before they can reach a weight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from disttrain.data import MicroBatch
+from disttrain.errors import TrainingError, explain
+from disttrain.objective import Context, Loss, Objective
+from disttrain.runtime.seeds import derive_seed, seed_torch
+from disttrain.strategy.contract import Prepared, StepSums, World
+
+Call = Callable[[Objective, Any, Context], Loss]
+Backward = Callable[[Tensor], None]
+Last = Callable[[bool], AbstractContextManager[Any]]
+
+
+def run_micro_batches(
+    world: World,
+    prepared: Prepared,
+    micro_batches: Sequence[MicroBatch],
+    objective: Objective,
+    flags: Sequence[float],
+    *,
+    call: Call,
+    backward: Backward = Tensor.backward,
+    communicating: Last = lambda last: nullcontext(),
+) -> StepSums:
+    """The plain loop. `call` runs the forward, `communicating(last)` surrounds forward and backward of each."""
+    denominators = _agree_on_weights(world, micro_batches, objective)
+    ledger = Ledger(world.device)
+    for place, micro in enumerate(micro_batches):
+        context = seed_micro_batch(world, prepared, micro)
+        with communicating(place == len(micro_batches) - 1), _replay(prepared.model, micro.real):
+            with world.computing():
+                loss = call(objective, micro.batch, context)
+            total = _one_total(loss, denominators)
+            if not total.requires_grad:
+                raise TrainingError(
+                    explain(
+                        "The objective's total is to depend on a trainable parameter.",
+                        "a total without a gradient",
+                        "check that the model has trainable parameters and that the objective does not detach",
+                    )
+                )
+            backward(total if micro.real else total * 0.0)
+        ledger.add(loss, real=micro.real)
+    sums = ledger.reduce(flags, divided=denominators is not None)
+    if not all(math.isfinite(number) for number in (*sums.totals.values(), *sums.weights.values())):
+        refuse_non_finite(f"totals {dict(sums.totals)} over weights {dict(sums.weights)}")
+    return sums
+
+
+def seed_micro_batch(world: World, prepared: Prepared, micro: MicroBatch, *, training: bool = True) -> Context:
+    """Set the generators of the CPU and the device from (seed, step, index of the micro-batch): dropout is then equal
+    at any world size. Local."""
+    key = derive_seed(world.seed, "step" if training else "eval", prepared.name, prepared.updates, micro.index)
+    seed_torch(key, world.device)
+    return Context(
+        step=prepared.updates,
+        training=training,
+        micro_batch=micro.index,
+        make_generator=lambda: torch.Generator(world.device).manual_seed(derive_seed(key, "context")),
+        group=dist.group.WORLD,
+    )
+
+
+def _agree_on_weights(
+    world: World, micro_batches: Sequence[MicroBatch], objective: Objective
+) -> Mapping[str, float] | None:
+    """Each term's weight over the whole step, where several terms need them before the first backward."""
+    if not objective.has_weigh:
+        return None
+    first = objective.weigh(micro_batches[0].batch)
+    if len(first) == 1:
+        return None
+    weights = dict.fromkeys(first, 0.0)
+    for micro in micro_batches:
+        if micro.real:
+            for term, weight in objective.weigh(micro.batch).items():
+                weights[term] += float(weight)
+    reduced = torch.tensor(list(weights.values()), dtype=torch.float64)
+    dist.all_reduce(reduced)
+    return dict(zip(weights, reduced.tolist(), strict=True))
+
+
+def _one_total(loss: Loss, denominators: Mapping[str, float] | None) -> Tensor:
+    """What to back-propagate: the sum of the terms, each over its weight where that is known."""
+    if denominators is None:
+        return next(iter(loss.totals.values()))
+    parts = [total / denominators[term] if denominators[term] else total * 0.0 for term, total in loss.totals.items()]
+    return torch.stack([part.reshape(()) for part in parts]).sum()
+
+
+@contextmanager
+def _replay(model: nn.Module, real: bool) -> Iterator[None]:
+    """A replayed micro-batch keeps collectives aligned and leaves no trace: buffers are put back."""
+    if real:
+        yield
+        return
+    kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    yield
+    with torch.no_grad():
+        for buffer, value in kept:
+            buffer.copy_(value)
+
+
+class Ledger:
+    """Adds up one rank's real micro-batches, then all ranks' in one all-reduce of one float64 vector."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._totals: dict[str, Tensor | float] = {}
+        self._weights: dict[str, Tensor | float] = {}
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, loss: Loss, *, real: bool) -> None:
+        for into, values in ((self._totals, loss.totals), (self._weights, loss.weights), (self._sums, loss.sums)):
+            for name, value in values.items():
+                kept = value.detach().double() if isinstance(value, Tensor) else torch.tensor(float(value)).double()
+                kept = kept if real else torch.zeros_like(kept)
+                into[name] = into[name] + kept if name in into else kept  # type: ignore[index]
+
+    def reduce(self, flags: Sequence[float] = (), *, divided: bool = False) -> StepSums:
+        device = self._device
+        groups: tuple[Mapping[str, Any], ...] = (self._totals, self._weights, self._sums)
+        values = [value.to(device).reshape(-1) for group in groups for value in group.values()]
+        vector = torch.cat([*values, torch.tensor(flags, dtype=torch.float64, device=device)])
+        dist.all_reduce(vector)
+        numbers = iter(vector.tolist())
+        totals = {name: next(numbers) for name in self._totals}
+        weights = {name: next(numbers) for name in self._weights}
+        sums = {
+            name: torch.tensor([next(numbers) for _ in range(value.numel())], dtype=torch.float64).reshape(value.shape)
+            for name, value in self._sums.items()
+        }
+        denominator = 1.0 if divided else next(iter(weights.values()))
+        return StepSums(totals, weights, sums, tuple(numbers), denominator)
+
+
+def refuse_non_finite(found: str) -> None:
+    """Raise TrainingError on every rank: the sums are those of all ranks, so all see the same."""
+    raise TrainingError(
+        explain(
+            "The loss and its gradient are to be finite; the weights have not been changed by this step.",
+            found,
+            "look at this step's samples, lower the learning rate, clip gradients (optim.clip_norm) or use fp32",
+        )
+    )
+
+
+class Gradients:
+    """Local gradients of a step that torch optimizers then take; shared by none, ddp and fsdp."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        self._parameters = [named.parameter for named in prepared.named]
+        for parameter in self._parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self.locals = [_local(parameter.grad) for parameter in self._parameters if parameter.grad is not None]
+
+    def square(self, chosen: Sequence[Tensor] | None = None) -> Tensor:
+        """Sum of squares of the local gradients (or of those chosen), a 0-d tensor, in at least float32... float64."""
+        gradients = [gradient for gradient in (self.locals if chosen is None else chosen) if gradient.numel()]
+        if not gradients:
+            return torch.zeros((), dtype=torch.float64, device=self.locals[0].device if self.locals else None)
+        return torch.stack(torch._foreach_norm(gradients)).double().square().sum()
+
+    def scale(self, factor: float) -> None:
+        """Multiply all local gradients in place."""
+        if factor != 1.0 and self.locals:
+            torch._foreach_mul_(self.locals, factor)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    to_local = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()

@@ -1,0 +1,88 @@
+"""How a model comes to be on every rank alike: its constructor under the seed, on the host, then cast and placed.
+
+Refuses a constructor that gives other weights on another rank: every strategy cuts what it finds on its own rank.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from disttrain.errors import ConfigError, explain
+from disttrain.model import build_model
+from disttrain.optim.named import NamedParameter
+from disttrain.strategy.contract import Ingredients, Prepared, World
+
+
+def build_on_host(world: World, ingredients: Ingredients) -> nn.Module:
+    """The model as its constructor makes it under the seed, in the world's dtype, still on the host. Collective."""
+    model = build_model(ingredients.make_model, seed=world.seed, meta=False)
+    cast(model, world.dtype)
+    check_same_everywhere(world, model, ingredients.name)
+    return model
+
+
+def cast(module: nn.Module, dtype: torch.dtype) -> None:
+    """Cast floating parameters and buffers where a dtype other than the constructor's is asked for."""
+    if dtype != torch.float32:
+        module.to(dtype)
+
+
+def check_same_everywhere(world: World, model: nn.Module, name: str) -> None:
+    """Collective; raises ConfigError on all ranks where their initial weights differ."""
+    sums = world.group.gather_all([(key, _checksum(value)) for key, value in _tensors(model)])
+    for rank, theirs in enumerate(sums):
+        if theirs != sums[0]:
+            differing = [key for (key, a), (_, b) in zip(sums[0], theirs, strict=False) if a != b]
+            raise ConfigError(
+                explain(
+                    f"The constructor of {name!r} is to give the same weights on every rank under one seed.",
+                    f"rank {rank} differs from rank 0, first in {(differing or ['their number'])[0]!r}",
+                    "draw initial weights from torch's, numpy's or Python's default generators only, in a fixed order",
+                )
+            )
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _checksum(tensor: Tensor) -> int:
+    if tensor.is_meta:
+        return 0
+    flat = tensor.detach().contiguous().reshape(-1).cpu()
+    return zlib.crc32(flat.view(torch.uint8).numpy()) if flat.numel() else 0
+
+
+def name_parameters(model: nn.Module, objective: nn.Module | None) -> tuple[NamedParameter, ...]:
+    """The trainable parameters, each tensor once, with their global shapes; the objective's under `objective.`."""
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    known = {id(parameter) for _, parameter in named}
+    for name, parameter in objective.named_parameters() if objective is not None else ():
+        if parameter.requires_grad and id(parameter) not in known:
+            named.append((f"objective.{name}", parameter))
+    return tuple(NamedParameter(name, parameter, parameter.shape) for name, parameter in named)
+
+
+def equip(prepared: Prepared, ingredients: Ingredients, named: Sequence[NamedParameter]) -> None:
+    """Build optimizer and schedule over `named`. Raises ConfigError for a model without trainable parameters."""
+    if ingredients.make_optimizer is None:
+        for parameter in prepared.model.parameters():
+            parameter.requires_grad_(False)
+        return
+    if not named:
+        raise ConfigError(
+            explain(
+                f"{prepared.name!r} is to be trained.",
+                "no parameter that requires a gradient",
+                "leave some parameters trainable, or prepare it without an optimizer",
+            )
+        )
+    prepared.named = tuple(named)
+    prepared.optimizer = ingredients.make_optimizer(named)
+    if ingredients.make_schedule is not None:
+        prepared.schedule = ingredients.make_schedule(prepared.optimizer)

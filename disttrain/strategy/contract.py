@@ -1,0 +1,158 @@
+"""What a strategy is: five acts on a model that it builds itself, and nothing more.
+
+Shaped by its hardest guests. ZeRO owns construction and FSDP2 must shard before the optimizer exists, so `prepare`
+takes factories. Pipelines own a step's whole forward and backward, so `accumulate` takes the step's whole list of
+micro-batches. DeepSpeed fuses clip, step, schedule and zero, so `step` is one act.
+Enters: the engine. Above this contract no strategy's name and no `isinstance(strategy, ...)` appears.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from disttrain.checkpoint import Shard
+from disttrain.data import MicroBatch
+from disttrain.objective import Objective
+from disttrain.optim.named import MakeOptimizer, MakeSchedule, NamedParameter
+from disttrain.runtime import Group, Mesh
+
+MakeModel = Callable[[], nn.Module]
+
+
+@dataclass(frozen=True)
+class World:
+    """What every strategy stands on. `dtype` is that of the parameters, `autocast` that of the compute if it differs."""
+
+    group: Group
+    mesh: Mesh
+    device: torch.device
+    seed: int
+    dtype: torch.dtype = torch.float32
+    autocast: torch.dtype | None = None
+
+    def computing(self) -> AbstractContextManager[Any]:
+        """The context in which forwards run."""
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast)
+
+
+@dataclass
+class Prepared:
+    """One named model, ready to train.
+
+    `model` is what users call: their own module, changed in place at most. `named` lists the trainable parameters,
+    each tensor once, those of a trainable objective under `objective.`. `wrapped` is the strategy's own.
+    `updates` counts calls of `step`, skipped ones too: it keys the randomness of micro-batches.
+    """
+
+    name: str
+    model: nn.Module
+    objective: nn.Module | None = None
+    named: tuple[NamedParameter, ...] = ()
+    optimizer: Optimizer | None = None
+    schedule: LRScheduler | None = None
+    wrapped: Any = None
+    updates: int = 0
+
+
+@dataclass(frozen=True)
+class StepSums:
+    """What a step's micro-batches add up to over all ranks, read from the step's one all-reduce.
+
+    `totals` and `weights` are per term; `sums` are the objective's own; `flags` are the engine's, added over ranks.
+    `denominator` is what gradients are still to be divided by (1.0 where the loss was divided at once).
+    """
+
+    totals: Mapping[str, float]
+    weights: Mapping[str, float]
+    sums: Mapping[str, Tensor]
+    flags: tuple[float, ...]
+    denominator: float
+
+    @property
+    def loss(self) -> float:
+        """Sum over the terms of total / weight; terms of weight zero count nothing."""
+        return sum(self.totals[term] / weight for term, weight in self.weights.items() if weight)
+
+    @property
+    def weight(self) -> float:
+        """Sum of all terms' weights: zero means that the step has nothing to learn from."""
+        return sum(abs(weight) for weight in self.weights.values())
+
+    def plus(self, more: StepSums) -> StepSums:
+        """The sums of two accumulations before one step. Raises ValueError where one was divided already."""
+        if set(self.totals) != set(more.totals) or len(self.totals) > 1:
+            raise ValueError("a loss of several terms takes one accumulate before a step")
+        return StepSums(
+            {term: total + more.totals[term] for term, total in self.totals.items()},
+            {term: weight + more.weights[term] for term, weight in self.weights.items()},
+            {name: value + more.sums[name] for name, value in self.sums.items()},
+            tuple(a + b for a, b in zip(self.flags, more.flags, strict=True)),
+            self.denominator + more.denominator,
+        )
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """`grad_norm` is the global 2-norm before clipping, None where it was neither asked for nor needed."""
+
+    grad_norm: float | None
+    applied: bool
+
+
+@dataclass(frozen=True)
+class Ingredients:
+    """What `prepare` builds from. Without `make_optimizer` the model is frozen (a teacher)."""
+
+    name: str
+    make_model: MakeModel
+    make_optimizer: MakeOptimizer | None = None
+    make_schedule: MakeSchedule | None = None
+    objective: nn.Module | None = None
+
+
+class AbstractStrategy(ABC):
+    """Built as `Strategy(options, world)`; all methods are collective unless they say otherwise."""
+
+    def __init__(self, options: Any, world: World) -> None:
+        self.options = options
+        self.world = world
+
+    @abstractmethod
+    def prepare(self, ingredients: Ingredients) -> Prepared:
+        """Build the model under the seed, wrap or shard it, then build optimizer and schedule over what came of it."""
+
+    @abstractmethod
+    def accumulate(
+        self, prepared: Prepared, micro_batches: Sequence[MicroBatch], objective: Objective, flags: Sequence[float] = ()
+    ) -> StepSums:
+        """Forward and backward of the step's micro-batches; every rank brings equally many."""
+
+    @abstractmethod
+    def step(self, prepared: Prepared, sums: StepSums, *, clip_norm: float | None, want_norm: bool) -> StepOutcome:
+        """Scale, clip, step, schedule and zero as one act. A step of weight zero changes nothing."""
+
+    @abstractmethod
+    def shards(self, prepared: Prepared, stored: Mapping[str, Any] | None = None) -> list[Shard]:
+        """The canonical boxes this rank holds of parameters, buffers and optimizer state. Local.
+
+        With `stored` (names to shapes and dtypes of a checkpoint) missing optimizer state is created first, to be
+        filled. Raises CheckpointError for state that this strategy cannot hold.
+        """
+
+    @abstractmethod
+    def whole(self, prepared: Prepared) -> Iterator[tuple[str, Tensor]]:
+        """Name and full value, on the CPU, of every parameter and persistent buffer of the model, one at a time."""
+
+    def close(self) -> None:  # noqa: B027 - most strategies hold nothing that outlives the process group
+        """Let go of what outlives the process group."""

@@ -1,0 +1,71 @@
+"""`ddp`: every rank holds everything; torch's DistributedDataParallel adds the gradients up.
+
+What DDP wraps is the call of the objective, not the model: an objective may then call the model several times, or by
+another method than `forward`, within the one forward that DDP allows a backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from disttrain.checkpoint import Shard
+from disttrain.data import MicroBatch
+from disttrain.objective import Loss, Objective
+from disttrain.strategy.arithmetic import run_micro_batches
+from disttrain.strategy.call import ObjectiveCall
+from disttrain.strategy.construction import build_on_host, equip, name_parameters
+from disttrain.strategy.contract import AbstractStrategy, Ingredients, Prepared, StepOutcome, StepSums
+from disttrain.strategy.state import replicated_shards, whole_tensors
+from disttrain.strategy.update import torch_step
+
+
+class DDP(AbstractStrategy):
+    """No communication inside accumulation: gradients are reduced in the last micro-batch's backward alone."""
+
+    def prepare(self, ingredients: Ingredients) -> Prepared:
+        model = build_on_host(self.world, ingredients).to(self.world.device)
+        prepared = Prepared(ingredients.name, model, ingredients.objective)
+        equip(prepared, ingredients, name_parameters(model, ingredients.objective))
+        if prepared.optimizer is not None:
+            prepared.wrapped = DistributedDataParallel(
+                ObjectiveCall(model, ingredients.objective),
+                # One rank's buffers never overwrite another's: batch statistics are each rank's own, as documented.
+                broadcast_buffers=False,
+                bucket_cap_mb=self.options.bucket_mb,
+                find_unused_parameters=self.options.find_unused,
+                gradient_as_bucket_view=True,
+            )
+        return prepared
+
+    def accumulate(
+        self, prepared: Prepared, micro_batches: Sequence[MicroBatch], objective: Objective, flags: Sequence[float] = ()
+    ) -> StepSums:
+        ddp: DistributedDataParallel = prepared.wrapped
+
+        def communicating(last: bool) -> AbstractContextManager[Any]:
+            return nullcontext() if last else ddp.no_sync()
+
+        return run_micro_batches(
+            self.world,
+            prepared,
+            micro_batches,
+            objective,
+            flags,
+            call=lambda objective, batch, context: Loss(*ddp(objective, batch, context)),
+            communicating=communicating,
+        )
+
+    def step(self, prepared: Prepared, sums: StepSums, *, clip_norm: float | None, want_norm: bool) -> StepOutcome:
+        # DDP divides by the world size; the sum is what the arithmetic wants.
+        return torch_step(prepared, sums, clip_norm=clip_norm, want_norm=want_norm, factor=float(self.world.group.size))
+
+    def shards(self, prepared: Prepared, stored: Mapping[str, Any] | None = None) -> list[Shard]:
+        return replicated_shards(prepared, stored, replica=(self.world.group.rank, self.world.group.size))
+
+    def whole(self, prepared: Prepared) -> Iterator[tuple[str, Tensor]]:
+        return whole_tensors(prepared.model)

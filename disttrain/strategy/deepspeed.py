@@ -1,0 +1,168 @@
+"""`deepspeed`: ZeRO stages 1, 2 and 3 by the real DeepSpeed, with our arithmetic. The only file that imports deepspeed.
+
+DeepSpeed averages over ranks and micro-batches; here every micro-batch back-propagates `total * world size`, and the
+step's whole weight goes in as the loss scale that its optimizer divides by, so that gradients, norm and clipping are
+those of `sum of losses / sum of weights`, as everywhere. Clipping is always stated: left out, DeepSpeed clips at 1.0.
+Refuses float64 and autocast, which its partitions do not know, and checkpoints, which a later release brings.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from disttrain.checkpoint import Shard
+from disttrain.data import MicroBatch
+from disttrain.errors import CheckpointError, ConfigError, explain
+from disttrain.objective import Loss, Objective
+from disttrain.runtime import export_launch, read_launch
+from disttrain.strategy.arithmetic import refuse_non_finite, run_micro_batches
+from disttrain.strategy.call import ObjectiveCall
+from disttrain.strategy.construction import build_on_host, equip, name_parameters
+from disttrain.strategy.contract import AbstractStrategy, Ingredients, Prepared, StepOutcome, StepSums, World
+
+
+class DeepSpeed(AbstractStrategy):
+    """One DeepSpeed engine for each model that is trained."""
+
+    def __init__(self, options: Any, world: World) -> None:
+        super().__init__(options, world)
+        if world.dtype != torch.float32 or world.autocast is not None:
+            raise ConfigError(
+                explain(
+                    "strategy.name=deepspeed trains in precision.compute=fp32 for now.",
+                    f"parameters in {world.dtype}, compute in {world.autocast or world.dtype}",
+                    "set precision.compute=fp32, or use strategy ddp or fsdp",
+                )
+            )
+        self._deepspeed = _import_deepspeed(world.device)
+
+    def prepare(self, ingredients: Ingredients) -> Prepared:
+        model = build_on_host(self.world, ingredients).to(self.world.device)
+        prepared = Prepared(ingredients.name, model, ingredients.objective)
+        equip(prepared, ingredients, name_parameters(model, ingredients.objective))
+        if prepared.optimizer is None:
+            return prepared
+        with warnings.catch_warnings():
+            # DeepSpeed 0.19 touches what torch 2.13 deprecates; nothing a user could mend.
+            warnings.simplefilter("ignore", FutureWarning)
+            engine, *_ = self._deepspeed.initialize(
+                model=ObjectiveCall(model, ingredients.objective),
+                optimizer=prepared.optimizer,
+                config=native_config(self.options),
+                dist_init_required=False,
+            )
+        prepared.wrapped = engine
+        return prepared
+
+    def accumulate(
+        self, prepared: Prepared, micro_batches: Sequence[MicroBatch], objective: Objective, flags: Sequence[float] = ()
+    ) -> StepSums:
+        engine = prepared.wrapped
+        world_size = self.world.group.size
+
+        @contextmanager
+        def communicating(last: bool) -> Iterator[None]:
+            engine.set_gradient_accumulation_boundary(last)
+            yield
+
+        return run_micro_batches(
+            self.world,
+            prepared,
+            micro_batches,
+            objective,
+            flags,
+            call=lambda objective, batch, context: Loss(*engine(objective, batch, context)),
+            backward=lambda total: engine.backward(total * world_size),
+            communicating=communicating,
+        )
+
+    def step(self, prepared: Prepared, sums: StepSums, *, clip_norm: float | None, want_norm: bool) -> StepOutcome:
+        engine = prepared.wrapped
+        zero = engine.optimizer
+        prepared.updates += 1
+        if sums.weight == 0.0:
+            zero.zero_grad()
+            self._forget_stale(prepared)
+            return StepOutcome(None, applied=False)
+        zero.clip_grad = float(clip_norm or 0.0)
+        kept, zero.loss_scaler.cur_scale = zero.loss_scaler.cur_scale, sums.denominator
+        try:
+            engine.step()
+        finally:
+            zero.loss_scaler.cur_scale = kept
+        self._forget_stale(prepared)
+        norm = float(engine.get_global_grad_norm() or 0.0)
+        if not engine.was_step_applied() or not math.isfinite(norm):
+            refuse_non_finite(f"a gradient norm of {norm}")
+        if prepared.schedule is not None:
+            prepared.schedule.step()
+        return StepOutcome(norm, applied=True)
+
+    def _forget_stale(self, prepared: Prepared) -> None:
+        """Stage 3 would apply the last step's gradient again to a parameter that this step does not reach."""
+        buffer = getattr(prepared.wrapped.optimizer, "grad_partitions_flat_buffer", None)
+        if buffer is not None:
+            buffer.zero_()
+
+    def shards(self, prepared: Prepared, stored: Mapping[str, Any] | None = None) -> list[Shard]:
+        raise CheckpointError(
+            explain(
+                "A checkpoint is to be saved or loaded under strategy.name=deepspeed.",
+                f"ZeRO stage {self.options.stage}, whose flat partitions this release does not cut into boxes yet",
+                "set checkpoint.every=null checkpoint.at_end=false checkpoint.resume=never, or use ddp or fsdp",
+            )
+        )
+
+    def whole(self, prepared: Prepared) -> Iterator[tuple[str, Tensor]]:
+        model = prepared.model
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            with self._deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
+                yield name, tensor.detach().to("cpu", copy=True)
+
+
+def native_config(options: Any) -> dict[str, Any]:
+    """DeepSpeed's own config. One sample, one micro-batch and no clipping: the arithmetic is ours, batch by batch."""
+    bucket = int(options.bucket_mb * 2**20 / 4)  # DeepSpeed counts elements; its default is 2 GiB a rank
+    zero: dict[str, Any] = {"stage": options.stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+    if options.stage == 3:
+        zero |= {"stage3_prefetch_bucket_size": bucket}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": zero,
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+    }
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    """DeepSpeed, told which accelerator it stands on, and quiet. Raises ConfigError with the install line."""
+    launch = read_launch()
+    export_launch(launch, {"DS_ACCELERATOR": device.type, "DS_BUILD_OPS": "0"})
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            module = importlib.import_module("deepspeed")
+    except ImportError as error:
+        raise ConfigError(
+            explain(
+                "strategy.name=deepspeed needs the package deepspeed.",
+                str(error),
+                "pip install --no-build-isolation 'disttrain[deepspeed]'",
+            )
+        ) from error
+    importlib.import_module("deepspeed.utils.logging").logger.setLevel(logging.WARNING)
+    return module

@@ -1,0 +1,60 @@
+"""`none`: one process, nothing wrapped. The reference that every other strategy equals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from disttrain.checkpoint import Shard
+from disttrain.data import MicroBatch
+from disttrain.errors import ConfigError, explain
+from disttrain.objective import Objective
+from disttrain.strategy.arithmetic import run_micro_batches
+from disttrain.strategy.construction import build_on_host, equip, name_parameters
+from disttrain.strategy.contract import AbstractStrategy, Ingredients, Prepared, StepOutcome, StepSums, World
+from disttrain.strategy.state import replicated_shards, whole_tensors
+from disttrain.strategy.update import torch_step
+
+
+class NoStrategy(AbstractStrategy):
+    """Refuses a world of several: each process would train a model of its own."""
+
+    def __init__(self, options: Any, world: World) -> None:
+        super().__init__(options, world)
+        if world.group.size > 1:
+            raise ConfigError(
+                explain(
+                    "strategy.name=none trains in one process.",
+                    f"a world of {world.group.size}",
+                    "set strategy.name to ddp, fsdp or deepspeed, or start one process",
+                )
+            )
+
+    def prepare(self, ingredients: Ingredients) -> Prepared:
+        model = build_on_host(self.world, ingredients).to(self.world.device)
+        prepared = Prepared(ingredients.name, model, ingredients.objective)
+        equip(prepared, ingredients, name_parameters(model, ingredients.objective))
+        return prepared
+
+    def accumulate(
+        self, prepared: Prepared, micro_batches: Sequence[MicroBatch], objective: Objective, flags: Sequence[float] = ()
+    ) -> StepSums:
+        return run_micro_batches(
+            self.world,
+            prepared,
+            micro_batches,
+            objective,
+            flags,
+            call=lambda objective, batch, context: objective(prepared.model, batch, context),
+        )
+
+    def step(self, prepared: Prepared, sums: StepSums, *, clip_norm: float | None, want_norm: bool) -> StepOutcome:
+        return torch_step(prepared, sums, clip_norm=clip_norm, want_norm=want_norm)
+
+    def shards(self, prepared: Prepared, stored: Mapping[str, Any] | None = None) -> list[Shard]:
+        return replicated_shards(prepared, stored, replica=(0, 1))
+
+    def whole(self, prepared: Prepared) -> Iterator[tuple[str, Tensor]]:
+        return whole_tensors(prepared.model)

@@ -1,0 +1,117 @@
+"""Canonical boxes of what torch optimizers and modules hold: replicated tensors whole, DTensors by their local box.
+
+Names are `KIND/OWNER/NAME`: `model/OWNER/blocks.0.weight`, `objective/OWNER/...`, and optimizer state as
+`optim/OWNER/PARAMETER:KEY`. State shaped like its parameter shares its box, scalars are 0-d tensors, anything else is
+opaque: kept by ranks that hold the parameter whole, refused where it is cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from disttrain.checkpoint import Box, Shard
+from disttrain.errors import CheckpointError, explain
+from disttrain.strategy.contract import Prepared
+
+Replica = tuple[int, int]
+
+
+def replicated_shards(prepared: Prepared, stored: Mapping[str, Any] | None, *, replica: Replica) -> list[Shard]:
+    """Every tensor whole on every rank; one of them will write it. Local."""
+    return [_whole_shard(name, tensor, replica) for name, tensor in _tensors(prepared, stored)]
+
+
+def sharded_shards(prepared: Prepared, stored: Mapping[str, Any] | None, *, rank: int, size: int) -> list[Shard]:
+    """DTensors by their local box, everything else replicated. Local; raises CheckpointError for opaque state."""
+    shards = []
+    for name, tensor in _tensors(prepared, stored):
+        if not isinstance(tensor, DTensor):
+            shards.append(_whole_shard(name, tensor, (rank, size)))
+            continue
+        sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+        local = tensor.to_local().detach()
+        shards.append(Shard(name, tuple(tensor.shape), Box(tuple(offsets), tuple(sizes)), local))
+    return shards
+
+
+def copy_part(place: Tensor, value: Tensor) -> None:
+    """Copy a whole value into a tensor, or the local box's part of it into a DTensor. Local."""
+    with torch.no_grad():
+        if not isinstance(place, DTensor):
+            place.copy_(value)
+            return
+        sizes, offsets = compute_local_shape_and_global_offset(place.shape, place.device_mesh, place.placements)
+        part = value[tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))]
+        place.to_local().copy_(part)
+
+
+def whole_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Name and full CPU value of each entry of the state dict; gathers DTensors, so all ranks call it."""
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, Tensor):
+            full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            yield name, full.detach().to("cpu", copy=True)
+
+
+def _whole_shard(name: str, tensor: Tensor, replica: Replica) -> Shard:
+    shape = tuple(tensor.shape)
+    return Shard(name, shape, Box((0,) * len(shape), shape), tensor.detach(), replica)
+
+
+def _tensors(prepared: Prepared, stored: Mapping[str, Any] | None) -> Iterator[tuple[str, Tensor]]:
+    for kind, module in (("model", prepared.model), ("objective", prepared.objective)):
+        if module is not None:
+            yield from ((f"{kind}/{prepared.name}/{name}", tensor) for name, tensor in _unique(module))
+    if prepared.optimizer is None:
+        return
+    for named in prepared.named:
+        prefix = f"optim/{prepared.name}/{named.name}:"
+        state = prepared.optimizer.state[named.parameter]
+        if stored is not None:
+            _create_state(state, named.parameter, prefix, stored)
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                if isinstance(named.parameter, DTensor) and not isinstance(value, DTensor) and value.dim() > 0:
+                    refuse_opaque(prefix + key, value)
+                yield prefix + key, value
+
+
+def _unique(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters once each, under their first name, and persistent buffers."""
+    yield from module.named_parameters()
+    persistent = {name for name, _ in module.named_buffers()} & set(module.state_dict().keys())
+    yield from ((name, buffer) for name, buffer in module.named_buffers() if name in persistent)
+
+
+def _create_state(state: dict[str, Any], parameter: nn.Parameter, prefix: str, stored: Mapping[str, Any]) -> None:
+    """Make room for stored state, in the parameter's own layout where the shapes agree."""
+    for name, info in stored.items():
+        if not name.startswith(prefix) or name.removeprefix(prefix) in state:
+            continue
+        key = name.removeprefix(prefix)
+        if tuple(info.shape) == tuple(parameter.shape) and parameter.dim() > 0:
+            state[key] = torch.zeros_like(parameter, dtype=info.dtype, requires_grad=False)
+        elif not info.shape:
+            # Where torch keeps `step`: on the host, unless the optimizer is fused or capturable on a GPU.
+            state[key] = torch.zeros((), dtype=info.dtype)
+        elif isinstance(parameter, DTensor):
+            refuse_opaque(name, torch.empty(info.shape, device="meta"))
+        else:
+            state[key] = torch.zeros(info.shape, dtype=info.dtype, device=parameter.device)
+
+
+def refuse_opaque(name: str, tensor: Tensor) -> None:
+    """Raise CheckpointError: optimizer state of its own shape cannot follow a parameter that is cut."""
+    raise CheckpointError(
+        explain(
+            f"Optimizer state {name!r} is to be saved or loaded where its parameter is cut over ranks.",
+            f"shape {tuple(tensor.shape)}, which is not the parameter's",
+            "use strategy none or ddp with this optimizer, or an optimizer whose state is elementwise",
+        )
+    )

@@ -1,0 +1,49 @@
+"""The step as one act for strategies whose optimizer is torch's own: scale, clip, step, schedule, zero."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from disttrain.strategy.arithmetic import Gradients, refuse_non_finite
+from disttrain.strategy.contract import Prepared, StepOutcome, StepSums
+
+
+def torch_step(
+    prepared: Prepared,
+    sums: StepSums,
+    *,
+    clip_norm: float | None,
+    want_norm: bool,
+    factor: float = 1.0,
+    square: Callable[[Gradients], Tensor] = Gradients.square,
+) -> StepOutcome:
+    """`factor` turns the gradients at hand into those of the summed loss (DDP averages over ranks); `square` gives the
+    global sum of squares. The norm is read, and refused if it is not finite, before a weight changes."""
+    if prepared.optimizer is None:
+        raise ValueError(f"{prepared.name!r} was prepared without an optimizer: it cannot step")
+    prepared.updates += 1
+    if sums.weight == 0.0:
+        prepared.optimizer.zero_grad(set_to_none=True)
+        return StepOutcome(None, applied=False)
+    gradients = Gradients(prepared)
+    scale = factor / sums.denominator
+    norm = None
+    if want_norm or clip_norm:
+        norm = math.sqrt(float(square(gradients))) * abs(scale)
+        if not math.isfinite(norm):
+            prepared.optimizer.zero_grad(set_to_none=True)
+            refuse_non_finite(f"a gradient norm of {norm}")
+    if clip_norm and norm is not None:
+        # torch.nn.utils.clip_grad_norm_'s own form, its 1e-6 included, so that plain loops agree.
+        scale *= min(1.0, clip_norm / (norm + 1e-6))
+    gradients.scale(scale)
+    with torch.no_grad():
+        prepared.optimizer.step()
+    if prepared.schedule is not None:
+        prepared.schedule.step()
+    prepared.optimizer.zero_grad(set_to_none=True)
+    return StepOutcome(norm, applied=True)
