@@ -34,12 +34,12 @@ EXPECTED = {
         lambda run: last(run, "loss") < 3.9,
         ("run.steps=20", "report.every=1", "eval.at_end=false"),
     ),
-    # a linear classifier reaches 0.95
-    "digits.yaml": Expectation(lambda run: last(run, "eval/held_out/accuracy") > 0.95),
-    # targets have variance 10 and noise of variance 0.01
-    "custom_net.yaml": Expectation(lambda run: last(run, "loss") < 0.1),
-    # the mean alone gets 1.0, least squares about 0.5
-    "regression.yaml": Expectation(lambda run: last(run, "eval/held_out/loss") < 0.75),
+    # logistic regression reaches 0.964, this network written in plain torch 0.958 to 0.967
+    "digits.yaml": Expectation(lambda run: last(run, "eval/held_out/accuracy") > 0.94),
+    # targets have variance 10, noise of variance 0.01; a plain loop ends at 0.012 to 0.015
+    "custom_net.yaml": Expectation(lambda run: last(run, "loss") < 0.05),
+    # the mean alone gets 0.98, least squares and this network written in plain torch 0.45 to 0.49
+    "regression.yaml": Expectation(lambda run: last(run, "eval/held_out/loss") < 0.6),
 }
 
 
