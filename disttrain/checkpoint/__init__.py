@@ -1,0 +1,49 @@
+"""Checkpoints: one form for all strategies and world sizes; sharded, atomic, verified, free of pickle.
+
+Owns the folder `step-NNNNNNNN`: canonical boxes, the files, the manifest, the commit. Entered by strategies (which say
+what shards a rank holds) and by the engine (which saves and loads them). Refuses to overwrite and to read what does not
+fit its checksums.
+"""
+
+from __future__ import annotations
+
+from disttrain.checkpoint.boxes import Box, flat_range_to_boxes, overlap, tiling_fault, whole
+from disttrain.checkpoint.disk import Disk
+from disttrain.checkpoint.folder import (
+    list_checkpoints,
+    newest_whole,
+    prune,
+    remove_stale_staging,
+    set_aside,
+    step_folder,
+)
+from disttrain.checkpoint.manifest import Manifest, StoredBox, TensorInfo
+from disttrain.checkpoint.reader import Checkpoint, Differences
+from disttrain.checkpoint.save import save_checkpoint
+from disttrain.checkpoint.shards import KINDS, Ranks, Shard, SoleRank, whole_shard
+
+__all__ = [
+    "KINDS",
+    "Box",
+    "Checkpoint",
+    "Differences",
+    "Disk",
+    "Manifest",
+    "Ranks",
+    "Shard",
+    "SoleRank",
+    "StoredBox",
+    "TensorInfo",
+    "flat_range_to_boxes",
+    "list_checkpoints",
+    "newest_whole",
+    "overlap",
+    "prune",
+    "remove_stale_staging",
+    "save_checkpoint",
+    "set_aside",
+    "step_folder",
+    "tiling_fault",
+    "whole",
+    "whole_shard",
+]

@@ -1,0 +1,116 @@
+"""Arithmetic of boxes: the one form in which tensors cross strategies and world sizes.
+
+A box is a rectangular part of a tensor: where it begins (`offsets`) and how long it is (`sizes`), per dim. Pure;
+entered by the rest of this room and by strategies that say which boxes a rank holds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A rectangular part of a tensor; of a scalar, `Box((), ())`. Empty when a size is 0."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.offsets) != len(self.sizes):
+            raise ValueError(f"a box needs one size per offset, not offsets {self.offsets} and sizes {self.sizes}")
+        if any(number < 0 for number in (*self.offsets, *self.sizes)):
+            raise ValueError(f"a box has no negative numbers: offsets {self.offsets}, sizes {self.sizes}")
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """The first index after the box, per dim."""
+        return tuple(offset + size for offset, size in zip(self.offsets, self.sizes, strict=True))
+
+    @property
+    def numel(self) -> int:
+        """How many elements it holds."""
+        return math.prod(self.sizes)
+
+    def slices(self, origin: Sequence[int] | None = None) -> tuple[slice, ...]:
+        """The index of this box in a tensor that begins at `origin` (by default at zero)."""
+        start = self.offsets if origin is None else tuple(o - z for o, z in zip(self.offsets, origin, strict=True))
+        return tuple(slice(begin, begin + size) for begin, size in zip(start, self.sizes, strict=True))
+
+    def shifted(self, by: Sequence[int]) -> Box:
+        """The same box, `by` further along each dim."""
+        return Box(tuple(offset + more for offset, more in zip(self.offsets, by, strict=True)), self.sizes)
+
+    def __str__(self) -> str:
+        return "[" + ",".join(f"{a}:{b}" for a, b in zip(self.offsets, self.stops, strict=True)) + "]"
+
+
+def whole(shape: Sequence[int]) -> Box:
+    """The box that is all of a tensor."""
+    return Box((0,) * len(shape), tuple(shape))
+
+
+def overlap(a: Box, b: Box) -> Box | None:
+    """What two boxes of one tensor share; None where that is nothing."""
+    offsets = tuple(map(max, a.offsets, b.offsets))
+    sizes = tuple(min(x, y) - begin for x, y, begin in zip(a.stops, b.stops, offsets, strict=True))
+    return Box(offsets, sizes) if all(size > 0 for size in sizes) else None
+
+
+def flat_range_to_boxes(shape: Sequence[int], start: int, stop: int) -> list[Box]:
+    """Cut elements `start` to `stop` of a tensor's row-major order into boxes, at most `2 * ndim - 1` of them.
+
+    The boxes come in that order and each is contiguous in it, so that they can be cut from the flat range one by one.
+    """
+    if not 0 <= start <= stop <= math.prod(shape):
+        raise ValueError(f"elements {start} to {stop} are not in a tensor of shape {tuple(shape)}")
+    if start == stop:
+        return []
+    if len(shape) <= 1:
+        return [Box((start,), (stop - start,)) if shape else Box((), ())]
+    inner = tuple(shape[1:])
+    row = math.prod(inner)
+    first, head = divmod(start, row)
+    last, tail = divmod(stop, row)
+    if first == last or (last == first + 1 and head and not tail):  # inside one row
+        return _in_row(first, flat_range_to_boxes(inner, head, stop - first * row))
+    boxes: list[Box] = []
+    if head:
+        boxes += _in_row(first, flat_range_to_boxes(inner, head, row))
+        first += 1
+    if last > first:
+        boxes.append(Box((first, *(0 for _ in inner)), (last - first, *inner)))
+    if tail:
+        boxes += _in_row(last, flat_range_to_boxes(inner, 0, tail))
+    return boxes
+
+
+def _in_row(row: int, boxes: list[Box]) -> list[Box]:
+    return [Box((row, *box.offsets), (1, *box.sizes)) for box in boxes]
+
+
+def tiling_fault(shape: Sequence[int], boxes: Sequence[Box]) -> str | None:
+    """What keeps `boxes` from covering a tensor exactly (outside, overlap, hole), in words; None if they tile it.
+
+    Empty boxes count for nothing. A sweep along the dim with the most cuts: no pass over all pairs of boxes.
+    """
+    full = [box for box in boxes if box.numel]
+    for box in boxes:
+        if len(box.sizes) != len(shape) or any(stop > size for stop, size in zip(box.stops, shape, strict=True)):
+            return f"box {box} is not inside shape {tuple(shape)}"
+    if shape and full:
+        dim = max(range(len(shape)), key=lambda d: len({box.offsets[d] for box in full}))
+        full.sort(key=lambda box: box.offsets[dim])
+        active: list[Box] = []
+        for box in full:
+            active = [other for other in active if other.stops[dim] > box.offsets[dim]]
+            for other in active:
+                if overlap(box, other):
+                    return f"boxes {other} and {box} overlap"
+            active.append(box)
+    elif len(full) > 1:
+        return f"{len(full)} boxes hold the one scalar"
+    held, needed = sum(box.numel for box in full), math.prod(shape)
+    return None if held == needed else f"the boxes hold {held} of {needed} elements"
