@@ -97,7 +97,7 @@ def tiling_fault(shape: Sequence[int], boxes: Sequence[Box]) -> str | None:
     Empty boxes count for nothing. A sweep along the dim with the most cuts: no pass over all pairs of boxes.
     """
     full = [box for box in boxes if box.numel]
-    for box in boxes:
+    for box in full:
         if len(box.sizes) != len(shape) or any(stop > size for stop, size in zip(box.stops, shape, strict=True)):
             return f"box {box} is not inside shape {tuple(shape)}"
     if shape and full:

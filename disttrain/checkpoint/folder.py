@@ -23,15 +23,21 @@ _STEP = re.compile(r"step-(\d{8,})")
 
 def step_folder(step: int) -> str:
     """The folder's name of a step's checkpoint."""
+    if step < 0:
+        raise ValueError(f"a step is not negative: {step}")
     return f"step-{step:08d}"
 
 
 def list_checkpoints(root: Path) -> list[Path]:
     """Committed checkpoints, by step, oldest first; whether they are whole is not looked at. Local."""
+    return [path for path in _step_folders(root) if (path / MANIFEST).is_file()]
+
+
+def _step_folders(root: Path) -> list[Path]:
     if not root.is_dir():
         return []
     found = [(int(match.group(1)), path) for path in root.iterdir() if (match := _STEP.fullmatch(path.name))]
-    return [path for _, path in sorted(found) if (path / MANIFEST).is_file()]
+    return [path for _, path in sorted(found)]
 
 
 def newest_whole(root: Path, ranks: Ranks, verify: bool = True) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:
@@ -39,9 +45,7 @@ def newest_whole(root: Path, ranks: Ranks, verify: bool = True) -> tuple[Checkpo
 
     Rank 0 lists; all ranks open. With `verify` every byte is read once, each rank reading its part.
     """
-    candidates = take_step(
-        ranks, lambda: None, lambda _: list_checkpoints(root)[::-1], asked=f"{root} cannot be listed."
-    )
+    candidates = take_step(ranks, lambda: None, lambda _: _step_folders(root)[::-1], asked=f"{root} cannot be listed.")
     rejected: list[tuple[Path, str]] = []
     for path in candidates:
         opened: list[Checkpoint] = []

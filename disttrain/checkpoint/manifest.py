@@ -103,15 +103,18 @@ def _encode_tensor(info: TensorInfo) -> dict[str, Any]:
 
 def checked_document(value: Any, path: str = "document") -> Any:
     """`value` with tuples as lists; CheckpointError names what JSON would not carry unchanged."""
-    if value is None or type(value) in (bool, int, float, str):
+    if value is None or isinstance(value, bool):
         return value
+    for plain in (int, float, str):
+        if isinstance(value, plain):
+            return plain(value)  # a subclass, such as numpy's float64 or a StrEnum, comes back as the plain kind
     if isinstance(value, list | tuple):
         return [checked_document(item, f"{path}[{place}]") for place, item in enumerate(value)]
-    if isinstance(value, Mapping) and all(type(key) is str for key in value):
-        return {key: checked_document(item, f"{path}.{key}") for key, item in value.items()}
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {str(key): checked_document(item, f"{path}.{key}") for key, item in value.items()}
     found = f"{type(value).__name__} at {path}"
     if isinstance(value, Mapping):
-        found = f"keys that are no strings at {path}: {[key for key in value if type(key) is not str][:3]}"
+        found = f"keys that are no strings at {path}: {[key for key in value if not isinstance(key, str)][:3]}"
     raise CheckpointError(
         explain("a checkpoint's document holds JSON only.", found, "save tensors as shards, and the rest as plain JSON")
     )

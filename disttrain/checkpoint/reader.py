@@ -6,11 +6,9 @@ paths that leave the folder, and every byte whose checksum does not fit.
 
 from __future__ import annotations
 
-import os
-import stat
-import zlib
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ import torch
 from torch import Tensor
 
 from disttrain.checkpoint.boxes import Box, flat_range_to_boxes, overlap, whole
+from disttrain.checkpoint.chunks import ChunkReader, open_chunks, read_manifest_bytes, refuse_unusable
 from disttrain.checkpoint.manifest import MANIFEST, Manifest, StoredBox, TensorInfo, decode_manifest
 from disttrain.checkpoint.shards import Shard, refuse_bad_shards
 from disttrain.errors import CheckpointError, explain
@@ -30,17 +29,6 @@ class Differences:
 
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class _Job:
-    """Fill `into`, which is `box` of a tensor, from what a stored box shares with it."""
-
-    name: str
-    stored: StoredBox
-    dtype: torch.dtype
-    box: Box
-    into: Tensor
 
 
 class Checkpoint:
@@ -60,10 +48,10 @@ class Checkpoint:
         CheckpointError for whatever is not a whole checkpoint.
         """
         path = Path(path)
-        manifest = decode_manifest(_read_manifest(path), where=str(path / MANIFEST))
+        manifest = decode_manifest(read_manifest_bytes(path), where=str(path / MANIFEST))
         checkpoint = cls(path, manifest, verify=verify)
-        for name in manifest.files:
-            os.close(checkpoint._open_file(name))
+        for name, info in manifest.files.items():
+            refuse_unusable(path / name, info)
         return checkpoint
 
     @property
@@ -102,15 +90,17 @@ class Checkpoint:
         """Copy what is stored into the shards' tensors, whatever boxes it was saved in. Local; two passes.
 
         Nothing is written before all names and shapes fit and (with `verify`) every chunk needed was read and checked.
-        `strict` refuses missing names, and stored ones that no shard asks for, but for those in `ignore`. Floating dtypes
-        are converted to the shard's; any other change of dtype is refused. Raises CheckpointError with all
+        `strict` refuses missing names, and stored ones that no shard asks for, but for those in `ignore`. Floating
+        dtypes are converted to the shard's; any other change of dtype is refused. Raises CheckpointError with all
         missing, unexpected and misshapen names.
         """
-        refuse_bad_shards(list(shards), f"{self.path} could not be loaded.")
+        refuse_bad_shards(shards)
         differences = self._compare(shards, strict, ignore)
         jobs = self._plan_jobs(shards)
         if self._verify:
-            faults = [fault for file, own in jobs.items() for fault in self._check(file, self._needed(file, own))]
+            size = self._manifest.chunk_bytes
+            needed = {file: [chunk for chunk, _ in _plan_copies(own, size)] for file, own in jobs.items()}
+            faults = [fault for file, chunks in needed.items() for fault in self._check(file, chunks)]
             if faults:
                 raise self._damaged(faults)
         for file, own in jobs.items():
@@ -172,85 +162,34 @@ class Checkpoint:
                 continue
             for stored in info.boxes:
                 if overlap(stored.box, shard.box):
-                    jobs[stored.file].append(_Job(shard.name, stored, info.dtype, shard.box, shard.tensor.detach()))
+                    jobs[stored.file].append(_Job(stored, info.dtype, shard.box, shard.tensor.detach()))
         return {file: sorted(own, key=lambda job: job.stored.start) for file, own in sorted(jobs.items())}
 
-    def _span(self, file: str, chunk: int) -> tuple[int, int]:
-        start = chunk * self._manifest.chunk_bytes
-        return start, min(start + self._manifest.chunk_bytes, self._manifest.files[file].size)
-
-    def _copies(self, file: str, jobs: Sequence[_Job]) -> Iterator[tuple[int, list[tuple[_Job, Box, Box]]]]:
-        """Per chunk that holds something asked for: (chunk, [(job, a box contiguous in the chunk, what of it)])."""
-        by_chunk: dict[int, list[_Job]] = defaultdict(list)
-        for job in jobs:
-            first, last = _hull(job)
-            for chunk in range(first // self._manifest.chunk_bytes, (last - 1) // self._manifest.chunk_bytes + 1):
-                by_chunk[chunk].append(job)
-        for chunk in sorted(by_chunk):
-            begin, end = self._span(file, chunk)
-            copies = [(job, *pair) for job in by_chunk[chunk] for pair in _shared(job, begin, end)]
-            if copies:
-                yield chunk, copies
-
-    def _needed(self, file: str, jobs: Sequence[_Job]) -> list[int]:
-        return [chunk for chunk, _ in self._copies(file, jobs)]
+    def _check(self, file: str, chunks: Sequence[int]) -> list[str]:
+        """Faults of these chunks, in words. Chunks found right once are not read again."""
+        rest = [chunk for chunk in chunks if (file, chunk) not in self._checked]
+        faults = []
+        if rest:
+            with self._open(file) as reader:
+                for chunk in rest:
+                    fault = reader.read(chunk, verify=True)
+                    if fault is None:
+                        self._checked.add((file, chunk))
+                    else:
+                        faults.append(fault)
+        return faults
 
     def _fill(self, file: str, jobs: Sequence[_Job]) -> None:
-        descriptor = self._open_file(file)
-        buffer = self._buffer()
-        try:
-            for chunk, copies in self._copies(file, jobs):
-                begin, _ = self._span(file, chunk)
-                fault = self._read_chunk(descriptor, file, chunk, buffer)
+        with self._open(file) as reader, torch.no_grad():
+            for chunk, copies in _plan_copies(jobs, self._manifest.chunk_bytes):
+                fault = reader.read(chunk, verify=self._verify)
                 if fault:
                     raise self._damaged([fault])
-                for job, held, shared in copies:
-                    place = _place(job, held) - begin
-                    source = torch.frombuffer(buffer, dtype=job.dtype, count=held.numel, offset=place).view(held.sizes)
-                    with torch.no_grad():
-                        job.into[shared.slices(job.box.offsets)].copy_(source[shared.slices(held.offsets)])
-        finally:
-            os.close(descriptor)
+                for copy in copies:
+                    copy.perform(reader.buffer, reader.span(chunk)[0])
 
-    def _check(self, file: str, chunks: Sequence[int]) -> list[str]:
-        rest = [chunk for chunk in chunks if (file, chunk) not in self._checked]
-        if not rest:
-            return []
-        descriptor = self._open_file(file)
-        buffer = self._buffer()
-        try:
-            found = [self._read_chunk(descriptor, file, chunk, buffer, verify=True) for chunk in rest]
-        finally:
-            os.close(descriptor)
-        self._checked.update((file, chunk) for chunk, fault in zip(rest, found, strict=True) if fault is None)
-        return [fault for fault in found if fault]
-
-    def _buffer(self) -> bytearray:
-        biggest = max((info.size for info in self._manifest.files.values()), default=0)
-        return bytearray(min(self._manifest.chunk_bytes, biggest))
-
-    def _read_chunk(
-        self, descriptor: int, file: str, chunk: int, buffer: bytearray, *, verify: bool | None = None
-    ) -> str | None:
-        """Fill the buffer's beginning with a chunk; a fault in words if it is short or its checksum does not fit."""
-        begin, end = self._span(file, chunk)
-        view, at = memoryview(buffer)[: end - begin], begin
-        try:
-            while at < end:
-                got = os.preadv(descriptor, [view[at - begin :]], at)
-                if not got:
-                    return f"{file} ends at byte {at} of {self._manifest.files[file].size}"
-                at += got
-        except OSError as error:
-            return f"{file} cannot be read at byte {at}: {error.strerror}"
-        if verify if verify is not None else self._verify:
-            found, stored = zlib.crc32(view), self._manifest.files[file].chunks[chunk]
-            if found != stored:
-                return f"{file}, bytes {begin} to {end}: checksum {found:08x} instead of {stored:08x}"
-        return None
-
-    def _open_file(self, name: str) -> int:
-        return _open_plain(self.path / name, self._manifest.files[name].size)
+    def _open(self, file: str) -> AbstractContextManager[ChunkReader]:
+        return open_chunks(self.path / file, self._manifest.files[file], self._manifest.chunk_bytes)
 
     def _damaged(self, faults: Sequence[str]) -> CheckpointError:
         more = f"; and {len(faults) - 10} more" if len(faults) > 10 else ""
@@ -259,65 +198,66 @@ class Checkpoint:
         )
 
 
-def _place(job: _Job, held: Box) -> int:
-    """The first byte in the file of a box that is contiguous in the job's stored box."""
-    flat = 0
-    for offset, origin, size in zip(held.offsets, job.stored.box.offsets, job.stored.box.sizes, strict=True):
-        flat = flat * size + offset - origin
-    return job.stored.start + flat * job.dtype.itemsize
+@dataclass(frozen=True)
+class _Job:
+    """Fill `into`, which is `box` of a tensor, from what a stored box shares with it."""
+
+    stored: StoredBox
+    dtype: torch.dtype
+    box: Box
+    into: Tensor
+
+    def place(self, held: Box) -> int:
+        """The first byte in the file of a box inside the stored one."""
+        flat = 0
+        for offset, origin, size in zip(held.offsets, self.stored.box.offsets, self.stored.box.sizes, strict=True):
+            flat = flat * size + offset - origin
+        return self.stored.start + flat * self.dtype.itemsize
+
+    def hull(self) -> tuple[int, int]:
+        """The bytes in the file from the first to after the last element asked for."""
+        shared = overlap(self.stored.box, self.box)
+        assert shared is not None  # a job is made for boxes that meet
+        last = Box(tuple(stop - 1 for stop in shared.stops), (1,) * len(shared.sizes))
+        return self.place(shared), self.place(last) + self.dtype.itemsize
+
+    def copies(self, begin: int, end: int) -> Iterator[_Copy]:
+        """What to copy of the file's bytes `begin` to `end`."""
+        first, item, box = self.stored.start, self.dtype.itemsize, self.stored.box
+        start = max(begin - first, 0) // item
+        stop = min(end - first, box.numel * item) // item
+        for piece in flat_range_to_boxes(box.sizes, start, stop):
+            held = piece.shifted(box.offsets)
+            shared = overlap(held, self.box)
+            if shared:
+                yield _Copy(self, held, shared)
 
 
-def _hull(job: _Job) -> tuple[int, int]:
-    """The bytes in the file from the first to the last element asked for."""
-    shared = overlap(job.stored.box, job.box)
-    assert shared is not None  # a job is made for a box that meets
-    last = Box(tuple(stop - 1 for stop in shared.stops), (1,) * len(shared.sizes))
-    return _place(job, shared), _place(job, last) + job.dtype.itemsize
+@dataclass(frozen=True)
+class _Copy:
+    """`held` is contiguous in the file; `shared` is what is asked of it."""
+
+    job: _Job
+    held: Box
+    shared: Box
+
+    def perform(self, buffer: bytearray, begin: int) -> None:
+        """Copy out of a buffer whose first byte is the file's byte `begin`."""
+        count, place = self.held.numel, self.job.place(self.held) - begin
+        source = torch.frombuffer(buffer, dtype=self.job.dtype, count=count, offset=place).view(self.held.sizes)
+        into = self.job.into[self.shared.slices(self.job.box.offsets)]
+        into.copy_(source[self.shared.slices(self.held.offsets)])
 
 
-def _shared(job: _Job, begin: int, end: int) -> Iterator[tuple[Box, Box]]:
-    """Of a stored box's elements at bytes `begin` to `end`: (boxes contiguous in the file, what is asked of each)."""
-    first, item, box = job.stored.start, job.dtype.itemsize, job.stored.box
-    start = max(begin - first, 0) // item
-    stop = min(end - first, box.numel * item) // item
-    for piece in flat_range_to_boxes(box.sizes, start, stop):
-        held = piece.shifted(box.offsets)
-        shared = overlap(held, job.box)
-        if shared:
-            yield held, shared
-
-
-def _open_plain(path: Path, size: int | None) -> int:
-    """A descriptor of a regular file of that size, of no link; CheckpointError for anything else."""
-    try:
-        mode = path.lstat().st_mode
-        if not stat.S_ISREG(mode):
-            raise _unusable(path, "a link" if stat.S_ISLNK(mode) else "no regular file")
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        raise _unusable(path, str(error.strerror)) from error
-    found = os.fstat(descriptor).st_size
-    if size is not None and found != size:
-        os.close(descriptor)
-        raise _unusable(path, f"{found} bytes instead of {size}")
-    return descriptor
-
-
-def _read_manifest(folder: Path) -> bytes:
-    try:
-        if not folder.is_dir():
-            raise _unusable(folder, "no folder" if not folder.exists() else "a file")
-        names = sorted(path.name for path in folder.iterdir())
-    except OSError as error:
-        raise _unusable(folder, str(error.strerror)) from error
-    if MANIFEST not in names:
-        found = "an empty folder" if not names else f"no {MANIFEST} among {', '.join(names[:5])}"
-        raise _unusable(folder, found)
-    with open(_open_plain(folder / MANIFEST, None), "rb") as file:
-        return file.read()
-
-
-def _unusable(path: Path, found: str) -> CheckpointError:
-    return CheckpointError(
-        explain(f"{path} is not (part of) a whole checkpoint.", found, "name a folder step-NNNNNNNN of a run")
-    )
+def _plan_copies(jobs: Sequence[_Job], chunk_bytes: int) -> Iterator[tuple[int, list[_Copy]]]:
+    """The chunks of a file that hold something asked for, in order, each with what to copy of it."""
+    by_chunk: dict[int, list[_Job]] = defaultdict(list)
+    for job in jobs:
+        first, last = job.hull()
+        for chunk in range(first // chunk_bytes, (last - 1) // chunk_bytes + 1):
+            by_chunk[chunk].append(job)
+    for chunk in sorted(by_chunk):
+        begin = chunk * chunk_bytes
+        copies = [copy for job in by_chunk[chunk] for copy in job.copies(begin, begin + chunk_bytes)]
+        if copies:
+            yield chunk, copies

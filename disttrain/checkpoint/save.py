@@ -97,7 +97,7 @@ class _Save:
         mine: list[tuple[bytes, list[Entry]]] = []
 
         def plan() -> _Plan:
-            refuse_bad_shards(list(self.shards), asked)
+            refuse_bad_shards(self.shards)
             chosen = choose_shards(self.shards)
             entries = [Entry(s.name, s.shape, s.tensor.dtype, s.box) for s in chosen]
             metadata = {"format": "pt", "disttrain": f"step {self.step}, rank {self.ranks.rank} of {self.ranks.size}"}
@@ -107,11 +107,11 @@ class _Save:
             return _Plan((*placed, *empty), placed[-1].stop if placed else 0)
 
         def judge(plans: list[_Plan]) -> _Staging:
-            refuse_bad_tensors([plan.entries for plan in plans], asked)
+            refuse_bad_tensors([plan.entries for plan in plans])
             checked_document(document)
             if os.path.lexists(self.target):
-                do = "move it away, or save elsewhere: nothing is overwritten"
-                raise CheckpointError(explain(asked, f"{self.target} exists already", do))
+                do = "move it away, or save elsewhere"
+                raise CheckpointError(explain("nothing is overwritten.", f"{self.target} exists already", do))
             folder = self.target.parent / f"{STAGING}{self.target.name}-{secrets.token_hex(4)}"
             staging = _Staging(folder, sum(plan.size for plan in plans), free_bytes(folder.parent))
             try:
@@ -193,7 +193,7 @@ def choose_shards(shards: Sequence[Shard]) -> list[Shard]:
     return chosen
 
 
-def refuse_bad_tensors(plans: Sequence[Sequence[Entry]], asked: str) -> None:
+def refuse_bad_tensors(plans: Sequence[Sequence[Entry]]) -> None:
     """Raise CheckpointError unless the ranks' boxes tile every tensor and the ranks agree on its shape and dtype."""
     tensors: dict[str, list[tuple[int, Entry]]] = defaultdict(list)
     for rank, entries in enumerate(plans):
@@ -214,7 +214,8 @@ def refuse_bad_tensors(plans: Sequence[Sequence[Entry]], asked: str) -> None:
                 faults.append(f"{name}: {fault} (ranks {', '.join(str(rank) for rank, _ in held[:8])})")
     if faults:
         more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise CheckpointError(explain(asked, "; ".join(faults[:5]) + more, "mend the strategy that made these shards"))
+        do = "mend the strategy that made these shards"
+        raise CheckpointError(explain("the ranks' shards do not fit together.", "; ".join(faults[:5]) + more, do))
 
 
 def _gather_tensors(

@@ -5,7 +5,7 @@ Owns the names of tensors (`KIND/OWNER/NAME`), and `take_step`: how all ranks le
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -140,7 +140,7 @@ def _told(error: Exception | None) -> str | None:
     return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
 
 
-def refuse_bad_shards(shards: list[Shard], asked: str) -> None:
+def refuse_bad_shards(shards: Sequence[Shard]) -> None:
     """Raise CheckpointError with every fault that shards have in themselves, twice-named boxes included. Local."""
     faults = [fault for fault in map(shard_fault, shards) if fault]
     seen: set[tuple[str, Box]] = set()
@@ -150,4 +150,6 @@ def refuse_bad_shards(shards: list[Shard], asked: str) -> None:
         seen.add((shard.name, shard.box))
     if faults:
         more = f"; and {len(faults) - 8} more" if len(faults) > 8 else ""
-        raise CheckpointError(explain(asked, "; ".join(faults[:8]) + more, "mend the strategy that made these shards"))
+        raise CheckpointError(
+            explain("some shards are not valid.", "; ".join(faults[:8]) + more, "mend what made them")
+        )
