@@ -1,5 +1,8 @@
 """Models, and how any model comes by its first values. Enters: strategy, engine, cli."""
 
+from disttrain.model.gpt import GPT
 from disttrain.model.initialize import build_model, fill, fill_self, says_how
+from disttrain.model.mlp import MLP
+from disttrain.model.sample import generate
 
-__all__ = ["build_model", "fill", "fill_self", "says_how"]
+__all__ = ["GPT", "MLP", "build_model", "fill", "fill_self", "generate", "says_how"]

@@ -1,5 +1,7 @@
 """What a model is trained for: the adapter over users' forms, and the built-in objectives. Enters: strategy, engine."""
 
+from disttrain.objective.language import NextToken
 from disttrain.objective.objective import Context, Loss, Objective
+from disttrain.objective.supervised import MSE, CrossEntropy
 
-__all__ = ["Context", "Loss", "Objective"]
+__all__ = ["MSE", "Context", "CrossEntropy", "Loss", "NextToken", "Objective"]

@@ -1,0 +1,50 @@
+"""`mlp`: linear layers with an activation and dropout between them. Enters: configs (`model.target: mlp`).
+
+Initial values are torch's own (`nn.Linear`), drawn from the default generator: it is built on the host, like most models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from disttrain.errors import ConfigError, explain
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+}
+
+
+class MLP(nn.Module):
+    """Vectors [..., inputs] to vectors [..., outputs]. Raises ConfigError for unknown activations and empty layers."""
+
+    def __init__(
+        self, *, inputs: int, hidden: Sequence[int], outputs: int, activation: str = "relu", dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ConfigError(
+                explain(
+                    "mlp's activation is to be one it knows.",
+                    repr(activation),
+                    f"choose one of {', '.join(sorted(ACTIVATIONS))}",
+                )
+            )
+        widths = [inputs, *hidden, outputs]
+        if min(widths) < 1:
+            raise ConfigError(explain("mlp's layers are to have at least one unit.", f"widths {widths}", "raise them"))
+        layers: list[nn.Module] = []
+        for before, after in zip(widths[:-2], widths[1:-1], strict=True):
+            layers += [nn.Linear(before, after), ACTIVATIONS[activation]()]
+            if dropout:
+                layers.append(nn.Dropout(dropout))
+        self.layers = nn.Sequential(*layers, nn.Linear(widths[-2], outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layers(x)
+        return y

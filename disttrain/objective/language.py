@@ -1,0 +1,95 @@
+"""`next_token`: cross entropy of each next token, for language models. Enters: configs (`objective.target: next_token`).
+
+Per-token losses are added up, never averaged, so ragged items and padding weigh what they should.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch.nn.functional as F  # noqa: N812 - its name everywhere
+from torch import Tensor
+
+from disttrain.errors import TrainingError, explain
+from disttrain.objective.batch import call_model, read_output, read_pair, refuse_batch
+from disttrain.objective.objective import Context
+
+_FORMS = "(inputs, targets), or a mapping with 'inputs' and 'targets' or with 'input_ids' and 'labels'"
+_MODEL_READS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
+
+
+class NextToken:
+    """Weight: the targets that are not `ignore_index`. Logits are [b, t, v].
+
+    Reads `(inputs, targets)`, or the keys `inputs` and `targets`: token ids [b, t], targets already shifted by one.
+    Or, as Hugging Face has it, `input_ids` and `labels`: labels are the tokens themselves and are shifted here; then
+    `attention_mask`, `position_ids` and `token_type_ids` go to the model too, by name.
+    Summarizes `perplexity`, `bits_per_byte` (for tokens of `bytes_per_token` bytes on average; None leaves it out) and,
+    where it is not training, `accuracy`: the share of tokens that were the likeliest.
+    """
+
+    def __init__(self, *, ignore_index: int = -100, bytes_per_token: float | None = 1.0) -> None:
+        self.ignore_index = ignore_index
+        self.bytes_per_token = bytes_per_token
+
+    def weigh(self, batch: Any) -> Tensor:
+        """The number of targets that count, a 0-d tensor on the batch's device."""
+        return self._count(self._targets(batch))
+
+    def forward(self, model: Any, batch: Any) -> Any:
+        if isinstance(batch, Mapping) and "input_ids" in batch:
+            return call_model(model, {name: batch[name] for name in _MODEL_READS if name in batch})
+        return call_model(model, read_pair(batch, "next_token")[0])
+
+    def loss(self, output: Any, batch: Any, context: Context) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        targets = self._targets(batch)
+        logits = read_output(output, "next_token")
+        if _shifts(batch):
+            logits = logits[:, :-1]
+        if logits.shape[:-1] != targets.shape:
+            raise TrainingError(
+                explain(
+                    "next_token needs one row of logits for each target.",
+                    f"logits {tuple(logits.shape)} for targets {tuple(targets.shape)}",
+                    "let the model return logits [batch, time, vocab] for targets [batch, time]",
+                )
+            )
+        logits, targets = logits.flatten(0, -2), targets.flatten()
+        total = F.cross_entropy(logits, targets, ignore_index=self.ignore_index, reduction="sum")
+        # Another pass over all logits: paid where it is read, in evaluation.
+        sums = {} if context.training else {"correct": ((logits.argmax(-1) == targets) & self._counts(targets)).sum()}
+        return total, self._count(targets), sums
+
+    def summarize(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+        weight = float(sums["weight/loss"])
+        if not weight:
+            return {}
+        nats = float(sums["total/loss"]) / weight
+        found = {"perplexity": math.exp(nats) if nats < 700.0 else math.inf}
+        if self.bytes_per_token:
+            found["bits_per_byte"] = nats / math.log(2.0) / self.bytes_per_token
+        if "correct" in sums:
+            found["accuracy"] = float(sums["correct"]) / weight
+        return found
+
+    def _targets(self, batch: Any) -> Tensor:
+        targets: Tensor
+        if _shifts(batch):
+            targets = batch["labels"][:, 1:]
+        elif isinstance(batch, Mapping) and not {"inputs", "targets"} <= set(batch):
+            refuse_batch(batch, "next_token", _FORMS)
+        else:
+            targets = read_pair(batch, "next_token")[1]
+        return targets
+
+    def _counts(self, targets: Tensor) -> Tensor:
+        return targets != self.ignore_index
+
+    def _count(self, targets: Tensor) -> Tensor:
+        return self._counts(targets).sum()
+
+
+def _shifts(batch: Any) -> bool:
+    return isinstance(batch, Mapping) and "input_ids" in batch and "labels" in batch
