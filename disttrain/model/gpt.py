@@ -22,8 +22,11 @@ from disttrain.runtime.seeds import GeneratorFor
 
 
 class GPT(nn.Module):
-    """Tokens [b, t] of type int64 to logits [b, t, v]. Built under `torch.manual_seed(s)`, it equals its shapes filled by
-    `init_weights(generators_for(s))`. Raises ConfigError for sizes that do not fit together."""
+    """Tokens [b, t] of type int64 to logits [b, t, v].
+
+    Built under `torch.manual_seed(s)` it is bit-equal to its shapes filled by `init_weights(generators_for(s))`.
+    Raises ConfigError for sizes that do not fit together.
+    """
 
     def __init__(
         self,
@@ -70,7 +73,8 @@ class GPT(nn.Module):
         for block in self.blocks:
             x_btc = block(x_btc, rotary_td)
         x_btc = self.norm(x_btc)
-        return self.tokens(x_btc, to_logits=True) if self.head is None else self.head(x_btc)
+        logits_btv: Tensor = self.tokens(x_btc, to_logits=True) if self.head is None else self.head(x_btc)
+        return logits_btv
 
     def init_weights(self, generator_for: GeneratorFor) -> Iterator[tuple[str, Tensor]]:
         """Each parameter's and buffer's name with its whole initial value on the CPU, from shapes alone."""
@@ -80,7 +84,8 @@ class GPT(nn.Module):
                 continue
             std = _std(name, parameter.shape, layers=len(self.blocks))
             yield name, torch.empty(parameter.shape).normal_(0.0, std, generator=generator_for(name))
-        yield "rotary", _rotary_table(*self.rotary.shape[:2], self.rope_base)
+        context, pairs, _ = self.rotary.shape
+        yield "rotary", _rotary_table(context, pairs, self.rope_base)
 
 
 class Block(nn.Module):
@@ -96,7 +101,8 @@ class Block(nn.Module):
 
     def forward(self, x_btc: Tensor, rotary_td: Tensor) -> Tensor:
         x_btc = x_btc + self.dropout(self.attention(self.attention_norm(x_btc), rotary_td))
-        return x_btc + self.dropout(self.swiglu(self.swiglu_norm(x_btc)))
+        y_btc: Tensor = x_btc + self.dropout(self.swiglu(self.swiglu_norm(x_btc)))
+        return y_btc
 
 
 class Attention(nn.Module):
@@ -110,9 +116,9 @@ class Attention(nn.Module):
 
     def forward(self, x_btc: Tensor, rotary_td: Tensor) -> Tensor:
         # Queries and keys lie side by side, so that one product makes them and one application turns them.
-        qkv = self.qkv(x_btc).unflatten(-1, (self.heads + 2 * self.kv_heads, self.head_width))
-        qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
-        q, k = rotate(qk, rotary_td).split([self.heads, self.kv_heads], dim=2)
+        qkv = self.qkv(x_btc).view(*x_btc.shape[:2], self.heads + 2 * self.kv_heads, self.head_width)
+        qk, v = qkv.tensor_split([self.heads + self.kv_heads], dim=2)
+        q, k = rotate(qk, rotary_td).tensor_split([self.heads], dim=2)
         y_bhtd = F.scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
@@ -120,8 +126,8 @@ class Attention(nn.Module):
             is_causal=True,
             enable_gqa=self.kv_heads < self.heads,
         )
-        y: Tensor = self.out(y_bhtd.transpose(1, 2).flatten(2))
-        return y
+        y_btc: Tensor = self.out(y_bhtd.transpose(1, 2).flatten(2))
+        return y_btc
 
 
 class SwiGLU(nn.Module):
@@ -134,8 +140,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, x_btc: Tensor) -> Tensor:
         gate_btf, up_btf = self.gate_up(x_btc).chunk(2, dim=-1)
-        y: Tensor = self.down(F.silu(gate_btf) * up_btf)
-        return y
+        y_btc: Tensor = self.down(F.silu(gate_btf) * up_btf)
+        return y_btc
 
 
 class TokenTable(nn.Module):
@@ -176,13 +182,13 @@ class RMSNorm(nn.Module):
 def rotate(x_bthd: Tensor, rotary_td: Tensor) -> Tensor:
     """Turn each pair of neighbouring entries by its position's angle: a complex product, in float32 at least."""
     wide = x_bthd if x_bthd.dtype in (torch.float32, torch.float64) else x_bthd.float()
-    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
+    pairs = torch.view_as_complex(wide.reshape(*wide.shape[:-1], -1, 2))
     turned = pairs * torch.view_as_complex(rotary_td.to(wide.dtype))[:, None]
     return torch.view_as_real(turned).flatten(-2).to(x_bthd.dtype)
 
 
 def _rotary_table(context: int, pairs: int, base: float) -> Tensor:
-    """cos and sin of position * base^(-pair/pairs) [t, d/2, 2]: angles in float64, float32 loses them at long context."""
+    """cos and sin of position * base^(-pair/pairs), [t, d/2, 2]; in float64 first: float32 loses far angles."""
     speed = base ** (-torch.arange(pairs, dtype=torch.float64, device="cpu") / pairs)
     angle = torch.arange(context, dtype=torch.float64, device="cpu")[:, None] * speed
     return torch.stack([angle.cos(), angle.sin()], dim=-1).float()

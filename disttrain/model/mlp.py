@@ -1,11 +1,12 @@
 """`mlp`: linear layers with an activation and dropout between them. Enters: configs (`model.target: mlp`).
 
-Initial values are torch's own (`nn.Linear`), drawn from the default generator: it is built on the host, like most models.
+Initial values are torch's own (`nn.Linear`), from the default generator: it is built on the host, like most models.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import Tensor, nn
 
@@ -39,7 +40,7 @@ class MLP(nn.Module):
         if min(widths) < 1:
             raise ConfigError(explain("mlp's layers are to have at least one unit.", f"widths {widths}", "raise them"))
         layers: list[nn.Module] = []
-        for before, after in zip(widths[:-2], widths[1:-1], strict=True):
+        for before, after in pairwise(widths[:-1]):
             layers += [nn.Linear(before, after), ACTIVATIONS[activation]()]
             if dropout:
                 layers.append(nn.Dropout(dropout))

@@ -33,7 +33,7 @@ def generate(
     tokens = [int(token) for token in _flat(prompt_tokens)]
     _check(tokens, length, context, temperature, top_k)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    start, was_training = len(tokens), model.training
+    start, modes = len(tokens), [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         for _ in range(length):
@@ -42,7 +42,8 @@ def generate(
             logits = output if isinstance(output, Tensor) else output.logits
             tokens.append(draw(logits[0, -1].float().cpu(), generator, temperature=temperature, top_k=top_k))
     finally:
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training
     return tokens[start:]
 
 

@@ -1,4 +1,4 @@
-"""`next_token`: cross entropy of each next token, for language models. Enters: configs (`objective.target: next_token`).
+"""`next_token`: cross entropy of each next token. Enters: configs (`objective.target: next_token`).
 
 Per-token losses are added up, never averaged, so ragged items and padding weigh what they should.
 """
@@ -56,7 +56,7 @@ class NextToken:
                     "let the model return logits [batch, time, vocab] for targets [batch, time]",
                 )
             )
-        logits, targets = logits.flatten(0, -2), targets.flatten()
+        logits, targets = logits.flatten(0, -2), targets.flatten().long()
         total = F.cross_entropy(logits, targets, ignore_index=self.ignore_index, reduction="sum")
         # Another pass over all logits: paid where it is read, in evaluation.
         sums = {} if context.training else {"correct": ((logits.argmax(-1) == targets) & self._counts(targets)).sum()}

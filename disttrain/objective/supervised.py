@@ -1,7 +1,7 @@
 """`cross_entropy` and `mse`: classification and regression. Enters: configs (`objective.target`).
 
-Both read `(inputs, targets)`, or a mapping with the keys `inputs` and `targets`; inputs that are themselves a mapping go
-to the model as keyword arguments. Both add up; their weights make them equal torch's own `reduction="mean"`.
+Both read `(inputs, targets)`, or a mapping with the keys `inputs` and `targets`; inputs that are themselves a mapping
+go to the model as keyword arguments. Both add up; their weights make them equal torch's own `reduction="mean"`.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ class CrossEntropy:
             targets = targets.to(logits.dtype)
             likeliest, counts = targets.argmax(1), torch.ones((), dtype=torch.bool, device=targets.device)
         else:
+            targets = targets.long()
             likeliest, counts = targets, targets != self.ignore_index
         total = F.cross_entropy(
             logits,
