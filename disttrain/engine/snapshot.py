@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from disttrain.checkpoint import Checkpoint, Shard, newest_whole, save_checkpoint
+from disttrain.checkpoint import Checkpoint, Shard, save_checkpoint
 from disttrain.config import Config
 from disttrain.engine.state import (
     optimizer_document,
@@ -73,11 +73,6 @@ def save(parts: Parts, root: Path, progress: Progress) -> Path:
     return save_checkpoint(root, progress.steps, shards, document, group)
 
 
-def find(parts: Parts, root: Path) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:
-    """The newest whole checkpoint under `root`, and those that were rejected with the reasons."""
-    return newest_whole(root, parts.world.group)
-
-
 def restore(parts: Parts, checkpoint: Checkpoint) -> Progress:
     """Put everything back into parts that are prepared already; nothing is kept of a checkpoint that does not fit."""
     error: BaseException | None = None
@@ -104,8 +99,7 @@ def _restore(parts: Parts, checkpoint: Checkpoint) -> None:
     shards: list[Shard] = []
     for prepared in parts.prepared.values():
         shards += parts.strategy.shards(prepared, checkpoint.tensors)
-    user = {name for saved in document["user"].values() for name in tracked_tensor_names(saved)}
-    checkpoint.load_into(shards, strict=True, ignore=user)
+    checkpoint.load_into(shards, within=("model/", "objective/", "optim/"))
     now, then = parts.config.to_dict(), document["config"]
     same = all(now.get(section) == then.get(section) for section in ("optim", "schedule"))
     for name, prepared in parts.prepared.items():
@@ -128,7 +122,7 @@ def load_weights(parts: Parts, name: str, checkpoint: Checkpoint) -> None:
     error: BaseException | None = None
     try:
         shards = [shard for shard in parts.strategy.shards(parts.prepared[name]) if shard.name.startswith("model/")]
-        checkpoint.load_into(shards, strict=True, ignore=set(checkpoint.tensors) - {shard.name for shard in shards})
+        checkpoint.load_into(shards, within=(f"model/{name}/",))
     except (CheckpointError, OSError) as caught:
         error = caught
     parts.world.group.agree(error, "loading weights")

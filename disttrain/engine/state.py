@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from disttrain.checkpoint import Box, Shard
+from disttrain.checkpoint import Shard, whole_shard
 from disttrain.errors import CheckpointError, explain
 from disttrain.strategy import Prepared
 
@@ -127,8 +127,7 @@ def restore_tracked(tracked: Any, document: Any, tensors: Mapping[str, Tensor]) 
 
 def _split(value: Any, path: str, shards: list[Shard], replica: tuple[int, int]) -> Any:
     if isinstance(value, Tensor):
-        shape = tuple(value.shape)
-        shards.append(Shard(path, shape, Box((0,) * len(shape), shape), value.detach(), replica))
+        shards.append(whole_shard(path, value.detach(), replica))
         return {"$tensor": path}
     if isinstance(value, Mapping):
         if not all(isinstance(key, str) for key in value):

@@ -18,7 +18,7 @@ from disttrain.errors import LaunchError, explain
 class Launch:
     """One process's place in the world, as its launcher states it.
 
-    `restarts` counts how often the launcher started this world anew; `job` is the scheduler's or launcher's name for it.
+    `restarts` counts how often the launcher started this world anew; `job` is its name there.
     """
 
     launcher: str
@@ -126,21 +126,22 @@ def _checked(launch: Launch) -> Launch:
         raise LaunchError(
             explain(
                 f"{launch.launcher} says where this process stands.",
-                f"rank {launch.rank} of {launch.world_size}, local rank {launch.local_rank} of {launch.local_world_size}",
+                f"rank {launch.rank} of {launch.world_size}, "
+                f"local rank {launch.local_rank} of {launch.local_world_size}",
                 "start all processes with one launcher: torchrun, srun or accelerate launch",
             )
         )
     return launch
 
 
-def export_launch(launch: Launch, extra: Mapping[str, str]) -> None:
-    """Write what libraries read from the environment (DeepSpeed wants LOCAL_RANK even in a world of one). Local."""
-    os.environ.update(
-        RANK=str(launch.rank),
-        LOCAL_RANK=str(launch.local_rank),
-        WORLD_SIZE=str(launch.world_size),
-        **extra,
-    )
+def export_for_libraries(launch: Launch, more: Mapping[str, str]) -> None:
+    """Write what libraries read from the environment: DeepSpeed wants LOCAL_RANK even in a world of one. Local."""
+    os.environ.update({"LOCAL_RANK": str(launch.local_rank), **more})
+
+
+def quiet_torch() -> None:
+    """Before torch is imported: its C++ side warns of what its Python side handles. A user's own level stands. Local."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def cpu_quota() -> int:

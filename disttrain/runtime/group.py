@@ -6,17 +6,22 @@ A world of one is a real gloo group too. Refuses to start a second group over on
 from __future__ import annotations
 
 import contextlib
+import itertools
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from disttrain.errors import DisttrainError, LaunchError, explain
 from disttrain.runtime.device import Device
 from disttrain.runtime.environment import Launch
 
-_FAILURE = "disttrain/first_failure"
+_FAILURE = "first_failure"
+_worlds = itertools.count()
+"""How many groups this process has started: a launcher's store outlives a group, so each gets a prefix of its own."""
 
 
 class Group:
@@ -35,17 +40,11 @@ class Group:
         self.size = launch.world_size
         self.timeout_s = timeout_s
         timeout = timedelta(seconds=timeout_s)
+        self._store = PrefixStore(f"disttrain/{next(_worlds)}", _rendezvous(launch, timeout))
         place: dict[str, Any] = {"rank": launch.rank, "world_size": launch.world_size, "timeout": timeout}
         if device.device.type == "cuda":
             place["device_id"] = device.device
-        if launch.world_size == 1 and launch.master_port == 0:
-            dist.init_process_group(device.backend, store=dist.HashStore(), **place)
-        elif launch.launcher == "srun":
-            address = f"tcp://{launch.master_addr}:{launch.master_port}"
-            dist.init_process_group(device.backend, init_method=address, **place)
-        else:
-            dist.init_process_group(device.backend, init_method="env://", **place)
-        self._store = dist.distributed_c10d._get_default_store()
+        dist.init_process_group(device.backend, store=self._store, **place)
 
     def gather(self, value: Any) -> list[Any] | None:
         """Every rank's picklable value, in rank order, on rank 0; None elsewhere."""
@@ -104,6 +103,15 @@ class Group:
         """Leave the group: without this, torch warns and NCCL may hang. Idempotent."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _rendezvous(launch: Launch, timeout: timedelta) -> Store:
+    """Where the ranks meet: the launcher's store, SLURM's first node, or this process alone."""
+    if launch.world_size == 1 and launch.master_port == 0:
+        return HashStore()
+    address = f"tcp://{launch.master_addr}:{launch.master_port}" if launch.launcher == "srun" else "env://"
+    store: Store = next(rendezvous(address, launch.rank, launch.world_size, timeout=timeout))[0]
+    return store
 
 
 class OtherRankError(DisttrainError):

@@ -104,10 +104,12 @@ class StepSums:
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """`grad_norm` is the global 2-norm before clipping, None where it was neither asked for nor needed."""
+    """`grad_norm` is the global 2-norm before clipping, None where it was neither asked for nor needed; `lr` is the first
+    group's rate in this step."""
 
     grad_norm: float | None
     applied: bool
+    lr: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ another method than `forward`, within the one forward that DDP allows a backward
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -24,6 +25,14 @@ from disttrain.strategy.state import replicated_shards, whole_tensors
 from disttrain.strategy.update import torch_step
 
 
+# One rank's buffers never overwrite another's: batch statistics are each rank's own. torch 2.13 renamed the option.
+_LEAVE_BUFFERS: dict[str, Any] = (
+    {"forward_sync_buffers": False}
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+    else {"broadcast_buffers": False}
+)
+
+
 class DDP(AbstractStrategy):
     """No communication inside accumulation: gradients are reduced in the last micro-batch's backward alone."""
 
@@ -34,8 +43,7 @@ class DDP(AbstractStrategy):
         if prepared.optimizer is not None:
             prepared.wrapped = DistributedDataParallel(
                 ObjectiveCall(model, ingredients.objective),
-                # One rank's buffers never overwrite another's: batch statistics are each rank's own, as documented.
-                broadcast_buffers=False,
+                **_LEAVE_BUFFERS,
                 bucket_cap_mb=self.options.bucket_mb,
                 find_unused_parameters=self.options.find_unused,
                 gradient_as_bucket_view=True,

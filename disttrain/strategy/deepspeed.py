@@ -23,11 +23,23 @@ from disttrain.checkpoint import Shard
 from disttrain.data import MicroBatch
 from disttrain.errors import CheckpointError, ConfigError, explain
 from disttrain.objective import Loss, Objective
-from disttrain.runtime import export_launch, read_launch
+from disttrain.runtime import export_for_libraries, read_launch
 from disttrain.strategy.arithmetic import refuse_non_finite, run_micro_batches
 from disttrain.strategy.call import ObjectiveCall
 from disttrain.strategy.construction import build_on_host, equip, name_parameters
 from disttrain.strategy.contract import AbstractStrategy, Ingredients, Prepared, StepOutcome, StepSums, World
+
+
+_GROUPS_KEPT = (
+    "_WORLD_GROUP",
+    "_ZERO_PARAM_INTRA_PARALLEL_GROUP",
+    "_TENSOR_MODEL_PARALLEL_GROUP",
+    "_MODEL_PARALLEL_GROUP",
+    "_DATA_PARALLEL_GROUP",
+    "mpu",
+    "mesh_device",
+)
+"""What deepspeed.utils.groups (0.19) keeps at module level, beside dictionaries."""
 
 
 class DeepSpeed(AbstractStrategy):
@@ -89,10 +101,11 @@ class DeepSpeed(AbstractStrategy):
         engine = prepared.wrapped
         zero = engine.optimizer
         prepared.updates += 1
+        rate = float(zero.optimizer.param_groups[0]["lr"])
         if sums.weight == 0.0:
             zero.zero_grad()
             self._forget_stale(prepared)
-            return StepOutcome(None, applied=False)
+            return StepOutcome(None, applied=False, lr=rate)
         zero.clip_grad = float(clip_norm or 0.0)
         kept, zero.loss_scaler.cur_scale = zero.loss_scaler.cur_scale, sums.denominator
         try:
@@ -105,7 +118,7 @@ class DeepSpeed(AbstractStrategy):
             refuse_non_finite(f"a gradient norm of {norm}")
         if prepared.schedule is not None:
             prepared.schedule.step()
-        return StepOutcome(norm, applied=True)
+        return StepOutcome(norm, applied=True, lr=rate)
 
     def _forget_stale(self, prepared: Prepared) -> None:
         """Stage 3 would apply the last step's gradient again to a parameter that this step does not reach."""
@@ -121,6 +134,16 @@ class DeepSpeed(AbstractStrategy):
                 "set checkpoint.every=null checkpoint.at_end=false checkpoint.resume=never, or use ddp or fsdp",
             )
         )
+
+    def close(self) -> None:
+        """Make DeepSpeed forget the process group, so that a later engine in this process starts afresh."""
+        groups = importlib.import_module("deepspeed.utils.groups")
+        for name, value in vars(groups).items():
+            if name.isupper() and isinstance(value, dict):
+                value.clear()
+            elif name in _GROUPS_KEPT:
+                setattr(groups, name, None)
+        importlib.import_module("deepspeed.comm.comm").cdb = None
 
     def whole(self, prepared: Prepared) -> Iterator[tuple[str, Tensor]]:
         model = prepared.model
@@ -149,8 +172,7 @@ def native_config(options: Any) -> dict[str, Any]:
 
 def _import_deepspeed(device: torch.device) -> Any:
     """DeepSpeed, told which accelerator it stands on, and quiet. Raises ConfigError with the install line."""
-    launch = read_launch()
-    export_launch(launch, {"DS_ACCELERATOR": device.type, "DS_BUILD_OPS": "0"})
+    export_for_libraries(read_launch(), {"DS_ACCELERATOR": device.type, "DS_BUILD_OPS": "0"})
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():

@@ -65,6 +65,8 @@ class FSDP(AbstractStrategy):
             if isinstance(module, FSDPModule):
                 # Not recursive (torch 2.13): missed on one module, the norm is 5-7 % wrong and AdamW hides it.
                 module.set_gradient_divide_factor(1.0)
+                # Else the factor becomes a PREMUL_SUM, which gloo does not know.
+                module.set_force_sum_reduction_for_comms(True)
         if hasattr(root, "set_reduce_scatter_unused_params"):
             root.set_reduce_scatter_unused_params(True)
         _log.info("fsdp: %d block(s) sharded each on its own, the rest as one group", len(blocks))

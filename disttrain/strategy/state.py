@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from disttrain.checkpoint import Box, Shard
+from disttrain.checkpoint import Box, Shard, whole_shard
 from disttrain.errors import CheckpointError, explain
 from disttrain.strategy.contract import Prepared
 
@@ -24,7 +24,7 @@ Replica = tuple[int, int]
 
 def replicated_shards(prepared: Prepared, stored: Mapping[str, Any] | None, *, replica: Replica) -> list[Shard]:
     """Every tensor whole on every rank; one of them will write it. Local."""
-    return [_whole_shard(name, tensor, replica) for name, tensor in _tensors(prepared, stored)]
+    return [whole_shard(name, tensor.detach(), replica) for name, tensor in _tensors(prepared, stored)]
 
 
 def sharded_shards(prepared: Prepared, stored: Mapping[str, Any] | None, *, rank: int, size: int) -> list[Shard]:
@@ -32,7 +32,7 @@ def sharded_shards(prepared: Prepared, stored: Mapping[str, Any] | None, *, rank
     shards = []
     for name, tensor in _tensors(prepared, stored):
         if not isinstance(tensor, DTensor):
-            shards.append(_whole_shard(name, tensor, (rank, size)))
+            shards.append(whole_shard(name, tensor.detach(), (rank, size)))
             continue
         sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
         local = tensor.to_local().detach()
@@ -57,11 +57,6 @@ def whole_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if isinstance(tensor, Tensor):
             full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             yield name, full.detach().to("cpu", copy=True)
-
-
-def _whole_shard(name: str, tensor: Tensor, replica: Replica) -> Shard:
-    shape = tuple(tensor.shape)
-    return Shard(name, shape, Box((0,) * len(shape), shape), tensor.detach(), replica)
 
 
 def _tensors(prepared: Prepared, stored: Mapping[str, Any] | None) -> Iterator[tuple[str, Tensor]]:

@@ -26,9 +26,10 @@ def torch_step(
     if prepared.optimizer is None:
         raise ValueError(f"{prepared.name!r} was prepared without an optimizer: it cannot step")
     prepared.updates += 1
+    rate = float(prepared.optimizer.param_groups[0]["lr"])
     if sums.weight == 0.0:
         prepared.optimizer.zero_grad(set_to_none=True)
-        return StepOutcome(None, applied=False)
+        return StepOutcome(None, applied=False, lr=rate)
     gradients = Gradients(prepared)
     scale = factor / sums.denominator
     norm = None
@@ -46,4 +47,4 @@ def torch_step(
     if prepared.schedule is not None:
         prepared.schedule.step()
     prepared.optimizer.zero_grad(set_to_none=True)
-    return StepOutcome(norm, applied=True)
+    return StepOutcome(norm, applied=True, lr=rate)

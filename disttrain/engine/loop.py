@@ -1,0 +1,56 @@
+"""The training loop of `disttrain.run` and `disttrain.train`: nothing but the public `Engine`, read top to bottom."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from disttrain.config import Config, load_config
+from disttrain.engine.engine import Engine
+from disttrain.errors import ConfigError, explain
+
+
+@dataclass(frozen=True)
+class Run:
+    """What came of a run: its folder, the last step, why it ended (`finished` or `preempted`), last evaluation."""
+
+    folder: Path
+    step: int
+    state: str
+    evaluation: Mapping[str, float]
+
+
+def train(config: Config | Mapping[str, Any] | str | Path, overrides: Any = (), **more: Any) -> Run:
+    """Train what a config describes; continues where its folder stands. Collective: every process of the world calls it.
+
+    `overrides` are `section.key=value` texts or a mapping; keyword arguments replace whole sections
+    (`train(config, run={"steps": 10, ...})`) or, with double underscores, single keys (`run__steps=10`).
+    """
+    loaded = load_config(config, [*_listed(overrides), *_listed({k.replace("__", "."): v for k, v in more.items()})])
+    missing = [name for name in ("model", "objective", "data", "optim") if getattr(loaded, name) is None]
+    if missing:
+        raise ConfigError(
+            explain("A config to train from.", f"no section {', '.join(missing)}", "add it; an own loop uses Engine")
+        )
+    with Engine(loaded) as engine:
+        engine.prepare("model")
+        batches = engine.batches()
+        evaluation: dict[str, float] = {}
+        for micro_batches in batches:
+            engine.accumulate("model", micro_batches)
+            engine.step("model")
+            engine.log()
+            if engine.due("eval"):
+                evaluation = engine.evaluate()
+            if engine.should_stop():
+                break
+        if loaded.eval is not None and loaded.eval.at_end and not engine.interrupted and not engine.evaluated():
+            evaluation = engine.evaluate()
+        state = engine.finish()
+        return Run(engine.folder, engine.progress.steps, state, evaluation)
+
+
+def _listed(overrides: Any) -> list[Any]:
+    return list(overrides.items()) if isinstance(overrides, Mapping) else list(overrides)

@@ -1,0 +1,248 @@
+"""The engine's hand on the run's folder: identity, what is reported when, checkpoints found and kept, how a run ended.
+
+Rank 0 writes; a verdict that every rank needs is agreed on. Costs nothing on steps that are not reported.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from disttrain.checkpoint import (
+    Checkpoint,
+    list_checkpoints,
+    newest_whole,
+    prune,
+    remove_stale_staging,
+    set_aside,
+)
+from disttrain.config import Config, build_target, render_config
+from disttrain.engine import snapshot
+from disttrain.engine.build import Plan
+from disttrain.engine.failure import Failure, settle
+from disttrain.engine.loading import open_newest
+from disttrain.engine.snapshot import Parts, Progress
+from disttrain.engine.state import refuse_another_run
+from disttrain.errors import CheckpointError, DisttrainError, explain
+from disttrain.logs import room_logger
+from disttrain.objective import Objective
+from disttrain.report import Rate, Reporter, RunFolder
+from disttrain.runtime import Group
+from disttrain.strategy import Prepared, StepOutcome, StepSums
+
+_log = room_logger("report")
+
+
+class Record:
+    """Opens the folder DIR/NAME. Collective; raises CheckpointError on every rank where it holds another run."""
+
+    def __init__(self, config: Config, plan: Plan, group: Group) -> None:
+        self.folder = RunFolder(plan.folder)
+        self._config, self._plan, self._group = config, plan, group
+        self._main = group.rank == 0
+        self._every = config.report.every
+        self._measures: dict[str, Any] = {}
+        self._steps: dict[str, tuple[StepSums, StepOutcome, Prepared]] = {}
+        self._evaluated_at = -1
+        error = None
+        earlier: Mapping[str, Any] = {}
+        if self._main:
+            try:
+                earlier = self._join()
+            except (DisttrainError, OSError) as caught:
+                error = caught
+        group.agree(error, "opening the run's folder")
+        self.earlier: Mapping[str, Any] = group.broadcast(earlier)
+        self._reporter: Reporter | None = None
+        self._rate: Rate | None = None
+
+    def _join(self) -> Mapping[str, Any]:
+        """Rank 0: make the folder or recognise the run in it; returns the status found there."""
+        if not self.folder.config.exists():
+            return {}
+        theirs = yaml.safe_load(self.folder.config.read_text())
+        if self._config.checkpoint.resume == "never":
+            raise CheckpointError(
+                explain(
+                    "checkpoint.resume=never starts from nothing.",
+                    f"{self.folder.path} holds a run already",
+                    "set another run.name, remove the folder, or set checkpoint.resume=auto",
+                )
+            )
+        refuse_another_run(str(self.folder.path), theirs, self._config.to_dict())
+        return self.folder.read_status() or {}
+
+    # ------------------------------------------------------------------ the run
+
+    def started(self, progress: Progress, total_steps: int | None, prepared: Mapping[str, Prepared]) -> None:
+        """Write config and status, cut what an unsaved past left in the metrics, start the clock."""
+        error = None
+        try:
+            if self._main:
+                self._start(progress, total_steps)
+            self._reporter = Reporter(
+                self.folder if self._main else None,
+                trackers=self._trackers() if self._main else (),
+                total_steps=total_steps,
+                progress=self._config.report.progress,
+                stream=sys.stderr,
+            )
+            self._reporter.start(progress.steps, self._describe(prepared))
+        except (DisttrainError, OSError) as caught:
+            error = caught
+        self._group.agree(error, "opening the run's folder")
+        parameters = sum(named.shape.numel() for one in prepared.values() for named in one.named)
+        self._rate = Rate(device=self._plan.device.device, parameters=parameters, world_size=self._group.size)
+        self._rate.start(samples=progress.samples, tokens=progress.tokens, step=progress.steps)
+
+    def _start(self, progress: Progress, total_steps: int | None) -> None:
+        self.folder.path.mkdir(parents=True, exist_ok=True)
+        remove_stale_staging(self.folder.checkpoints)
+        moved = self.folder.trim_metrics(progress.steps)
+        self.folder.config.write_text(render_config(self._config))
+        self.folder.append_ledger(
+            "segment",
+            step=progress.steps,
+            total_steps=total_steps,
+            world_size=self._group.size,
+            strategy=self._config.strategy.name,
+            launcher=self._plan.launch.launcher,
+            restarts=self._plan.launch.restarts,
+            job=self._plan.launch.job,
+            metrics_lines_set_aside=moved,
+        )
+        self.folder.write_status("running", progress.steps, None, None)
+
+    def _trackers(self) -> list[Any]:
+        trackers = []
+        for target in self._config.report.trackers:
+            trackers.append(build_target(target, section="trackers", folder=self._config.folder, run_folder=self.folder.path))
+        return trackers
+
+    def _describe(self, prepared: Mapping[str, Prepared]) -> dict[str, Any]:
+        return {
+            "strategy": self._config.strategy.name,
+            "world_size": self._group.size,
+            "parameters": {
+                name: sum(named.shape.numel() for named in one.named) for name, one in prepared.items() if one.named
+            },
+        }
+
+    def due(self, step: int, total_steps: int | None) -> bool:
+        """Whether this step is reported: the first, every `report.every`-th and the last. Local."""
+        return step == 1 or step % self._every == 0 or step == total_steps
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """Time spent waiting for data. Local."""
+        if self._rate is None:
+            yield
+            return
+        with self._rate.loading():
+            yield
+
+    def stepped(self, name: str, sums: StepSums, outcome: StepOutcome, prepared: Prepared) -> None:
+        """Keep what this step may be asked for. Local."""
+        self._steps[name] = (sums, outcome, prepared)
+
+    def ended(
+        self,
+        progress: Progress,
+        total_steps: int | None,
+        values: Mapping[str, float],
+        objectives: Mapping[str, Objective],
+    ) -> None:
+        """End of a step. Local; does nothing but count on steps that are not reported."""
+        assert self._reporter is not None and self._rate is not None, "a step ended before batches() was entered"
+        self._reporter.advance(progress.steps)
+        if not self.due(progress.steps, total_steps):
+            return
+        line: dict[str, Any] = {"step": progress.steps, "samples": progress.samples, "tokens": progress.tokens}
+        for name, (sums, outcome, prepared) in self._steps.items():
+            # The first prepared model speaks without a prefix, so that a run of one model has plain names.
+            prefix = "" if name == next(iter(self._steps)) else f"{name}/"
+            objective = objectives.get(name)
+            found = {"loss": sums.loss}
+            if objective is not None:
+                found |= objective.summarize(sums.sums, sums.totals, sums.weights)
+            line |= {f"{prefix}{key}": value for key, value in found.items()}
+            if prepared.optimizer is not None:
+                line[f"{prefix}lr"] = outcome.lr
+            line[f"{prefix}grad_norm"] = outcome.grad_norm
+        line |= self._rate.measure(samples=progress.samples, tokens=progress.tokens, step=progress.steps)
+        line |= {"world_size": self._group.size, "strategy": self._config.strategy.name}
+        if progress.skipped:
+            line["skipped"] = progress.skipped
+        self._reporter.step(line | dict(values))
+
+    def evaluated(self, progress: Progress, values: Mapping[str, float]) -> None:
+        """Report an evaluation. Local."""
+        self._evaluated_at = progress.steps
+        if self._reporter is not None:
+            self._reporter.evaluation(progress.steps, dict(values))
+        elif self._main:
+            _log.info("evaluation: %s", ", ".join(f"{key} {value:.4f}" for key, value in values.items()))
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def save(self, parts: Parts, progress: Progress) -> Path:
+        """Commit this step's checkpoint, tell of it, keep the newest `keep_last`."""
+        path = snapshot.save(parts, self.folder.checkpoints, progress)
+        if self._main:
+            prune(self.folder.checkpoints, self._config.checkpoint.keep_last)
+            if self._reporter is not None:
+                self._reporter.checkpoint(progress.steps, path)
+        return path
+
+    def find_checkpoint(self, parts: Parts) -> Checkpoint | None:
+        """The run's own newest whole checkpoint, else that of `checkpoint.resume=PATH`, else None."""
+        found, rejected = newest_whole(self.folder.checkpoints, self._group)
+        for path, reason in rejected if self._main else ():
+            aside = set_aside(path)
+            _log.warning("%s is not whole and was set aside as %s: %s", path.name, aside.name, reason)
+            self.folder.append_ledger("checkpoint_rejected", path=str(path), reason=reason)
+        if found is None and self._config.checkpoint.resume not in ("auto", "never"):
+            return self.open_checkpoint(parts, Path(self._config.checkpoint.resume))
+        return found
+
+    def open_checkpoint(self, parts: Parts, path: Path) -> Checkpoint:
+        """A checkpoint from elsewhere, on every rank."""
+        found, error = None, None
+        try:
+            found = open_newest(path)
+        except CheckpointError as caught:
+            error = caught
+        parts.world.group.agree(error, f"opening {path}")
+        assert found is not None
+        return found
+
+    def resumed(self, progress: Progress, path: Path) -> None:
+        """Say where the run goes on. Local."""
+        _log.info("continues at step %d from %s", progress.steps, path)
+
+    # ------------------------------------------------------------------ the end
+
+    def finished(self, progress: Progress, *, interrupted: bool) -> str:
+        """Write how the run ended; returns `finished` or `preempted`. Local."""
+        state, code = ("preempted", 130) if interrupted else ("finished", 0)
+        if self._reporter is not None:
+            self._reporter.finish(state, progress.steps, code, "stopped by Ctrl-C" if interrupted else None)
+        return state
+
+    def failed(self, progress: Progress, error: BaseException) -> Failure:
+        """Settle whose failure came first; the rank that had it writes the status. Local."""
+        failure = settle(self._group, error)
+        if failure.mine and self.folder.path.is_dir():
+            self.folder.write_status("failed", progress.steps, failure.exit_code, f"rank {failure.rank}: {failure.text}")
+            self.folder.append_ledger("failed", step=progress.steps, rank=failure.rank, reason=failure.text)
+        return failure
+
+    def close(self) -> None:
+        """Let go of files and trackers. Local."""
+        if self._reporter is not None:
+            self._reporter.close()
