@@ -82,6 +82,8 @@ def restore(parts: Parts, checkpoint: Checkpoint) -> Progress:
     except (CheckpointError, OSError, KeyError, ValueError) as caught:
         error = caught if isinstance(caught, CheckpointError) else _unreadable(checkpoint, caught)
     parts.world.group.agree(error, "loading the checkpoint")
+    for prepared in parts.prepared.values():
+        parts.strategy.loaded(prepared)
     return Progress(**checkpoint.document["progress"])
 
 
@@ -126,6 +128,7 @@ def load_weights(parts: Parts, name: str, checkpoint: Checkpoint) -> None:
     except (CheckpointError, OSError) as caught:
         error = caught
     parts.world.group.agree(error, "loading weights")
+    parts.strategy.loaded(parts.prepared[name])
 
 
 def _unreadable(checkpoint: Checkpoint, error: Exception) -> CheckpointError:

@@ -152,6 +152,9 @@ class AbstractStrategy(ABC):
         filled. Raises CheckpointError for state that this strategy cannot hold.
         """
 
+    def loaded(self, prepared: Prepared) -> None:  # noqa: B027 - most strategies compute with the very tensors they save
+        """After this rank's shards were written into: bring up to date whatever is derived from them."""
+
     @abstractmethod
     def whole(self, prepared: Prepared) -> Iterator[tuple[str, Tensor]]:
         """Name and full value, on the CPU, of every parameter and persistent buffer of the model, one at a time."""

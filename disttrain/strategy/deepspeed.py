@@ -3,7 +3,7 @@
 DeepSpeed averages over ranks and micro-batches; here every micro-batch back-propagates `total * world size`, and the
 step's whole weight goes in as the loss scale that its optimizer divides by, so that gradients, norm and clipping are
 those of `sum of losses / sum of weights`, as everywhere. Clipping is always stated: left out, DeepSpeed clips at 1.0.
-Refuses float64 and autocast, which its partitions do not know, and checkpoints, which a later release brings.
+Refuses float64 and autocast, which its partitions do not know, and 0-d parameters.
 """
 
 from __future__ import annotations
@@ -17,17 +17,19 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from disttrain.checkpoint import Shard
 from disttrain.data import MicroBatch
-from disttrain.errors import CheckpointError, ConfigError, explain
+from disttrain.errors import ConfigError, explain
 from disttrain.objective import Loss, Objective
 from disttrain.runtime import export_for_libraries, read_launch
 from disttrain.strategy.arithmetic import refuse_non_finite, run_micro_batches
 from disttrain.strategy.call import ObjectiveCall
 from disttrain.strategy.construction import build_on_host, equip, name_parameters
 from disttrain.strategy.contract import AbstractStrategy, Ingredients, Prepared, StepOutcome, StepSums, World
+from disttrain.strategy.state import replicated_shards
+from disttrain.strategy.zero_partitions import partition_shards, spread_loaded
 
 
 _GROUPS_KEPT = (
@@ -59,6 +61,7 @@ class DeepSpeed(AbstractStrategy):
 
     def prepare(self, ingredients: Ingredients) -> Prepared:
         model = build_on_host(self.world, ingredients).to(self.world.device)
+        _refuse_scalars(model)
         prepared = Prepared(ingredients.name, model, ingredients.objective)
         equip(prepared, ingredients, name_parameters(model, ingredients.objective))
         if prepared.optimizer is None:
@@ -127,13 +130,14 @@ class DeepSpeed(AbstractStrategy):
             buffer.zero_()
 
     def shards(self, prepared: Prepared, stored: Mapping[str, Any] | None = None) -> list[Shard]:
-        raise CheckpointError(
-            explain(
-                "A checkpoint is to be saved or loaded under strategy.name=deepspeed.",
-                f"ZeRO stage {self.options.stage}, whose flat partitions this release does not cut into boxes yet",
-                "set checkpoint.every=null checkpoint.at_end=false checkpoint.resume=never, or use ddp or fsdp",
-            )
-        )
+        group = self.world.group
+        if prepared.wrapped is None:
+            return replicated_shards(prepared, stored, replica=(group.rank, group.size))
+        return partition_shards(prepared, stored, rank=group.rank, size=group.size)
+
+    def loaded(self, prepared: Prepared) -> None:
+        if prepared.wrapped is not None:
+            spread_loaded(prepared)
 
     def close(self) -> None:
         """Make DeepSpeed forget the process group, so that a later engine in this process starts afresh."""
@@ -150,6 +154,19 @@ class DeepSpeed(AbstractStrategy):
         for name, tensor in model.state_dict(keep_vars=True).items():
             with self._deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
                 yield name, tensor.detach().to("cpu", copy=True)
+
+
+def _refuse_scalars(model: nn.Module) -> None:
+    """DeepSpeed 0.19 looks at every parameter as bytes, which torch cannot do with 0 dimensions."""
+    scalars = [name for name, parameter in model.named_parameters() if parameter.dim() == 0]
+    if scalars:
+        raise ConfigError(
+            explain(
+                "strategy.name=deepspeed trains parameters of at least one dimension.",
+                f"0-d parameters {', '.join(scalars)}",
+                "give them shape (1,), or use strategy ddp or fsdp, which take them as they are",
+            )
+        )
 
 
 def native_config(options: Any) -> dict[str, Any]:
