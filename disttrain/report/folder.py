@@ -1,0 +1,204 @@
+"""A run's folder `DIR/NAME/`: where each file lies, and how it is written so that a kill leaves it readable.
+
+Owns the names in the folder and the bytes of metrics.jsonl, ledger.jsonl and status.json. Knows nothing of ranks: its
+caller sees to it that one process writes. Refuses with CheckpointError, naming path and OS error, what it cannot write.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from disttrain.errors import CheckpointError, explain
+
+
+class RunFolder:
+    """The paths of one run, and the few files that are appended to or replaced. Making one touches no disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.metrics = self.path / "metrics.jsonl"
+        self.ledger = self.path / "ledger.jsonl"
+        self.status = self.path / "status.json"
+        self.checkpoints = self.path / "checkpoints"
+        self.tensorboard = self.path / "tensorboard"
+        self.incidents = self.path / "incidents"
+        self.loss_png = self.path / "loss.png"
+
+    # ------------------------------------------------------------------ writing
+
+    def append_metrics(self, values: Mapping[str, Any]) -> None:
+        """One line in metrics.jsonl. A number that JSON lacks is written as null and named under `nonfinite`."""
+        _append(self.metrics, _plain(values))
+
+    def append_ledger(self, event: str, **fields: Any) -> None:
+        """One line in ledger.jsonl: when (UTC), what, and the fields given."""
+        _append(self.ledger, {"time": _now(), "event": event, **_plain(fields)})
+
+    def write_status(self, state: str, step: int, exit_code: int | None, reason: str | None, **more: Any) -> None:
+        """Replace status.json whole: a reader sees the old one or the new one, never half of either."""
+        status = {
+            "state": state,
+            "step": step,
+            "exit_code": exit_code,
+            "reason": reason,
+            "time": _now(),
+            **_plain(more),
+        }
+        _replace(self.status, json.dumps(status, indent=2, allow_nan=False) + "\n")
+
+    def trim_metrics(self, after_step: int) -> int:
+        """Move what an unsaved past wrote after `after_step` to incidents/; returns how many lines that were.
+
+        A line torn by a kill goes with them. The moved lines are safe on disk before metrics.jsonl loses them.
+        """
+        kept: list[str] = []
+        moved: list[str] = []
+        for text, values in _lines(self.metrics):
+            (kept if values is not None and _step_of(values) <= after_step else moved).append(text)
+        if not moved:
+            return 0
+        _replace(self._unused_incident(after_step), "\n".join(moved) + "\n")
+        _replace(self.metrics, "".join(f"{line}\n" for line in kept))
+        return len(moved)
+
+    def _unused_incident(self, after_step: int) -> Path:
+        attempt = 1
+        while (path := self.incidents / f"metrics-after-step-{after_step}-{attempt}.jsonl").exists():
+            attempt += 1
+        return path
+
+    # ------------------------------------------------------------------ reading
+
+    def read_status(self) -> dict[str, Any] | None:
+        """What status.json says; None where there is none. Raises CheckpointError where it is not JSON."""
+        if not self.status.exists():
+            return None
+        try:
+            found = json.loads(self.status.read_text(encoding="utf-8"))
+            if not isinstance(found, dict):
+                raise ValueError(f"a {type(found).__name__}, not an object")
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                explain(f"The run's state is to be read from {self.status}.", str(error), "mend or remove that file")
+            ) from error
+        return found
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Every whole line of metrics.jsonl, in the order written; numbers named under `nonfinite` come back as NaN."""
+        return [_with_nan(values) for _, values in _lines(self.metrics) if values is not None]
+
+    def read_ledger(self) -> list[dict[str, Any]]:
+        """Every whole line of ledger.jsonl, in the order written."""
+        return [values for _, values in _lines(self.ledger) if values is not None]
+
+
+# ---------------------------------------------------------------------- JSON
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same values in JSON's own types. 0-d tensors and numpy scalars have `item`; what is left is written as text."""
+    nonfinite: list[str] = []
+    plain = {key: _plain_value(key, value, nonfinite) for key, value in values.items()}
+    if nonfinite:
+        plain["nonfinite"] = nonfinite
+    return plain
+
+
+def _plain_value(key: str, value: Any, nonfinite: list[str]) -> Any:
+    if value is None or isinstance(value, bool | str | int):
+        return value
+    if isinstance(value, float):
+        if math.isfinite(value):
+            return float(value)
+        nonfinite.append(key)
+        return None
+    if isinstance(value, Mapping):
+        return {str(inner): _plain_value(f"{key}.{inner}", one, nonfinite) for inner, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain_value(f"{key}.{place}", one, nonfinite) for place, one in enumerate(value)]
+    if callable(getattr(value, "item", None)) and getattr(value, "ndim", 0) == 0:
+        return _plain_value(key, value.item(), nonfinite)
+    return str(value)
+
+
+def _with_nan(values: dict[str, Any]) -> dict[str, Any]:
+    return values | {key: math.nan for key in values.get("nonfinite", ()) if key in values}
+
+
+def _step_of(values: Mapping[str, Any]) -> int:
+    step = values.get("step", 0)
+    return step if isinstance(step, int) else 0
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+# ---------------------------------------------------------------------- bytes
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusal into an error that names the file."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            explain(
+                f"The run's record is to be written to {path}.",
+                f"{type(error).__name__}: {error.strerror or error}",
+                "free space or allow writing there, or set another run.dir",
+            )
+        ) from error
+
+
+def _append(path: Path, values: Mapping[str, Any]) -> None:
+    """One write for the whole line, on a line of its own even after a torn one."""
+    data = (json.dumps(values, allow_nan=False) + "\n").encode()
+    with _writing(path), open(path, "ab+") as file:
+        if file.tell() > 0:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                data = b"\n" + data
+        file.write(data)
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write beside, flush to the disk, rename over."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with _writing(path):
+        try:
+            with open(beside, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | None]]:
+    """(text, object) a line, None as object where a kill tore it."""
+    if not path.exists():
+        return
+    try:
+        texts = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError as error:
+        raise CheckpointError(explain(f"{path} is to be read.", str(error), "allow reading it")) from error
+    for text in texts:
+        if not text.strip():
+            continue
+        try:
+            values = json.loads(text)
+        except ValueError:
+            values = None
+        yield text, values if isinstance(values, dict) else None

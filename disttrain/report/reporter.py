@@ -1,0 +1,139 @@
+"""Tells of a run: metrics.jsonl, ledger.jsonl and status.json, trackers, and a line or a bar for people.
+
+Owns what is told when. Called by the engine; a rank without a folder makes the same calls and nothing happens, so the
+loop has no `if rank == 0`. What only decorates a run (a tracker, the plot, the bar) may fail without ending it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from disttrain.errors import CheckpointError
+from disttrain.logs import room_logger
+from disttrain.report.display import Bar, Lines, Nothing, describe
+from disttrain.report.folder import RunFolder
+from disttrain.report.trackers import Tracker
+
+_log = room_logger("report")
+
+
+class Reporter:
+    """Local. `folder` None makes a silent rank; `total_steps` None is a run whose end a script decides."""
+
+    def __init__(
+        self,
+        folder: RunFolder | None,
+        *,
+        trackers: Sequence[Tracker] = (),
+        total_steps: int | None,
+        progress: bool = True,
+        stream: TextIO | None = None,
+        plot: bool = True,
+    ) -> None:
+        self._folder = folder
+        self._trackers = list(trackers)
+        self._plot = plot
+        self._display: Bar | Lines | Nothing = Nothing()
+        if folder is not None and progress:
+            stream = sys.stderr if stream is None else stream
+            self._display = (Bar if stream.isatty() else Lines)(stream, total_steps)
+
+    def start(self, step: int, info: Mapping[str, Any]) -> None:
+        """The loop begins after `step` steps; `info` is said in one line."""
+        if self._folder is not None:
+            _log.info("%s: from step %d, %s", self._folder.path, step, describe(info))
+        self._display.start(step)
+
+    def advance(self, step: int) -> None:
+        """A step ended. Cheap: called on every one."""
+        self._display.advance(step)
+
+    def step(self, values: Mapping[str, Any]) -> None:
+        """Tell of a reported step; `values` holds `step`. Raises CheckpointError where metrics.jsonl cannot be written."""
+        if self._folder is None:
+            return
+        self._folder.append_metrics(values)
+        self._track(int(values["step"]), values)
+        self._display.step(values)
+
+    def evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        """Tell of an evaluation; keys are `eval/SET/NAME` already."""
+        if self._folder is None:
+            return
+        self._folder.append_metrics({"step": step, **values})
+        self._track(step, values)
+        self._display.say(f"step {step}  " + "  ".join(f"{key} {value:.4f}" for key, value in values.items()))
+
+    def checkpoint(self, step: int, path: Path) -> None:
+        """A checkpoint was committed."""
+        if self._folder is None:
+            return
+        self._folder.append_ledger("checkpoint", step=step, path=str(path))
+        self._display.say(f"step {step}  saved {path}")
+
+    def incident(self, kind: str, **fields: Any) -> None:
+        """Something went wrong that the run survives: in the ledger, and said once."""
+        if self._folder is None:
+            return
+        self._folder.append_ledger("incident", kind=kind, **fields)
+        _log.warning("%s: %s", kind, describe(fields))
+
+    def finish(self, state: str, step: int, exit_code: int, reason: str | None) -> None:
+        """The run ended in order: close all, then status, ledger and plot."""
+        self.close()
+        if self._folder is None:
+            return
+        self._folder.write_status(state, step, exit_code, reason)
+        self._folder.append_ledger(state, step=step, exit_code=exit_code, reason=reason)
+        if self._plot:
+            self._survive("plot", self._draw)
+        _log.info("%s: %s at step %d%s", self._folder.path, state, step, f", {reason}" if reason else "")
+
+    def close(self) -> None:
+        """Stop the bar and let go of the trackers. Any number of times."""
+        self._display.close()
+        trackers, self._trackers = self._trackers, []
+        for tracker in trackers:
+            self._survive("tracker", tracker.close, tracker=_name(tracker))
+
+    # ------------------------------------------------------------------ within
+
+    def _track(self, step: int, values: Mapping[str, Any]) -> None:
+        numbers = {
+            key: float(value)
+            for key, value in values.items()
+            if key != "step" and isinstance(value, int | float) and not isinstance(value, bool)
+        }
+        self._trackers = [
+            tracker
+            for tracker in self._trackers
+            if self._survive(
+                "tracker", lambda kept=tracker: kept.log(step, dict(numbers)), tracker=_name(tracker), step=step
+            )
+        ]
+
+    def _draw(self) -> None:
+        assert self._folder is not None, "a silent rank draws nothing"
+        from disttrain.report.plot import plot_loss  # matplotlib takes half a second and is needed at the end only
+
+        plot_loss(self._folder.read_metrics(), self._folder.loss_png)
+
+    def _survive(self, kind: str, act: Callable[[], None], **fields: Any) -> bool:
+        """Whether `act` went well; if not, an incident, and the run goes on."""
+        try:
+            act()
+        except Exception as error:  # noqa: BLE001 - other people's code, and only decoration
+            told = fields | {"error": f"{type(error).__name__}: {error}"}
+            try:
+                self.incident(kind, **told)
+            except CheckpointError as unwritable:
+                _log.warning("%s: %s; the ledger cannot be written either: %s", kind, describe(told), unwritable)
+            return False
+        return True
+
+
+def _name(tracker: Tracker) -> str:
+    return f"{type(tracker).__module__}:{type(tracker).__qualname__}"
