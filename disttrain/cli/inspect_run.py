@@ -16,7 +16,9 @@ def report_run(*, run: str, as_json: bool) -> None:
 
     folder = RunFolder(Path(run))
     if not folder.metrics.exists():
-        raise CheckpointError(explain(f"{run} is to be reported.", "no metrics.jsonl in it", "name a run's folder, DIR/NAME"))
+        raise CheckpointError(
+            explain(f"{run} is to be reported.", "no metrics.jsonl in it", "name a run's folder, DIR/NAME")
+        )
     summary = summarize_run(folder)
     print(json.dumps(summary) if as_json else render_summary(summary))
 
@@ -58,7 +60,9 @@ def evaluate_run(*, path: str, overrides: Sequence[str], as_json: bool) -> None:
         engine.load_weights("model", checkpoint.path)
         values = engine.evaluate()
     if not values:
-        raise ConfigError(explain(f"{path} is to be evaluated.", "no eval.sets in its config", "add one: eval.sets.NAME=..."))
+        raise ConfigError(
+            explain(f"{path} is to be evaluated.", "no eval.sets in its config", "add one: eval.sets.NAME=...")
+        )
     if as_json:
         print(json.dumps({"step": checkpoint.step, **values}))
     else:

@@ -1,0 +1,23 @@
+"""Configs: YAML to one validated value, targets to what they name. Imports no torch. Enters: every room above."""
+
+from disttrain.config.faults import ConfigFaultsError, Fault
+from disttrain.config.lines import parse_value
+from disttrain.config.read import load_config
+from disttrain.config.render import render_config
+from disttrain.config.schema import Config, Target
+from disttrain.config.targets import build_nested, build_target, check_arguments, prefer_folder, resolve_target
+
+__all__ = [
+    "Config",
+    "ConfigFaultsError",
+    "Fault",
+    "Target",
+    "build_nested",
+    "build_target",
+    "check_arguments",
+    "load_config",
+    "parse_value",
+    "prefer_folder",
+    "render_config",
+    "resolve_target",
+]

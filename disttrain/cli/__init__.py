@@ -1,0 +1,80 @@
+"""`disttrain`: the commands around a run. Imports no torch until a command needs it. Enters: the shell."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from disttrain.errors import DisttrainError
+from disttrain.logs import start_logs
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Check a config, read what a run came to. To train: torchrun --nproc_per_node=N -m disttrain.run CONFIG",
+)
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+_Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...")]
+
+
+@app.command()
+def check(
+    config: str,
+    overrides: _Overrides = None,
+    as_json: _Json = False,
+    imports: Annotated[bool, typer.Option("--import", help="Import the targets too, which runs their code.")] = False,
+) -> None:
+    """Validate a config; print every value and where it came from."""
+    from disttrain.cli.check import check_config
+
+    raise typer.Exit(check_config(config, overrides or [], as_json=as_json, imports=imports))
+
+
+@app.command()
+def report(run: str, as_json: _Json = False) -> None:
+    """Curves and tables of a run's folder."""
+    from disttrain.cli.inspect_run import report_run
+
+    report_run(run=run, as_json=as_json)
+
+
+@app.command()
+def sample(
+    path: Annotated[str, typer.Argument(metavar="RUN_OR_CHECKPOINT")],
+    prompt: Annotated[str, typer.Option(help="What the text begins with.")] = "",
+    length: Annotated[int, typer.Option("--bytes", min=1, help="How many bytes to write.")] = 400,
+    seed: Annotated[int, typer.Option(help="What the draws are keyed by.")] = 0,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest byte.")] = 0.8,
+) -> None:
+    """Write text with a language model over bytes."""
+    from disttrain.cli.inspect_run import sample_text
+
+    sample_text(path=path, prompt=prompt, length=length, seed=seed, temperature=temperature)
+
+
+@app.command("eval")
+def evaluate(
+    path: Annotated[str, typer.Argument(metavar="RUN_OR_CHECKPOINT")],
+    overrides: _Overrides = None,
+    as_json: _Json = False,
+) -> None:
+    """Evaluate on the config's evaluation sets."""
+    from disttrain.cli.inspect_run import evaluate_run
+
+    evaluate_run(path=path, overrides=overrides or [], as_json=as_json)
+
+
+def main() -> None:
+    """The console script: errors to stderr, their exit codes to the shell."""
+    start_logs()
+    try:
+        app()
+    except DisttrainError as error:
+        print(f"error (exit {error.exit_code}): {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        sys.exit(1)

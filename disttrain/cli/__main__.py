@@ -1,0 +1,5 @@
+"""`python -m disttrain.cli`."""
+
+from disttrain.cli import main
+
+main()

@@ -1,0 +1,44 @@
+"""A resolved config as people and programs read it: plain values, every value's source, secrets redacted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from disttrain.config.schema import Config
+
+
+def render_config(config: Config) -> str:
+    """YAML that reads back to the same config, each value with its source as a comment, secrets redacted."""
+    lines: list[str] = []
+    _render(config.to_dict(), (), config.sources, lines)
+    return "\n".join(lines) + "\n"
+
+
+def _render(value: Mapping[str, Any], path: tuple[str, ...], sources: Mapping[str, str], lines: list[str]) -> None:
+    pad = "  " * len(path)
+    for name, item in value.items():
+        here = (*path, name)
+        key = _scalar(name)
+        if isinstance(item, Mapping) and item:
+            lines.append(f"{pad}{key}:")
+            _render(item, here, sources, lines)
+            continue
+        text = _scalar(item)
+        lines.append(f"{pad}{key}: {text}  # {source_of(here, sources)}")
+
+
+def source_of(path: tuple[str, ...], sources: Mapping[str, str]) -> str:
+    """The source of the value at `path`, or of the nearest thing around it. Pure."""
+    for length in range(len(path), 1, -1):
+        found = sources.get(".".join(path[:length]))
+        if found is not None:
+            return found
+    return sources.get(path[0], "default") if len(path) == 1 else "default"
+
+
+def _scalar(value: Any) -> str:
+    """A value in YAML's flow style, on one line, that reads back as itself."""
+    return yaml.safe_dump(value, default_flow_style=True, width=10**9, allow_unicode=True).removesuffix("...\n").strip()

@@ -1,0 +1,253 @@
+"""What a config may say: one frozen class a section, unknown keys refused. Imports no torch.
+
+Owns types, defaults and the faults that one section can see; `read` adds those that need file and line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
+
+from disttrain.config.strategies import DDPOptions, DeepSpeedOptions, FSDPOptions, NoneOptions, strategy_entry
+from disttrain.config.values import plain
+
+Positive = Field(gt=0)
+
+
+class Section(BaseModel):
+    """Base of all sections."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Target(Section):
+    """A short name known to the section, an import path, or (from Python) a callable; `args` are passed to it."""
+
+    target: str | Callable[..., Any]
+    args: dict[str, Any] = {}
+
+    @field_validator("target")
+    @classmethod
+    def _not_empty(cls, value: Any) -> Any:
+        if value == "":
+            raise ValueError("an empty target; name it, or write package.module:attribute")
+        return value
+
+
+class TokenCount(Section):
+    """A number of tokens, for data that says how many a sample has."""
+
+    tokens: int = Positive
+
+
+class RunConfig(Section):
+    """Which run this is, how long, on what. Exactly one of steps, epochs, tokens (own loops may leave all out)."""
+
+    name: str = "run"
+    dir: str = "runs"
+    seed: int = Field(0, ge=0, lt=2**63)
+    steps: int | None = Field(None, gt=0)
+    epochs: int | None = Field(None, gt=0)
+    tokens: int | None = Field(None, gt=0)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = Field(None, gt=0)
+    timeout_s: float = Field(1800.0, gt=0)
+
+    @field_validator("name")
+    @classmethod
+    def _one_folder(cls, value: str) -> str:
+        if not value or "/" in value or value in (".", ".."):
+            raise ValueError("a run's name is one folder's name; put the rest into run.dir")
+        return value
+
+    @model_validator(mode="after")
+    def _one_length(self) -> RunConfig:
+        given = [name for name in ("steps", "epochs", "tokens") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} both say how long; keep one")
+        return self
+
+
+class ModelConfig(Target):
+    """`weights` is a run or checkpoint whose weights to start from."""
+
+    weights: str | None = None
+
+
+class DataConfig(Section):
+    """`global_batch` defines the maths, `micro_batch` memory and speed. `last` is an epoch's last, smaller batch."""
+
+    train: Target
+    collate: Target | None = None
+    global_batch: int | TokenCount
+    micro_batch: int | TokenCount | None = None
+    workers: int = Field(0, ge=0)
+    prefetch: int = Field(2, gt=0)
+    shuffle: bool = True
+    last: Literal["short", "drop"] = "short"
+    on_resume: Literal["exact", "replay"] = "exact"
+
+    @field_validator("global_batch", "micro_batch")
+    @classmethod
+    def _positive(cls, value: Any) -> Any:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("a batch holds at least one sample")
+        return value
+
+    @model_validator(mode="after")
+    def _micro_fits(self) -> DataConfig:
+        whole, part = self.global_batch, self.micro_batch
+        if isinstance(whole, int) and isinstance(part, int) and part > whole:
+            raise ValueError(f"micro_batch {part} is larger than global_batch {whole}; make it at most that")
+        return self
+
+
+class EvalConfig(Section):
+    """`every` steps, and at the end, over each of `sets`."""
+
+    every: int | None = Field(None, gt=0)
+    at_end: bool = True
+    micro_batch: int | None = Field(None, gt=0)
+    sets: dict[str, Target] = {}
+
+    @model_validator(mode="after")
+    def _something_to_evaluate(self) -> EvalConfig:
+        if self.every is not None and not self.sets:
+            raise ValueError("every without sets: add sets: {held_out: {target: ...}}")
+        bad = [name for name in self.sets if "/" in name or not name]
+        if bad:
+            raise ValueError(f"set names {bad} cannot hold a slash: metrics are eval/SET/NAME")
+        return self
+
+
+class OptimConfig(Target):
+    """`clip_norm` null or 0 is off. Vectors get no weight decay unless `decay_vectors`; `no_decay` adds patterns."""
+
+    clip_norm: float | None = Field(None, ge=0)
+    no_decay: tuple[str, ...] = ()
+    decay_vectors: bool = False
+
+
+class MeshConfig(Section):
+    """Degrees that multiply to the world size; -1 is what is left."""
+
+    replicate: int = 1
+    shard: int = -1
+    tensor: int = 1
+
+    @model_validator(mode="before")
+    @classmethod
+    def _reserved(cls, value: Any) -> Any:
+        for name in ("pipeline", "context", "expert"):
+            if isinstance(value, Mapping) and name in value:
+                raise ValueError(f"mesh.{name} is reserved for a later release; leave it out")
+        return value
+
+    @field_validator("replicate", "tensor")
+    @classmethod
+    def _later(cls, value: int) -> int:
+        if value != 1:
+            raise ValueError("degrees other than 1 come with a later release; only mesh.shard spreads for now")
+        return value
+
+    @field_validator("shard")
+    @classmethod
+    def _degree(cls, value: int) -> int:
+        if value != -1 and value < 1:
+            raise ValueError("a degree is positive, or -1 for what is left")
+        return value
+
+
+class StrategyConfig(BaseModel):
+    """`name` chooses; every strategy's options may stand beside it, so that switching is one line."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    name: str = "ddp"
+    none: NoneOptions = NoneOptions()
+    ddp: DDPOptions = DDPOptions()
+    fsdp: FSDPOptions = FSDPOptions()
+    deepspeed: DeepSpeedOptions = DeepSpeedOptions()
+
+    @property
+    def options(self) -> BaseModel:
+        """The named strategy's validated options."""
+        options = getattr(self, self.name, None)
+        if isinstance(options, BaseModel):
+            return options
+        return strategy_entry(self.name).options.model_validate(options or {})
+
+
+class PrecisionConfig(Section):
+    """fp64 and fp32 compute and keep parameters in that type; bf16 computes by autocast over fp32 parameters."""
+
+    compute: Literal["fp32", "fp64", "bf16"] = "fp32"
+
+    @field_validator("compute", mode="before")
+    @classmethod
+    def _later(cls, value: Any) -> Any:
+        if value == "fp16":
+            raise ValueError("fp16 comes with a later release; bf16 has float32's range and needs no loss scaling")
+        return value
+
+
+class CheckpointConfig(Section):
+    """`resume` is auto, never, or the path of a run or checkpoint to start from."""
+
+    every: int | None = Field(None, gt=0)
+    keep_last: int = Field(2, gt=0)
+    resume: str = "auto"
+    at_end: bool = True
+
+
+class ReportConfig(Section):
+    """`every` steps; `trackers` are names or targets."""
+
+    every: int = Field(10, gt=0)
+    trackers: tuple[Target, ...] = ()
+    progress: bool = True
+    plot: bool = True
+
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        return [{"target": one} if isinstance(one, str) else one for one in value] if isinstance(value, list) else value
+
+
+class Config(Section):
+    """A whole config. `sources` says where each value came from, by dotted key; `folder` is the file's."""
+
+    version: Literal[1] = 1
+    run: RunConfig = RunConfig()
+    model: ModelConfig | None = None
+    objective: Target | None = None
+    data: DataConfig | None = None
+    eval: EvalConfig | None = None
+    optim: OptimConfig | None = None
+    schedule: Target | None = None
+    mesh: MeshConfig = MeshConfig()
+    strategy: StrategyConfig = StrategyConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    report: ReportConfig = ReportConfig()
+
+    _sources: dict[str, str] = PrivateAttr(default_factory=dict)
+    _folder: Path = PrivateAttr(default_factory=Path.cwd)
+
+    @property
+    def sources(self) -> Mapping[str, str]:
+        """Dotted key to `file:line`, `override`, `argument` or `default`."""
+        return self._sources
+
+    @property
+    def folder(self) -> Path:
+        """Where import paths resolve first."""
+        return self._folder
+
+    def to_dict(self, *, redact: bool = True) -> dict[str, Any]:
+        """Resolved values as JSON; callables as `module:qualname`, secrets redacted."""
+        found: dict[str, Any] = plain(self.model_dump(), redact=redact)
+        return found

@@ -1,0 +1,137 @@
+"""Whether a target is there, seen from its source alone: finds the file, parses it, runs nothing.
+
+What lies in compiled modules, or is made by code at import, is not judged: `check --import` goes further.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+from typing import Any
+
+from disttrain.config.faults import Fault, shown, suggest
+from disttrain.config.render import source_of
+from disttrain.config.target_names import import_path, section_of, splits_of, targets_in
+from disttrain.errors import ConfigError
+
+
+def find_faults(values: Mapping[str, Any], sources: Mapping[str, str], folder: Path) -> list[Fault]:
+    """Every target that is not where it says, or whose arguments its source does not take. Local.
+
+    `values` is a config's values, valid or not; unknown short names are load_config's to tell.
+    """
+    faults: list[Fault] = []
+    for path, target, args in targets_in(values):
+        section = section_of(path)
+        where = source_of(tuple(map(str, (*path, "target"))), sources)
+        key = ".".join(map(str, (*path, "target")))
+        try:
+            found, do = _look(import_path(target, section), folder, args, section)
+        except ConfigError:
+            continue
+        if found:
+            faults.append(Fault(key, where, f"{target!r}: {found}", do))
+    return faults
+
+
+def _look(path: str, folder: Path, args: Mapping[str, Any], section: str) -> tuple[str, str]:
+    """("", "") or what is wrong and what to do."""
+    for module, attribute in splits_of(path):
+        spec = find_module(module, folder)
+        if spec is None:
+            continue
+        source = _source(spec)
+        if source is None:
+            return "", ""
+        try:
+            tree = ast.parse(source)
+        except SyntaxError as error:
+            return f"{spec.origin}:{error.lineno} does not parse: {error.msg}", "mend that line"
+        known, open_ended = _names(tree)
+        first, _, rest = attribute.partition(".")
+        if first in known:
+            definition = known[first]
+            return _check_args(definition, args, section) if definition is not None and not rest else ("", "")
+        if open_ended or find_module(f"{module}.{first}", folder) is not None:
+            return "", ""
+        return f"{spec.origin} has no {first!r}", suggest(first, known)
+    module = splits_of(path)[0][0] if ":" in path else path.split(".")[0]
+    return (
+        f"no module {module!r} in {folder}, {Path.cwd()} or what is installed",
+        "mend the path, or install the package",
+    )
+
+
+def find_module(name: str, folder: Path) -> ModuleSpec | None:
+    """The module's spec, without importing it or its parents."""
+    import sys
+
+    places: list[str] | None = [str(folder), str(Path.cwd()), *sys.path]
+    spec: ModuleSpec | None = None
+    parts = name.split(".")
+    for at in range(len(parts)):
+        if places is None:
+            return None
+        spec = PathFinder.find_spec(".".join(parts[: at + 1]), places)
+        if spec is None:
+            return None
+        places = list(spec.submodule_search_locations) if spec.submodule_search_locations is not None else None
+    return spec
+
+
+def _source(spec: ModuleSpec) -> str | None:
+    if spec.origin is None or not spec.origin.endswith(".py"):
+        return None
+    return Path(spec.origin).read_text(encoding="utf-8", errors="replace")
+
+
+def _names(tree: ast.Module) -> tuple[dict[str, ast.stmt | None], bool]:
+    """Top-level names with their definition where there is one, and whether code may add more."""
+    known: dict[str, ast.stmt | None] = {}
+    open_ended = False
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom | ast.Import):
+            for alias in node.names:
+                open_ended = open_ended or alias.name == "*"
+                known.setdefault(alias.asname or alias.name.split(".")[0], None)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            known.setdefault(node.id, None)
+    for statement in tree.body:
+        if isinstance(statement, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            known[statement.name] = statement
+            open_ended = open_ended or statement.name == "__getattr__"
+        elif isinstance(statement, ast.If | ast.Try | ast.With):
+            for inner in ast.walk(statement):
+                if isinstance(inner, ast.ClassDef | ast.FunctionDef):
+                    known.setdefault(inner.name, None)
+    return known, open_ended
+
+
+def _check_args(definition: ast.stmt, args: Mapping[str, Any], section: str) -> tuple[str, str]:
+    """Names of `args` against a plain function, or a class with an `__init__` of its own."""
+    offset = 0
+    if isinstance(definition, ast.ClassDef):
+        own = [node for node in definition.body if isinstance(node, ast.FunctionDef) and node.name == "__init__"]
+        if not own or own[0].decorator_list or definition.decorator_list or definition.keywords:
+            return "", ""
+        definition, offset = own[0], 1
+    if not isinstance(definition, ast.FunctionDef) or definition.decorator_list:
+        return "", ""
+    given = definition.args
+    if given.kwarg is not None:
+        return "", ""
+    names = [one.arg for one in (*given.posonlyargs, *given.args)][offset:] + [one.arg for one in given.kwonlyargs]
+    unknown = [name for name in args if name not in names]
+    if unknown:
+        return f"no argument {unknown[0]!r} (value {shown(args[unknown[0]])})", suggest(unknown[0], names)
+    if section in ("model", "data"):
+        required = [one.arg for one in given.args][offset : len(given.args) - len(given.defaults)]
+        required += [
+            one.arg for one, default in zip(given.kwonlyargs, given.kw_defaults, strict=True) if default is None
+        ]
+        missing = [name for name in required if name not in args]
+        if missing:
+            return f"no value for its argument(s) {', '.join(missing)}", "add them under args"
+    return "", ""

@@ -1,0 +1,104 @@
+"""The options of each strategy, typed, and where its implementation is: torch-free, so that `check` needs no torch.
+
+A plug-in's entry point `disttrain.strategies` names a `StrategyEntry` in a module that imports no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from disttrain.config.faults import suggest
+from disttrain.errors import ConfigError, explain
+
+GROUP = "disttrain.strategies"
+
+
+class StrategyOptions(BaseModel):
+    """Base of options classes: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class NoneOptions(StrategyOptions):
+    """One process has nothing to choose."""
+
+
+class DDPOptions(StrategyOptions):
+    """`bucket_mb` is the size of a reduction; `find_unused` copes with parameters that a step does not reach."""
+
+    bucket_mb: float = Field(25.0, gt=0)
+    find_unused: bool = True
+
+
+class FSDPOptions(StrategyOptions):
+    """`reshard` frees whole parameters after forward; `blocks` names classes or module patterns to shard one by one."""
+
+    reshard: bool = True
+    blocks: tuple[str, ...] | None = None
+
+
+class DeepSpeedOptions(StrategyOptions):
+    """ZeRO `stage`, and the size of its communication buckets."""
+
+    stage: Literal[1, 2, 3] = 2
+    bucket_mb: float = Field(25.0, gt=0)
+
+    @field_validator("stage", mode="before")
+    @classmethod
+    def _no_stage_zero(cls, value: Any) -> Any:
+        if value == 0 and not isinstance(value, bool):
+            raise ValueError("stage 0 cuts nothing and divides differently: use strategy.name=ddp")
+        return value
+
+
+@dataclass(frozen=True)
+class StrategyEntry:
+    """A strategy's name, its options class, and `package.module:Class` of its implementation."""
+
+    name: str
+    options: type[BaseModel]
+    implementation: str
+
+
+BUILT_IN = {
+    entry.name: entry
+    for entry in (
+        StrategyEntry("none", NoneOptions, "disttrain.strategy.none:NoStrategy"),
+        StrategyEntry("ddp", DDPOptions, "disttrain.strategy.ddp:DDP"),
+        StrategyEntry("fsdp", FSDPOptions, "disttrain.strategy.fsdp:FSDP"),
+        StrategyEntry("deepspeed", DeepSpeedOptions, "disttrain.strategy.deepspeed:DeepSpeed"),
+    )
+}
+
+
+def strategy_entry(name: str) -> StrategyEntry:
+    """The strategy of that name, built in or installed. Raises ConfigError that lists the known ones."""
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    if name == "accelerate":
+        raise ConfigError(
+            explain(
+                "strategy.name=accelerate takes strategy and precision from accelerate's own file.",
+                "a release that does not translate it yet",
+                "name ddp, fsdp or deepspeed; `accelerate launch` starts those too",
+            )
+        )
+    installed = {point.name: point for point in entry_points(group=GROUP)}
+    if name not in installed:
+        raise ConfigError(
+            explain(
+                f"strategy.name={name!r} is to name a strategy.",
+                "no built-in or installed one of that name",
+                suggest(name, [*BUILT_IN, *installed]) + f"; a plug-in registers the entry point {GROUP}",
+            )
+        )
+    entry = installed[name].load()
+    if not isinstance(entry, StrategyEntry):
+        raise ConfigError(
+            explain(f"The plug-in {name!r} is to name a StrategyEntry.", repr(entry), "mend the plug-in's entry point")
+        )
+    return entry
