@@ -104,7 +104,7 @@ class RunFolder:
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The same values in JSON's own types. 0-d tensors and numpy scalars have `item`; what is left is written as text."""
+    """The same values in JSON's own types. 0-d tensors and numpy scalars have `item`; the rest is written as text."""
     nonfinite: list[str] = []
     plain = {key: _plain_value(key, value, nonfinite) for key, value in values.items()}
     if nonfinite:
@@ -164,7 +164,7 @@ def _writing(path: Path) -> Iterator[None]:
 def _append(path: Path, values: Mapping[str, Any]) -> None:
     """One write for the whole line, on a line of its own even after a torn one."""
     data = (json.dumps(values, allow_nan=False) + "\n").encode()
-    with _writing(path), open(path, "ab+") as file:
+    with _writing(path), path.open("ab+") as file:
         if file.tell() > 0:
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
@@ -177,11 +177,11 @@ def _replace(path: Path, text: str) -> None:
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with _writing(path):
         try:
-            with open(beside, "w", encoding="utf-8") as file:
+            with beside.open("w", encoding="utf-8") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(beside, path)
+            beside.replace(path)
         finally:
             beside.unlink(missing_ok=True)
 

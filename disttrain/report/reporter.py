@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -52,7 +53,7 @@ class Reporter:
         self._display.advance(step)
 
     def step(self, values: Mapping[str, Any]) -> None:
-        """Tell of a reported step; `values` holds `step`. Raises CheckpointError where metrics.jsonl cannot be written."""
+        """Tell of a reported step; `values` holds `step`. Raises CheckpointError if it cannot be written."""
         if self._folder is None:
             return
         self._folder.append_metrics(values)
@@ -110,9 +111,7 @@ class Reporter:
         self._trackers = [
             tracker
             for tracker in self._trackers
-            if self._survive(
-                "tracker", lambda kept=tracker: kept.log(step, dict(numbers)), tracker=_name(tracker), step=step
-            )
+            if self._survive("tracker", partial(tracker.log, step, dict(numbers)), tracker=_name(tracker), step=step)
         ]
 
     def _draw(self) -> None:
