@@ -76,12 +76,13 @@ def evaluation_losses(lines: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def smooth(values: Sequence[float], radius: int) -> list[float]:
-    """Mean around each value, over fewer towards both ends: a falling curve is not dragged behind."""
+    """Mean of `radius` values to either side; as few as there are before it, so that a steep start keeps its height."""
     sums = [0.0, *accumulate(values)]
     found = []
     for place in range(len(values)):
-        reach = min(radius, place, len(values) - 1 - place)
-        found.append((sums[place + reach + 1] - sums[place - reach]) / (2 * reach + 1))
+        reach = min(radius, place)
+        stop = min(place + reach + 1, len(values))
+        found.append((sums[stop] - sums[place - reach]) / (stop - place + reach))
     return found
 
 
@@ -148,7 +149,7 @@ def _dress(axes: Axes, name: str, *, bottom: bool) -> None:
 
 
 def _label(name: str, curve: Curve) -> str:
-    return f"{name}  {curve[1][-1]:.4g}"
+    return f"{name}  {curve[1][-1]:#.4g}"
 
 
 def _title(path: Path) -> str:

@@ -9,6 +9,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from disttrain.report.display import amount
@@ -86,7 +87,7 @@ def _thinned(values: Sequence[float], most: int) -> list[float]:
     """At most `most` values: means of consecutive stretches of nearly equal length."""
     count = min(len(values), most)
     edges = [place * len(values) // count for place in range(count + 1)]
-    return [statistics.fmean(values[start:stop]) for start, stop in zip(edges, edges[1:], strict=False)]
+    return [statistics.fmean(values[start:stop]) for start, stop in pairwise(edges)]
 
 
 # ---------------------------------------------------------------------- text

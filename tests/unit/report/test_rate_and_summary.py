@@ -1,0 +1,111 @@
+"""Rates against a clock that is set by hand; summaries and plots of runs of any shape."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from disttrain.report import Rate, RunFolder, plot_loss, render_summary, summarize_run
+from disttrain.report.plot import smooth
+from disttrain.report.rate import peak_flops
+
+
+def test_rates_are_those_since_the_last_measure() -> None:
+    now = [100.0]
+    rate = Rate(device="cpu", parameters=1000, world_size=2, now=lambda: now[0])
+    rate.start(samples=50, tokens=500, step=5)
+    now[0] += 7.0
+    rate.measure(samples=60, tokens=600, step=6)
+    with rate.loading():
+        now[0] += 1.0
+    now[0] += 3.0
+    found = rate.measure(samples=100, tokens=1000, step=10)
+    assert found.pop("mem_peak_bytes") > 2**20
+    assert found == {"step_time_s": 1.0, "data_time_s": 0.25, "samples_per_s": 10.0, "tokens_per_s": 100.0, "mfu": None}
+
+
+def test_waiting_for_data_counts_even_if_it_raises() -> None:
+    now = [0.0]
+    rate = Rate(device="cpu", parameters=1, world_size=1, now=lambda: now[0])
+    rate.start(samples=0, tokens=0, step=0)
+    with pytest.raises(KeyError), rate.loading():
+        now[0] += 2.0
+        raise KeyError
+    assert rate.measure(samples=1, tokens=0, step=1)["data_time_s"] == 2.0
+
+
+@pytest.mark.parametrize(
+    ("name", "tera"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989.4),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA GeForce GTX 1080", 0),
+    ],
+)
+def test_peaks_are_found_by_the_devices_name(name: str, tera: float) -> None:
+    assert peak_flops(name) == tera * 1e12
+
+
+@given(st.lists(st.floats(-10, 10), min_size=1, max_size=40), st.integers(0, 50))
+def test_smoothing_is_a_mean_over_a_window(values: list[float], radius: int) -> None:
+    for place, found in enumerate(smooth(values, radius)):
+        reach = min(radius, place)
+        window = values[place - reach : place + reach + 1]
+        assert found == pytest.approx(sum(window) / len(window), abs=1e-9)
+
+
+def filled(path: Path, steps: int) -> RunFolder:
+    folder = RunFolder(path)
+    folder.append_ledger("segment", step=0, total_steps=steps)
+    for step in range(1, steps + 1):
+        line = {"step": step, "samples": step * 8, "tokens": 0, "loss": 4.0 / step, "lr": 1e-3, "strategy": "ddp"}
+        folder.append_metrics(line | {"world_size": 2, "step_time_s": 0.5 if step > 1 else 9.0, "data_time_s": 0.05})
+    folder.append_metrics({"step": steps, "eval/a/loss": 1.5, "eval/a/accuracy": 0.75})
+    folder.write_status("finished", steps, 0, None)
+    return folder
+
+
+def test_a_summary_says_what_the_lines_say(tmp_path: Path) -> None:
+    summary = summarize_run(filled(tmp_path / "mine", 200))
+    assert json.loads(json.dumps(summary)) == summary
+    assert (summary["run"], summary["state"], summary["step"], summary["total_steps"]) == ("mine", "finished", 200, 200)
+    loss = summary["losses"]["loss"]
+    assert (loss["first"], loss["last"], loss["best"], loss["best_step"]) == (4.0, 0.02, 0.02, 200)
+    assert len(loss["curve"]) == 60
+    assert summary["evaluation"] == {"eval/a/loss": 1.5, "eval/a/accuracy": 0.75}
+    assert summary["rates"]["step_time_s"] == 0.5
+    text = render_summary(summary)
+    assert "mine: finished, step 200/200, ddp on 2 ranks, 1.6k samples" in text
+    assert "500 ms a step (10% waiting for data)" in text
+    assert "eval/a/accuracy  0.75" in text
+
+
+def test_a_run_that_has_only_begun_is_summarized(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "new")
+    folder.metrics.parent.mkdir()
+    folder.metrics.touch()
+    assert "no finite loss" in render_summary(summarize_run(folder))
+    folder.append_metrics({"step": 1, "loss": float("nan"), "eval/a/loss": float("inf")})
+    text = render_summary(summarize_run(folder))
+    assert "not finite in 1 lines" in text
+
+
+@pytest.mark.parametrize("steps", [1, 5, 200])
+def test_a_plot_is_a_png_of_any_run(tmp_path: Path, steps: int) -> None:
+    folder = filled(tmp_path, steps)
+    plot_loss(folder.read_metrics(), folder.loss_png)
+    assert folder.loss_png.read_bytes().startswith(b"\x89PNG")
+    assert not list(tmp_path.glob(".loss*"))
+
+
+def test_a_plot_of_nothing_is_drawn_too(tmp_path: Path) -> None:
+    plot_loss([{"step": 1, "loss": float("nan")}], tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").stat().st_size > 1000
