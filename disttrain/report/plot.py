@@ -124,6 +124,7 @@ def _draw_losses(axes: Axes, train: Curve, evaluations: Mapping[str, Curve]) -> 
         return
     if min(every) > 0 and max(every) / min(every) > 30:
         axes.set_yscale("log")
+        axes.minorticks_off()
     axes.legend(frameon=False, loc="upper right", fontsize=10, labelcolor=INK, handlelength=1.4)
 
 

@@ -80,11 +80,15 @@ class Reporter:
         if self._folder is None:
             return
         self._folder.append_ledger("incident", kind=kind, **fields)
-        _log.warning("%s: %s", kind, describe(fields))
+        if isinstance(self._display, Bar):
+            self._display.say(f"[report] warning: {kind}: {describe(fields)}")  # a logged line would tear the bar
+        else:
+            _log.warning("%s: %s", kind, describe(fields))
 
     def finish(self, state: str, step: int, exit_code: int, reason: str | None) -> None:
         """The run ended in order: close all, then status, ledger and plot."""
         self.close()
+        self._display = Nothing()
         if self._folder is None:
             return
         self._folder.write_status(state, step, exit_code, reason)
