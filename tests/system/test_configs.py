@@ -49,9 +49,9 @@ def test_every_config_has_its_expectation() -> None:
 
 @pytest.mark.parametrize("name", sorted(EXPECTED))
 def test_config_passes_check(name: str, tmp_path: Path) -> None:
-    command = "import sys; from disttrain.cli import main; sys.exit(main())"
-    arguments = ("check", str(CONFIGS / name), "--json")
-    done = launch(sys.executable, "-c", command, *arguments, timeout_s=60, cwd=tmp_path)
+    done = launch(
+        sys.executable, "-m", "disttrain.cli", "check", str(CONFIGS / name), "--json", timeout_s=60, cwd=tmp_path
+    )
     assert isinstance(json.loads(done.stdout), dict)
 
 
