@@ -1,0 +1,241 @@
+"""A part's micro-batches, step after step, from any position: the same samples at any world size and worker count.
+
+The sequence is a function of (seed, epoch, position); the mesh, the micro-batch and the workers only decide who fetches
+what. A step never crosses an epoch's end: the last one is short, or dropped. Refuses data that cannot fill a step.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from disttrain.data.fetch import Collate, Fetcher
+from disttrain.data.order import Order
+from disttrain.data.plan import MicroBatch, Slot, StepBatch, plan_step
+from disttrain.data.streams import Stream
+from disttrain.errors import DataError, explain
+from disttrain.logs import room_logger
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One step before it is fetched."""
+
+    epoch: int
+    start: int
+    samples: int
+    after: dict[str, Any]
+
+
+class Batches:
+    """Endless steps of one part; `state_dict` is the position after the last step that was yielded.
+
+    `part` is (index, count) of the data-parallel coordinate; `agree` a minimum over parts, called once a step by
+    streams that were cut with `shard`. Raises DataError for empty or too small data. Local otherwise.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        *,
+        seed: int,
+        global_batch: int,
+        micro_batch: int,
+        part: tuple[int, int],
+        shuffle: bool = True,
+        last: str = "short",
+        workers: int = 0,
+        prefetch: int = 2,
+        collate: Collate | None = None,
+        on_resume: str = "exact",
+        agree: Callable[[int], int] = lambda value: value,
+    ) -> None:
+        self._global_batch, self._micro_batch, self._part = global_batch, micro_batch, part
+        self._drop = last == "drop"
+        self._workers, self._prefetch = workers, prefetch
+        self._epoch, self._position = 0, 0
+        self._stream: Stream | None = None
+        self._loader: Any = None
+        self._name = type(dataset).__qualname__
+        self._fetcher = Fetcher(dataset, seed=seed, collate=collate)
+        if is_stream(dataset):
+            if workers:
+                room_logger("data").warning("data.workers=%d: iterable data are read in the training process", workers)
+            self._stream = Stream(
+                dataset, seed=seed, part=part, collate=self._fetcher.collate, exact=on_resume == "exact"
+            )
+            self._agree = agree
+            return
+        size = len(dataset)
+        if size < global_batch:
+            raise DataError(
+                explain(
+                    f"data.global_batch={global_batch} samples make a step.",
+                    f"{self._name} has {size}" if size else f"{self._name} is empty",
+                    "lower data.global_batch, or give more data" if size else "give data with at least one step in it",
+                )
+            )
+        self._order = Order(size, seed, shuffle=shuffle)
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """Steps in an epoch; None for streams."""
+        if self._stream is not None:
+            return None
+        whole, rest = divmod(self._order.size, self._global_batch)
+        return whole + (1 if rest and not self._drop else 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the last yielded step, as JSON; independent of parts, micro-batch and workers."""
+        found: dict[str, Any] = {"epoch": self._epoch, "position": self._position}
+        return found if self._stream is None else found | self._stream.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there at the next `iter`."""
+        self._epoch, self._position = int(state["epoch"]), int(state["position"])
+        if self._stream is not None:
+            self._stream.load_state_dict(state)
+
+    def __iter__(self) -> Iterator[StepBatch]:
+        return self._streamed() if self._stream is not None else self._indexed()
+
+    def close(self) -> None:
+        """End the workers."""
+        iterator = getattr(self._loader, "_iterator", None)
+        if iterator is not None and hasattr(iterator, "_shutdown_workers"):
+            iterator._shutdown_workers()
+        self._loader = None
+
+    # ------------------------------------------------------------------ map-style data
+
+    def _steps(self) -> Iterator[_Step]:
+        epoch, position, size = self._epoch, self._position, self._order.size
+        while True:
+            samples = min(self._global_batch, size - position)
+            if samples <= 0 or (self._drop and samples < self._global_batch):
+                epoch, position = epoch + 1, 0
+                continue
+            yield _Step(epoch, position, samples, {"epoch": epoch, "position": position + samples})
+            position += samples
+
+    def _slots(self) -> Iterator[tuple[_Step, list[Slot]]]:
+        for step in self._steps():
+            yield step, plan_step(step.samples, self._micro_batch, self._part)
+
+    def _requests(self) -> Iterator[tuple[int, int, int]]:
+        """(epoch, first position, count) of every batch to fetch, replays of an own one left out."""
+        for step, slots in self._slots():
+            for slot in _distinct(slots):
+                yield step.epoch, step.start + slot.start, slot.count
+
+    def _fetched(self) -> Iterator[Any]:
+        asked = _Asked(self._order, self._fetcher)
+        if self._workers == 0:
+            return (asked[request] for request in self._requests())
+        self._loader = DataLoader(
+            asked,  # type: ignore[arg-type]
+            batch_size=None,
+            sampler=_Endless(self._requests),
+            num_workers=self._workers,
+            prefetch_factor=self._prefetch,
+            worker_init_fn=_calm_worker,
+            persistent_workers=True,
+        )
+        return iter(self._loader)
+
+    def _indexed(self) -> Iterator[StepBatch]:
+        fetched = self._fetched()
+        for step, slots in self._slots():
+            batches = {slot.index: _next(fetched, self._name) for slot in _distinct(slots)}
+            found = [MicroBatch(batches[slot.index], slot.index, slot.real, slot.count) for slot in slots]
+            self._epoch, self._position = step.epoch, step.after["position"]
+            yield StepBatch(found, epoch=step.epoch, samples=step.samples, position=step.after)
+
+    # ------------------------------------------------------------------ streams
+
+    def _streamed(self) -> Iterator[StepBatch]:
+        assert self._stream is not None
+        while True:
+            started = self._position
+            for samples, micro_batches in self._stream.steps(
+                self._epoch, self._position, self._global_batch, self._micro_batch, drop=self._drop, agree=self._agree
+            ):
+                self._position += samples
+                yield StepBatch(micro_batches, epoch=self._epoch, samples=samples, position=self.state_dict())
+            if self._position == 0 or (started == 0 and self._position == started):
+                raise DataError(
+                    explain(
+                        f"data.global_batch={self._global_batch} samples make a step.",
+                        f"{self._name} ended before it gave one",
+                        "give more data, lower data.global_batch, or set data.last=short",
+                    )
+                )
+            self._epoch, self._position = self._epoch + 1, 0
+            self._stream.rewind()
+
+
+class _Asked:
+    """What a worker is asked: a batch by (epoch, first position, count)."""
+
+    def __init__(self, order: Order, fetcher: Fetcher) -> None:
+        self._order, self._fetcher = order, fetcher
+
+    def __getitem__(self, request: tuple[int, int, int]) -> Any:
+        epoch, start, count = request
+        return self._fetcher.fetch(epoch, self._order.indices(epoch, start, count).tolist())
+
+
+class _Endless:
+    """A sampler that starts from the position at which it is asked to."""
+
+    def __init__(self, requests: Callable[[], Iterator[tuple[int, int, int]]]) -> None:
+        self._requests = requests
+
+    def __iter__(self) -> Iterator[tuple[int, int, int]]:
+        return self._requests()
+
+
+def is_stream(dataset: Any) -> bool:
+    """Whether data can only be read from the front. Raises DataError for what is no dataset at all."""
+    if isinstance(dataset, IterableDataset):
+        return True
+    if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
+        return False
+    if hasattr(dataset, "__iter__"):
+        return True
+    raise DataError(
+        explain(
+            "A dataset has __len__ and __getitem__, or __iter__.",
+            f"a {type(dataset).__qualname__}",
+            "name a class or function under data.train.target that gives such an object",
+        )
+    )
+
+
+def _distinct(slots: Sequence[Slot]) -> list[Slot]:
+    return [next(group) for _, group in itertools.groupby(slots, key=lambda slot: slot.index)]
+
+
+def _next(fetched: Iterator[Any], name: str) -> Any:
+    try:
+        return next(fetched)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError(
+            explain(
+                f"data.workers processes fetch the items of {name}.",
+                str(error).split("\n")[0],
+                "see what killed it (memory, a crash in user code), or set data.workers=0 to see its error here",
+            )
+        ) from error
+
+
+def _calm_worker(_: int) -> None:
+    """One thread a worker: the ranks share the cores already."""
+    torch.set_num_threads(1)

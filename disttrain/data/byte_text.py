@@ -1,0 +1,91 @@
+"""`byte_text`: windows over the bytes of a file, a folder, or the Python standard library's own sources.
+
+Owns the choice of files and the split; one gather makes a whole batch, so no worker is needed. Refuses what it cannot
+read, and text shorter than one window.
+"""
+
+from __future__ import annotations
+
+import sysconfig
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from disttrain.errors import DataError, explain
+
+STDLIB = "python-stdlib"
+_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "ensurepip", "lib2to3"}
+_SPLITS = ("train", "eval", "all")
+
+
+class ByteText:
+    """Item i is (inputs, targets), int64 [context] each: bytes i*context to (i+1)*context, and the same one further on.
+
+    `source` is a file, a folder of text files, or `python-stdlib`. Several files are split whole, by a hash of their
+    relative path; a single file by position. Windows do not overlap.
+    """
+
+    draws_randomness = False
+
+    def __init__(self, source: str, context: int, split: str = "train", eval_share: float = 0.05) -> None:
+        if split not in _SPLITS or context < 1 or not 0 < eval_share < 1:
+            found = f"split={split!r}, context={context}, eval_share={eval_share}"
+            raise DataError(explain("byte_text splits into train, eval or all.", found, "mend these arguments"))
+        self.tokens_per_sample = context
+        self._context = context
+        text = _read(source, split, eval_share)
+        if len(text) <= context:
+            found = f"{len(text)} bytes in the split {split!r} of {source}"
+            raise DataError(
+                explain(f"byte_text cuts windows of {context} bytes.", found, "give more text, or less context")
+            )
+        self._bytes = torch.from_numpy(np.frombuffer(text, dtype=np.uint8).copy())
+        self._offsets = torch.arange(context + 1)
+
+    def __len__(self) -> int:
+        return (len(self._bytes) - 1) // self._context
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        inputs, targets = self.gather_batch([range(len(self))[index]])
+        return inputs[0], targets[0]
+
+    def gather_batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """(inputs, targets), int64 [len(indices), context] each, in one gather."""
+        starts = torch.as_tensor(indices, dtype=torch.int64) * self._context
+        windows = self._bytes[starts[:, None] + self._offsets].long()
+        return windows[:, :-1], windows[:, 1:]
+
+
+def _read(source: str, split: str, eval_share: float) -> bytes:
+    if source == STDLIB:
+        root = Path(sysconfig.get_path("stdlib"))
+        files = [path for path in root.rglob("*.py") if not _LEFT_OUT & set(path.relative_to(root).parts)]
+    else:
+        root = Path(source).expanduser()
+        if root.is_file():
+            text = _bytes_of(root)
+            cut = round(len(text) * (1 - eval_share))
+            return {"train": text[:cut], "eval": text[cut:], "all": text}[split]
+        if not root.is_dir():
+            found = f"nothing there; the working directory is {Path.cwd()}"
+            raise DataError(explain(f"byte_text reads {source!r}, a file or a folder.", found, f"mend it, or {STDLIB}"))
+        files = [path for path in root.rglob("*") if path.is_file() and not any(p.startswith(".") for p in path.parts)]
+    chosen = [path for path in sorted(files) if split == "all" or _is_eval(path, root, eval_share) == (split == "eval")]
+    return b"".join(_bytes_of(path) for path in chosen)
+
+
+def _is_eval(path: Path, root: Path, eval_share: float) -> bool:
+    return zlib.crc32(path.relative_to(root).as_posix().encode()) < eval_share * 2**32
+
+
+def _bytes_of(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            explain(f"byte_text reads {path}.", str(error.strerror), "make it readable, or leave it out")
+        ) from error
