@@ -10,9 +10,9 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from disttrain.errors import FINISHED, INTERRUPTED, ConfigError, DisttrainError
+from disttrain.errors import FINISHED, INTERRUPTED, ConfigError, DisttrainError, LaunchError
 from disttrain.logs import room_logger, start_logs
-from disttrain.runtime.environment import read_launch
+from disttrain.runtime.environment import Launch, quiet_torch, read_launch
 
 USAGE = "usage: python -m disttrain.run CONFIG [section.key=value ...]"
 
@@ -20,30 +20,45 @@ USAGE = "usage: python -m disttrain.run CONFIG [section.key=value ...]"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train, and return the exit code. Every process of the world calls it."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    rank = 0
+    launch: Launch | None = None
     try:
         launch = read_launch()
-        rank = launch.rank
-        start_logs(rank=rank)
+        start_logs(rank=launch.rank)
         if not given or given[0] in ("-h", "--help"):
-            print(USAGE + "\n\n" + str(__doc__), file=sys.stdout if given else sys.stderr)
+            print(f"{USAGE}\n\n{__doc__}", file=sys.stdout if given else sys.stderr)
             return FINISHED if given else ConfigError.exit_code
         return _train(given[0], given[1:])
-    except DisttrainError as error:
-        # What every rank finds alike is said once, by rank 0; what one rank alone finds, by that rank.
-        if rank == 0 or getattr(error, "only_here", False):
-            print(f"error (exit {error.exit_code}): {error}", file=sys.stderr, flush=True)
-        return error.exit_code
-    except KeyboardInterrupt:
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the entry point: user code may raise anything
+        return _tell(error, launch)
+
+
+def _tell(error: BaseException, launch: Launch | None) -> int:
+    """Print the first cause where it happened, one line elsewhere; returns the exit code."""
+    cause = getattr(error, "first_cause", None)
+    if cause is not None and not cause.mine:
+        if cause.rank >= 0 and launch is not None:
+            print(f"rank {launch.rank} ends: rank {cause.rank} failed first", file=sys.stderr, flush=True)
+        return int(cause.exit_code)
+    if isinstance(error, KeyboardInterrupt):
         print("stopped at once; the last checkpoint stands", file=sys.stderr, flush=True)
         return INTERRUPTED
-    except Exception as error:  # the entry point: user code may raise anything
-        if not getattr(error, "told", False):
-            traceback.print_exc()
-        return int(getattr(error, "exit_code", 1))
+    if cause is not None and cause.replaced:
+        print(f"error (exit {cause.exit_code}): {cause.text}", file=sys.stderr, flush=True)
+        return int(cause.exit_code)
+    if isinstance(error, DisttrainError):
+        # Before the group exists all ranks find the same: each node's first process says it, and every launch error.
+        if cause is not None or launch is None or launch.local_rank == 0 or isinstance(error, LaunchError):
+            notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
+            print(f"error (exit {error.exit_code}): {error}{notes}", file=sys.stderr, flush=True)
+        return error.exit_code
+    if cause is not None or launch is None or launch.local_rank == 0:
+        traceback.print_exception(error)
+        sys.stderr.flush()
+    return 1
 
 
 def _train(config: str, overrides: Sequence[str]) -> int:
+    quiet_torch()
     from disttrain.engine.loop import train
 
     run = train(config, overrides)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,23 +95,34 @@ def _in_row(row: int, boxes: list[Box]) -> list[Box]:
 def tiling_fault(shape: Sequence[int], boxes: Sequence[Box]) -> str | None:
     """What keeps `boxes` from covering a tensor exactly (outside, overlap, hole), in words; None if they tile it.
 
-    Empty boxes count for nothing. A sweep along the dim with the most cuts: no pass over all pairs of boxes.
+    Empty boxes count for nothing.
     """
     full = [box for box in boxes if box.numel]
     for box in full:
         if len(box.sizes) != len(shape) or any(stop > size for stop, size in zip(box.stops, shape, strict=True)):
             return f"box {box} is not inside shape {tuple(shape)}"
-    if shape and full:
-        dim = max(range(len(shape)), key=lambda d: len({box.offsets[d] for box in full}))
-        full.sort(key=lambda box: box.offsets[dim])
-        active: list[Box] = []
-        for box in full:
-            active = [other for other in active if other.stops[dim] > box.offsets[dim]]
-            for other in active:
-                if overlap(box, other):
-                    return f"boxes {other} and {box} overlap"
-            active.append(box)
-    elif len(full) > 1:
-        return f"{len(full)} boxes hold the one scalar"
+    pair = _overlapping_pair(full)
+    if pair:
+        return f"boxes {pair[0]} and {pair[1]} overlap"
     held, needed = sum(box.numel for box in full), math.prod(shape)
     return None if held == needed else f"the boxes hold {held} of {needed} elements"
+
+
+def _overlapping_pair(boxes: list[Box], dim: int = 0) -> tuple[Box, Box] | None:
+    """Two boxes that overlap, if any do. Boxes are parted where they lie apart along a dim, and then along the next, so
+    that the grids and flat ranges of real meshes cost a sort per dim and no pass over all pairs."""
+    if len(boxes) < 2:
+        return None
+    if dim == len(boxes[0].sizes):
+        return next((pair for pair in combinations(boxes, 2) if overlap(*pair)), None)
+    together: list[Box] = []
+    reach = 0
+    for box in sorted(boxes, key=lambda box: box.offsets[dim]):
+        if together and box.offsets[dim] >= reach:
+            pair = _overlapping_pair(together, dim + 1)
+            if pair:
+                return pair
+            together = []
+        together.append(box)
+        reach = max(reach, box.offsets[dim] + box.sizes[dim])
+    return _overlapping_pair(together, dim + 1)

@@ -120,4 +120,5 @@ def tensor_bytes(tensor: Tensor, piece_bytes: int) -> Iterator[memoryview]:
 
 
 def _raw(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    # as_strided, not reshape: a contiguous tensor of one element may have any stride, and then has no view as bytes.
+    return memoryview(tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data)

@@ -57,7 +57,8 @@ def shard_fault(shard: Shard) -> str | None:
     index, count = shard.replica
     if not 0 <= index < count:
         return f"{shard.name}: replica {index} of {count} holders does not exist"
-    if len(shard.box.sizes) != len(shard.shape) or any(map(int.__gt__, shard.box.stops, shard.shape)):
+    outside = shard.box.numel and any(map(int.__gt__, shard.box.stops, shard.shape))
+    if len(shard.box.sizes) != len(shard.shape) or outside:
         return f"{shard.name}: box {shard.box} is not inside shape {shard.shape}"
     if tuple(shard.tensor.shape) != shard.box.sizes:
         return f"{shard.name}: a tensor of shape {tuple(shard.tensor.shape)} for box {shard.box}"

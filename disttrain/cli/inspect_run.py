@@ -1,4 +1,4 @@
-"""What a run came to, on one process and without a launcher: `disttrain report`, `disttrain sample`, `disttrain eval`."""
+"""What a run came to, on one process, without a launcher: `disttrain report`, `sample` and `eval`."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def sample_text(*, path: str, prompt: str, length: int, seed: int, temperature: 
                 "sample from a language model over bytes that has an attribute context, such as gpt",
             )
         )
-    tokens = torch.tensor([list(prompt.encode()) or [10]])
+    start = list(prompt.encode()) or [ord("\n")]
     generator = torch.Generator().manual_seed(seed)
-    found = generate(model, tokens, length=length, context=context, generator=generator, temperature=temperature)
-    sys.stdout.write(bytes(found[0].tolist()).decode("utf-8", errors="replace") + "\n")
+    found = generate(model, start, length=length, context=context, generator=generator, temperature=temperature)
+    sys.stdout.write(bytes(start + found).decode("utf-8", errors="replace") + "\n")
 
 
 def evaluate_run(*, path: str, overrides: Sequence[str], as_json: bool) -> None:

@@ -31,7 +31,7 @@ class Document:
 
 
 def parse_document(text: str, name: str) -> Document:
-    """Parse one YAML document. Pure; raises ConfigFaultsError with the line for what is not YAML or says a key twice."""
+    """Parse one YAML document. Pure; raises ConfigFaultsError for what is not YAML or says a key twice."""
     try:
         loader = _Loader(text)
         node = loader.get_single_node()

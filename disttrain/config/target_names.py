@@ -1,4 +1,4 @@
-"""What a target's text says, before anything is looked for: short names, import paths, and where targets stand. Pure."""
+"""What a target's text says before anything is looked for: short names, import paths, where targets stand. Pure."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class StepBatch(list[MicroBatch]):
 
 
 def plan_step(samples: int, micro_batch: int, part: tuple[int, int]) -> list[Slot]:
-    """This part's slots of a global batch of `samples`. A part without any of its own replays the step's first. Pure."""
+    """This part's slots of a global batch of `samples`. A part without any replays the step's first. Pure."""
     index, parts = part
     total = -(-samples // micro_batch)
     own = [

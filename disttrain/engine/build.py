@@ -6,16 +6,18 @@ here, and run only after.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from disttrain.config import Config, Target, build_target, resolve_target
+from disttrain.config import Config, Target, build_nested, build_target, check_arguments, resolve_target
 from disttrain.errors import ConfigError, explain
 from disttrain.logs import room_logger
 from disttrain.objective import Objective
@@ -64,10 +66,15 @@ def plan_run(config: Config) -> Plan:
                 f"set data.global_batch to at least {sizes.data_parallel}, or start fewer processes",
             )
         )
-    for section in ("model", "objective", "optim", "schedule"):
-        target = getattr(config, section)
+    if config.model is not None:
+        model_factory(config)
+    if config.optim is not None:
+        optimizer_factory_of(config)
+    schedule_factory_of(config, 1)
+    for section in ("objective", "data.train", "data.collate"):
+        target = attrgetter(section)(config) if section == "objective" or config.data is not None else None
         if target is not None:
-            resolve_target(target.target, section=section, folder=config.folder)
+            resolve_target(target.target, section=section.split(".")[0], folder=config.folder)
     return Plan(config, launch, device, sizes, Path(config.run.dir) / config.run.name)
 
 
@@ -107,16 +114,9 @@ def model_factory(config: Config) -> Callable[[], nn.Module]:
     call = resolve_target(target.target, section="model", folder=config.folder)
     if any(isinstance(value, dict | list) for value in target.args.values()):
         # Nested targets are built at every call, so that what they draw is drawn under the seed.
-        return lambda: _module(build_target(target, section="model", folder=config.folder))
+        return partial(build_target, target, section="model", folder=config.folder)
+    check_arguments(call, (), target.args, what=f"model.target={target.target}")
     return partial(call, **target.args)
-
-
-def _module(value: Any) -> nn.Module:
-    if not isinstance(value, nn.Module):
-        raise ConfigError(
-            explain("model.target is to return a torch.nn.Module.", f"a {type(value).__qualname__}", "return the module")
-        )
-    return value
 
 
 def optimizer_factory_of(config: Config) -> MakeOptimizer:
@@ -140,15 +140,26 @@ def objective_of(config: Config) -> Objective:
     return Objective(build_callable(target, "objective", config.folder))
 
 
-def build_callable(target: Target, section: str, folder: Path | None) -> Any:
-    """Call a class (or a factory given args) to get the part; a plain function without args is the part itself."""
+def build_callable(target: Target, section: str, folder: Path | None, *, takes: int = 2) -> Any:
+    """The part itself from a class or a factory `target(**args)`, or a plain function of `takes` arguments as it is.
+
+    A function that can be called with its `args` alone is a factory; one that still wants `takes` more is the part.
+    """
     found = resolve_target(target.target, section=section, folder=folder)
-    if isinstance(found, type):
-        return build_target(target, section=section, folder=folder)
-    return partial(found, **target.args) if target.args else found
+    if not isinstance(found, type):
+        try:
+            signature = inspect.signature(found)
+            signature.bind(*[None] * takes, **target.args)
+        except (TypeError, ValueError):
+            return build_target(target, section=section, folder=folder)
+        try:
+            signature.bind(**target.args)
+        except TypeError:
+            return partial(found, **build_nested(target.args, section=section, folder=folder)) if target.args else found
+    return build_target(target, section=section, folder=folder)
 
 
-def dataset_of(config: Config, target: Target, where: str) -> Any:
+def dataset_of(config: Config, target: Target) -> Any:
     """The dataset that `target` makes. Local."""
     return build_target(target, section="data", folder=config.folder)
 
@@ -168,7 +179,9 @@ def total_steps_of(config: Config, *, dataset: Any, global_batch: int | None) ->
                 explain("run.epochs needs to know how long an epoch is.", "a dataset without __len__", "set run.steps")
             )
         size = len(dataset)
-        whole = size // global_batch if config.data is not None and config.data.last == "drop" else -(-size // global_batch)
+        whole = (
+            size // global_batch if config.data is not None and config.data.last == "drop" else -(-size // global_batch)
+        )
         return run.epochs * whole
     return None
 
@@ -191,7 +204,7 @@ def tokens_per_sample(dataset: Any, key: str) -> int:
                 "give the dataset an attribute tokens_per_sample, or count in samples and steps",
             )
         )
-    return found
+    return int(found)
 
 
 def _needed(section: Any, name: str) -> Any:

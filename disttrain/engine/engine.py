@@ -77,6 +77,11 @@ class Engine:
         return self.world.device
 
     @property
+    def folder(self) -> Path:
+        """The run's folder. Local."""
+        return self.record.folder.path
+
+    @property
     def total_steps(self) -> int | None:
         """Optimizer steps of the whole run, None where an own loop decides. Local."""
         return self._total_steps
@@ -97,7 +102,9 @@ class Engine:
         A model given without `make_optimizer` is frozen. An `objective` that is an nn.Module is trained with it.
         """
         if name in self._prepared:
-            raise ConfigError(explain(f"prepare({name!r})", "that name is taken", "prepare each model under its own name"))
+            raise ConfigError(
+                explain(f"prepare({name!r})", "that name is taken", "prepare each model under its own name")
+            )
         if make_model is None:
             ingredients = self._configured(name, objective)
         else:
@@ -157,7 +164,7 @@ class Engine:
             settings = {"shuffle": data.shuffle, "last": data.last, "workers": data.workers, "prefetch": data.prefetch}
             settings["on_resume"] = data.on_resume
             if data.collate is not None:
-                settings["collate"] = build.build_callable(data.collate, "data", self.config.folder)
+                settings["collate"] = build.build_callable(data.collate, "data", self.config.folder, takes=1)
         settings |= options
         batches, error = None, None
         try:
@@ -250,9 +257,10 @@ class Engine:
 
     def due(self, what: str) -> bool:
         """Whether `eval` or `checkpoint` falls on the step that just ended. Local."""
-        every = {"eval": self.config.eval.every if self.config.eval else None, "checkpoint": self.config.checkpoint.every}[
-            what
-        ]
+        every = {
+            "eval": self.config.eval.every if self.config.eval else None,
+            "checkpoint": self.config.checkpoint.every,
+        }[what]
         return bool(every) and self.progress.steps % int(every or 1) == 0
 
     def should_stop(self) -> bool:
@@ -296,11 +304,15 @@ class Engine:
         self.record.evaluated(self.progress, values)
         return values
 
+    def evaluated(self) -> bool:
+        """Whether this very step has been evaluated. Local."""
+        return self.record.evaluated_at == self.progress.steps
+
     def evaluation_sets(self) -> dict[str, Any]:
         """The config's evaluation sets, built once. Local."""
         if not hasattr(self, "_sets"):
             self._sets = {
-                key: build.dataset_of(self.config, target, f"eval.sets.{key}")
+                key: build.dataset_of(self.config, target)
                 for key, target in (self.config.eval.sets.items() if self.config.eval else ())
             }
         return self._sets
@@ -313,7 +325,7 @@ class Engine:
 
     def save(self) -> Path | None:
         """Write a checkpoint of this step, unless this step has one; keep the newest `checkpoint.keep_last`."""
-        if self._saved_at == self.progress.steps:
+        if self.progress.steps in (0, self._saved_at):
             return None
         path = self.record.save(self._parts(), self.progress)
         self._saved_at = self.progress.steps
@@ -341,15 +353,15 @@ class Engine:
         """Every parameter and persistent buffer whole, on the CPU of every rank."""
         return dict(self.strategy.whole(self._find(name)))
 
-    def finish(self) -> None:
-        """End well: the last save, status and plot. Called by `disttrain.run`'s loop; an own loop may."""
-        if self.config.checkpoint.at_end and self.progress.steps > 0:
+    def finish(self) -> str:
+        """End well: the last save, status and plot; returns `finished` or `preempted` (stopped by Ctrl-C)."""
+        if self.config.checkpoint.at_end or self._stopped:
             self.save()
-        self.record.finished(self.progress, interrupted=self._stopped and not self.finished())
+        return self.record.finished(self.progress, interrupted=self._stopped and not self.finished())
 
     def fail(self, error: BaseException) -> None:
-        """Leave the first cause where the other ranks and people find it. Local."""
-        self.record.failed(self.progress, error)
+        """Leave the first cause where the other ranks and people find it, and on the error itself. Local."""
+        error.first_cause = self.record.failed(self.progress, error)  # type: ignore[attr-defined]
 
     def close(self) -> None:
         """Let go of the process group, signal handlers and files."""
@@ -411,7 +423,7 @@ class Engine:
                 raise ConfigError(explain("The config's data.train is needed.", "no section data", "add it"))
             dataset, error = None, None
             try:
-                dataset = build.dataset_of(self.config, self.config.data.train, "data.train")
+                dataset = build.dataset_of(self.config, self.config.data.train)
             except Exception as caught:  # noqa: BLE001 - told to every rank, then raised as it is
                 error = caught
             self._group.agree(error, "building data.train")
@@ -449,11 +461,9 @@ class Engine:
         data = self.config.data
         if data is None or data.collate is None:
             return None
-        return build.build_callable(data.collate, "data", self.config.folder)
+        return build.build_callable(data.collate, "data", self.config.folder, takes=1)
 
 
 def _plain(make: Callable[[list[nn.Parameter]], Optimizer]) -> MakeOptimizer:
     """A user's factory takes the bare list of trainable parameters."""
     return lambda named: make([one.parameter for one in named])
-
-

@@ -16,19 +16,24 @@ _WAIT_S = 2.0
 
 @dataclass(frozen=True)
 class Failure:
-    """`mine` says that this rank was the first; `text` is the first cause; `exit_code` is every rank's."""
+    """`mine` says that this rank was the first; `text` is the first cause; `exit_code` is every rank's.
+
+    `replaced` says that `text` tells more than the error that was raised (a peer that went away without a word).
+    """
 
     mine: bool
     rank: int
     exit_code: int
     text: str
+    replaced: bool = False
 
 
 def settle(group: Group, error: BaseException) -> Failure:
     """Agree, through the store and without a collective, on whose failure came first. Local."""
     if isinstance(error, OtherRankError):
         return _others(group, error.exit_code) or Failure(False, -1, error.exit_code, str(error))
-    if _peer_went_away(error):
+    replaced = _peer_went_away(error)
+    if replaced:
         deadline = time.monotonic() + _WAIT_S
         while time.monotonic() < deadline:
             found = _others(group, 1)
@@ -45,8 +50,8 @@ def settle(group: Group, error: BaseException) -> Failure:
     code = error.exit_code if isinstance(error, DisttrainError) else 130 if isinstance(error, KeyboardInterrupt) else 1
     text = f"{type(error).__name__}: {error}"
     if group.tell_failure(f"{code}:{text}"):
-        return Failure(True, group.rank, code, text)
-    return _others(group, code) or Failure(True, group.rank, code, text)
+        return Failure(True, group.rank, code, text, replaced)
+    return _others(group, code) or Failure(True, group.rank, code, text, replaced)
 
 
 def _others(group: Group, code: int) -> Failure | None:

@@ -10,6 +10,7 @@ from torch import nn
 from disttrain.checkpoint import Checkpoint, Shard, SoleRank, newest_whole, whole_shard
 from disttrain.config import Config, load_config
 from disttrain.engine import build
+from disttrain.engine.snapshot import others_than
 from disttrain.errors import CheckpointError, explain
 from disttrain.model import build_model
 
@@ -21,7 +22,9 @@ def open_newest(path: str | Path) -> Checkpoint:
     """
     path = Path(path)
     if not path.exists():
-        raise CheckpointError(explain(f"{path} is to be loaded.", "no such folder", "name a run's folder or a checkpoint"))
+        raise CheckpointError(
+            explain(f"{path} is to be loaded.", "no such folder", "name a run's folder or a checkpoint")
+        )
     root = path / "checkpoints"
     if not root.is_dir():
         return Checkpoint.open(path)
@@ -37,9 +40,7 @@ def config_of(checkpoint: Checkpoint) -> Config:
     return load_config(checkpoint.document["config"])
 
 
-def load(
-    path: str | Path, *, name: str = "model", make_model: Callable[[], nn.Module] | None = None
-) -> nn.Module:
+def load(path: str | Path, *, name: str = "model", make_model: Callable[[], nn.Module] | None = None) -> nn.Module:
     """The trained module, on the CPU, in evaluation mode, from a run's folder or one checkpoint of any strategy. Local.
 
     `make_model` is needed where the run's model came from Python and not from its config. Raises CheckpointError where
@@ -54,7 +55,7 @@ def load(
             )
         make_model = build.model_factory(config)
     model = build_model(make_model, seed=0, meta=False)
-    checkpoint.load_into(_shards(model, name), within=(f"model/{name}/",))
+    checkpoint.load_into(_shards(model, name), ignore=others_than(checkpoint, name))
     return model.eval()
 
 

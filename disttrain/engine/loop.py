@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from disttrain.config import Config, load_config
+from disttrain.config import Config, ConfigFaultsError, load_config
+from disttrain.config.source_search import find_faults
 from disttrain.engine.engine import Engine
 from disttrain.errors import ConfigError, explain
 
@@ -23,7 +24,7 @@ class Run:
 
 
 def train(config: Config | Mapping[str, Any] | str | Path, overrides: Any = (), **more: Any) -> Run:
-    """Train what a config describes; continues where its folder stands. Collective: every process of the world calls it.
+    """Train what a config describes; continues where its folder stands. Every process of the world calls it.
 
     `overrides` are `section.key=value` texts or a mapping; keyword arguments replace whole sections
     (`train(config, run={"steps": 10, ...})`) or, with double underscores, single keys (`run__steps=10`).
@@ -34,6 +35,9 @@ def train(config: Config | Mapping[str, Any] | str | Path, overrides: Any = (), 
         raise ConfigError(
             explain("A config to train from.", f"no section {', '.join(missing)}", "add it; an own loop uses Engine")
         )
+    faults = find_faults(loaded.to_dict(redact=False), loaded.sources, loaded.folder)
+    if faults:
+        raise ConfigFaultsError(faults)
     with Engine(loaded) as engine:
         engine.prepare("model")
         batches = engine.batches()

@@ -11,17 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from disttrain.checkpoint import (
     Checkpoint,
-    list_checkpoints,
     newest_whole,
     prune,
     remove_stale_staging,
     set_aside,
 )
-from disttrain.config import Config, build_target, render_config
+from disttrain.config import Config, build_target, parse_value, render_config
 from disttrain.engine import snapshot
 from disttrain.engine.build import Plan
 from disttrain.engine.failure import Failure, settle
@@ -48,7 +45,7 @@ class Record:
         self._every = config.report.every
         self._measures: dict[str, Any] = {}
         self._steps: dict[str, tuple[StepSums, StepOutcome, Prepared]] = {}
-        self._evaluated_at = -1
+        self.evaluated_at = -1
         error = None
         earlier: Mapping[str, Any] = {}
         if self._main:
@@ -65,7 +62,7 @@ class Record:
         """Rank 0: make the folder or recognise the run in it; returns the status found there."""
         if not self.folder.config.exists():
             return {}
-        theirs = yaml.safe_load(self.folder.config.read_text())
+        theirs = parse_value(self.folder.config.read_text())
         if self._config.checkpoint.resume == "never":
             raise CheckpointError(
                 explain(
@@ -90,6 +87,7 @@ class Record:
                 trackers=self._trackers() if self._main else (),
                 total_steps=total_steps,
                 progress=self._config.report.progress,
+                plot=self._config.report.plot,
                 stream=sys.stderr,
             )
             self._reporter.start(progress.steps, self._describe(prepared))
@@ -119,10 +117,11 @@ class Record:
         self.folder.write_status("running", progress.steps, None, None)
 
     def _trackers(self) -> list[Any]:
-        trackers = []
-        for target in self._config.report.trackers:
-            trackers.append(build_target(target, section="trackers", folder=self._config.folder, run_folder=self.folder.path))
-        return trackers
+        offered = {"run_folder": self.folder.path}
+        return [
+            build_target(target, section="trackers", folder=self._config.folder, offered=offered)
+            for target in self._config.report.trackers
+        ]
 
     def _describe(self, prepared: Mapping[str, Prepared]) -> dict[str, Any]:
         return {
@@ -182,7 +181,7 @@ class Record:
 
     def evaluated(self, progress: Progress, values: Mapping[str, float]) -> None:
         """Report an evaluation. Local."""
-        self._evaluated_at = progress.steps
+        self.evaluated_at = progress.steps
         if self._reporter is not None:
             self._reporter.evaluation(progress.steps, dict(values))
         elif self._main:
@@ -238,7 +237,9 @@ class Record:
         """Settle whose failure came first; the rank that had it writes the status. Local."""
         failure = settle(self._group, error)
         if failure.mine and self.folder.path.is_dir():
-            self.folder.write_status("failed", progress.steps, failure.exit_code, f"rank {failure.rank}: {failure.text}")
+            self.folder.write_status(
+                "failed", progress.steps, failure.exit_code, f"rank {failure.rank}: {failure.text}"
+            )
             self.folder.append_ledger("failed", step=progress.steps, rank=failure.rank, reason=failure.text)
         return failure
 

@@ -101,7 +101,7 @@ def _restore(parts: Parts, checkpoint: Checkpoint) -> None:
     shards: list[Shard] = []
     for prepared in parts.prepared.values():
         shards += parts.strategy.shards(prepared, checkpoint.tensors)
-    checkpoint.load_into(shards, within=("model/", "objective/", "optim/"))
+    checkpoint.load_into(shards, ignore={name for name in checkpoint.tensors if name.startswith("user/")})
     now, then = parts.config.to_dict(), document["config"]
     same = all(now.get(section) == then.get(section) for section in ("optim", "schedule"))
     for name, prepared in parts.prepared.items():
@@ -119,12 +119,17 @@ def _restore(parts: Parts, checkpoint: Checkpoint) -> None:
         restore_tracked(tracked, saved, {key: checkpoint.read(key) for key in tracked_tensor_names(saved)})
 
 
+def others_than(checkpoint: Checkpoint, name: str) -> set[str]:
+    """Every stored tensor that is no weight of the model of that name. Pure."""
+    return {stored for stored in checkpoint.tensors if not stored.startswith(f"model/{name}/")}
+
+
 def load_weights(parts: Parts, name: str, checkpoint: Checkpoint) -> None:
     """Only the model's own tensors, from a checkpoint of any strategy."""
     error: BaseException | None = None
     try:
         shards = [shard for shard in parts.strategy.shards(parts.prepared[name]) if shard.name.startswith("model/")]
-        checkpoint.load_into(shards, within=(f"model/{name}/",))
+        checkpoint.load_into(shards, ignore=others_than(checkpoint, name))
     except (CheckpointError, OSError) as caught:
         error = caught
     parts.world.group.agree(error, "loading weights")

@@ -44,7 +44,7 @@ def identity_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def refuse_another_run(folder: str, theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
-    """Raise CheckpointError (exit 5) with every difference between the run in a folder and the one that is asked for."""
+    """Raise CheckpointError with every difference between the run in a folder and the one asked for."""
     before, now = identity_of(theirs), identity_of(mine)
     differing = [key for key in IDENTITY if before[key] != now[key]]
     if not differing:
@@ -107,7 +107,9 @@ def _restore_schedule(schedule: LRScheduler, saved: dict[str, Any], *, same_sett
         schedule.last_epoch = saved["last_epoch"]
         schedule._step_count = saved["_step_count"]
     # From the function itself: a larger run.steps changes it. Equal bit for bit where nothing changed.
-    rates = [base * rate(schedule.last_epoch) for base, rate in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    rates = [
+        base * rate(schedule.last_epoch) for base, rate in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    ]
     for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     schedule._last_lr = rates
@@ -162,7 +164,9 @@ def tracked_tensor_names(document: Any) -> Iterator[str]:
 
 
 def _plain_group(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _jsonable(value, f"group.{key}") for key, value in group.items() if key not in ("params", "param_names")}
+    return {
+        key: _jsonable(value, f"group.{key}") for key, value in group.items() if key not in ("params", "param_names")
+    }
 
 
 def _jsonable(value: Any, path: str) -> Any:

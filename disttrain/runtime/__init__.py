@@ -1,9 +1,18 @@
-"""Where a process stands: launch, device, mesh, process group, seeds. Enters: strategy, engine."""
+"""Where a process stands: launch, device, mesh, process group, seeds. Enters: strategy, engine.
 
-from disttrain.runtime.device import Device, apply_device, choose_device
-from disttrain.runtime.environment import Launch, export_for_libraries, read_launch
-from disttrain.runtime.group import Group, OtherRankError
-from disttrain.runtime.mesh import Mesh, MeshSizes, build_mesh, plan_mesh
+The names are loaded on first use: an entry point reads the launch before it imports torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from disttrain.runtime.device import Device, apply_device, choose_device
+    from disttrain.runtime.environment import Launch, export_for_libraries, read_launch
+    from disttrain.runtime.group import Group, OtherRankError
+    from disttrain.runtime.mesh import Mesh, MeshSizes, build_mesh, plan_mesh
 
 __all__ = [
     "Device",
@@ -19,3 +28,17 @@ __all__ = [
     "plan_mesh",
     "read_launch",
 ]
+
+_HOMES = {
+    "device": ("Device", "apply_device", "choose_device"),
+    "environment": ("Launch", "export_for_libraries", "read_launch"),
+    "group": ("Group", "OtherRankError"),
+    "mesh": ("Mesh", "MeshSizes", "build_mesh", "plan_mesh"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{home}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

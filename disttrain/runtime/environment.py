@@ -140,7 +140,7 @@ def export_for_libraries(launch: Launch, more: Mapping[str, str]) -> None:
 
 
 def quiet_torch() -> None:
-    """Before torch is imported: its C++ side warns of what its Python side handles. A user's own level stands. Local."""
+    """Before torch is imported: its C++ side warns of what Python handles. A user's own level stands. Local."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 

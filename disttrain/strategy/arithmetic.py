@@ -1,4 +1,4 @@
-"""The step's arithmetic, once, for every strategy: exact sums over all ranks and micro-batches, never averages of averages.
+"""The step's arithmetic, once, for every strategy: exact sums over ranks and micro-batches, no averages of averages.
 
 Gradients are those of `sum of the items' losses`, divided by the step's weight once, at the step. Where the loss has
 several terms each has its own weight, so the weights are agreed on before the first backward instead.
@@ -131,7 +131,7 @@ class Ledger:
             for name, value in values.items():
                 kept = value.detach().double() if isinstance(value, Tensor) else torch.tensor(float(value)).double()
                 kept = kept if real else torch.zeros_like(kept)
-                into[name] = into[name] + kept if name in into else kept  # type: ignore[index]
+                into[name] = into[name] + kept if name in into else kept
 
     def reduce(self, flags: Sequence[float] = (), *, divided: bool = False) -> StepSums:
         device = self._device

@@ -10,8 +10,7 @@ from disttrain.objective import Context, Objective
 
 
 class ObjectiveCall(nn.Module):
-    """Returns three mappings (totals, weights, sums) in a tuple, so that wrappers find the tensors in it.
-    """
+    """Returns three mappings (totals, weights, sums) in a tuple, so that wrappers find the tensors in it."""
 
     def __init__(self, model: nn.Module, objective: nn.Module | None) -> None:
         super().__init__()

@@ -55,7 +55,7 @@ def _checksum(tensor: Tensor) -> int:
     if tensor.is_meta:
         return 0
     flat = tensor.detach().contiguous().reshape(-1).cpu()
-    return zlib.crc32(flat.view(torch.uint8).numpy()) if flat.numel() else 0
+    return zlib.crc32(flat.view(torch.uint8).numpy().data) if flat.numel() else 0
 
 
 def name_parameters(model: nn.Module, objective: nn.Module | None) -> tuple[NamedParameter, ...]:

@@ -30,7 +30,7 @@ MakeModel = Callable[[], nn.Module]
 
 @dataclass(frozen=True)
 class World:
-    """What every strategy stands on. `dtype` is that of the parameters, `autocast` that of the compute if it differs."""
+    """What every strategy stands on. `dtype` is the parameters', `autocast` the compute's if it differs."""
 
     group: Group
     mesh: Mesh

@@ -147,7 +147,7 @@ class DeepSpeed(AbstractStrategy):
                 value.clear()
             elif name in _GROUPS_KEPT:
                 setattr(groups, name, None)
-        importlib.import_module("deepspeed.comm.comm").cdb = None
+        vars(importlib.import_module("deepspeed.comm.comm"))["cdb"] = None
 
     def whole(self, prepared: Prepared) -> Iterator[tuple[str, Tensor]]:
         model = prepared.model

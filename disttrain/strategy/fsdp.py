@@ -61,7 +61,7 @@ class FSDP(AbstractStrategy):
             ignored = scalars & set(block.parameters())
             fully_shard(block, mesh=mesh, reshard_after_forward=self.options.reshard, ignored_params=ignored or None)
         root = fully_shard(model, mesh=mesh, reshard_after_forward=False, ignored_params=scalars or None)
-        for module in root.modules():
+        for module in model.modules():
             if isinstance(module, FSDPModule):
                 # Not recursive (torch 2.13): missed on one module, the norm is 5-7 % wrong and AdamW hides it.
                 module.set_gradient_divide_factor(1.0)
@@ -113,13 +113,17 @@ class FSDP(AbstractStrategy):
         gradients = [parameter.grad for parameter in whole if parameter.grad is not None]
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
         dist.all_reduce(flat)
-        for gradient, reduced in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(reduced.view_as(gradient))
+        at = 0
+        for gradient in gradients:
+            gradient.copy_(flat[at : at + gradient.numel()].view_as(gradient))
+            at += gradient.numel()
 
     def step(self, prepared: Prepared, sums: StepSums, *, clip_norm: float | None, want_norm: bool) -> StepOutcome:
         def square(gradients: Gradients) -> Tensor:
             cut = [isinstance(named.parameter, DTensor) for named in prepared.named]
-            local = gradients.square([gradient for gradient, is_cut in zip(gradients.locals, cut, strict=True) if is_cut])
+            local = gradients.square(
+                [gradient for gradient, is_cut in zip(gradients.locals, cut, strict=True) if is_cut]
+            )
             dist.all_reduce(local)
             whole = [gradient for gradient, is_cut in zip(gradients.locals, cut, strict=True) if not is_cut]
             return local + gradients.square(whole) if whole else local
@@ -140,7 +144,9 @@ def choose_blocks(model: nn.Module, wanted: Sequence[str] | None) -> list[tuple[
     share a class with another child, hold parameters, and share none of them with the rest of the model.
     Raises ConfigError where a wanted name matches nothing.
     """
-    named = [(name, module) for name, module in model.named_modules() if name and any(True for _ in module.parameters())]
+    named = [
+        (name, module) for name, module in model.named_modules() if name and any(True for _ in module.parameters())
+    ]
     if wanted is not None:
         chosen = [
             (name, module)

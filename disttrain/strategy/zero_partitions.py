@@ -37,13 +37,16 @@ def partition_shards(prepared: Prepared, stored: Mapping[str, Any] | None, *, ra
     shards: list[Shard] = []
     trained = {id(named.parameter): named for named in prepared.named}
     for kind, module in (("model", prepared.model), ("objective", prepared.objective)):
+        parameter: Any
         for name, parameter in module.named_parameters() if module is not None else ():
             full = f"{kind}/{prepared.name}/{name}"
             if id(parameter) in trained:
                 found = _range_of(zero, parameter, rank)
                 shape = tuple(trained[id(parameter)].shape)
                 shards += _cut(full, shape, found, found.flat)
-                shards += _optimizer_shards(prepared, zero, trained[id(parameter)].name, shape, found, stored, rank, size)
+                shards += _optimizer_shards(
+                    prepared, zero, trained[id(parameter)].name, shape, found, stored, rank, size
+                )
             elif hasattr(parameter, "ds_tensor"):
                 shape = tuple(parameter.ds_shape)
                 shards += _cut(full, shape, _equal_range(parameter, parameter.ds_tensor, 0, rank), parameter.ds_tensor)
@@ -129,5 +132,3 @@ def _optimizer_shards(
             yield whole_shard(prefix + key, value, (rank, size))
         else:
             refuse_opaque(prefix + key, value)
-
-
