@@ -1,0 +1,158 @@
+"""Simulated worlds for checkpoint tests: ranks are threads, tensors are cut as strategies cut them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from disttrain.checkpoint import Box, Shard, flat_range_to_boxes, whole_shard
+
+TIMEOUT_S = 20.0
+
+
+class ThreadRanks:
+    """Ranks as threads of one process. Every wait ends after TIMEOUT_S."""
+
+    def __init__(self, rank: int, size: int, barrier: threading.Barrier, slots: list[Any]) -> None:
+        self.rank, self.size, self._barrier, self._slots = rank, size, barrier, slots
+
+    def barrier(self) -> None:
+        self._barrier.wait(TIMEOUT_S)
+
+    def gather(self, value: Any, /) -> list[Any] | None:
+        self._slots[self.rank] = value
+        self.barrier()
+        found = list(self._slots) if self.rank == 0 else None
+        self.barrier()
+        return found
+
+    def broadcast(self, value: Any, /) -> Any:
+        if self.rank == 0:
+            self._slots[0] = value
+        self.barrier()
+        found = self._slots[0]
+        self.barrier()
+        return found
+
+
+def on_ranks(size: int, act: Callable[[ThreadRanks], Any]) -> list[Any]:
+    """What `act` returned on each rank; an exception that it raised stands in its place."""
+    barrier, slots, results = threading.Barrier(size), [None] * size, [None] * size
+
+    def work(rank: int) -> None:
+        try:
+            results[rank] = act(ThreadRanks(rank, size, barrier, slots))
+        except Exception as error:  # noqa: BLE001 - handed to the test
+            results[rank] = error
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(TIMEOUT_S * 2)
+    return results
+
+
+def whole_on_every_rank(tensors: Mapping[str, Tensor], rank: int, size: int) -> list[Shard]:
+    """As DDP holds them."""
+    return [whole_shard(name, tensor.clone(), (rank, size)) for name, tensor in tensors.items()]
+
+
+def cut_along(dim: int) -> Callable[[Mapping[str, Tensor], int, int], list[Shard]]:
+    """As FSDP2 (dim 0) and column-wise tensor parallelism (dim 1) hold them: torch.chunk's rule; scalars replicated."""
+
+    def shards(tensors: Mapping[str, Tensor], rank: int, size: int) -> list[Shard]:
+        made = []
+        for name, tensor in tensors.items():
+            if tensor.dim() <= dim:
+                made.append(whole_shard(name, tensor.clone(), (rank, size)))
+                continue
+            rows = tensor.shape[dim]
+            per = -(-rows // size)
+            start, stop = min(rank * per, rows), min((rank + 1) * per, rows)
+            offsets = tuple(start if d == dim else 0 for d in range(tensor.dim()))
+            sizes = tuple(stop - start if d == dim else n for d, n in enumerate(tensor.shape))
+            box = Box(offsets, sizes)
+            made.append(Shard(name, tuple(tensor.shape), box, tensor[box.slices()].clone()))
+        return made
+
+    return shards
+
+
+def flat_parts(tensors: Mapping[str, Tensor], rank: int, size: int) -> list[Shard]:
+    """As DeepSpeed holds them: each rank a flat range of every tensor, as boxes."""
+    made = []
+    for name, tensor in tensors.items():
+        per = -(-tensor.numel() // size)
+        start, stop = min(rank * per, tensor.numel()), min((rank + 1) * per, tensor.numel())
+        boxes = flat_range_to_boxes(tensor.shape, start, stop) or [Box((0,) * tensor.dim(), (0,) * tensor.dim())]
+        for box in boxes:
+            if tensor.dim() == 0 and start == stop:
+                continue
+            made.append(Shard(name, tuple(tensor.shape), box, tensor[box.slices()].clone()))
+    return made
+
+
+def hybrid(tensors: Mapping[str, Tensor], rank: int, size: int) -> list[Shard]:
+    """As HSDP on a mesh of two replicas holds them (an odd world: one replica): boxes with several holders."""
+    replicas = 2 if size % 2 == 0 else 1
+    cut = cut_along(0)(tensors, rank % (size // replicas), size // replicas)
+    made = []
+    for shard in cut:
+        replica = (rank, size) if not shard.shape else (rank // (size // replicas), replicas)
+        made.append(Shard(shard.name, shard.shape, shard.box, shard.tensor, replica))
+    return made
+
+
+LAYOUTS: dict[str, Callable[[Mapping[str, Tensor], int, int], list[Shard]]] = {
+    "replicated": whole_on_every_rank,
+    "rows": cut_along(0),
+    "columns": cut_along(1),
+    "flat": flat_parts,
+    "hybrid": hybrid,
+}
+
+
+def some_tensors() -> dict[str, Tensor]:
+    """A small state with the dtypes and shapes that hurt."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    return {
+        "model/model/embed.weight": draw(13, 7).float(),
+        "model/model/conv.weight": draw(5, 3, 2, 2).to(memory_format=torch.channels_last),
+        "model/model/bias": draw(3).bfloat16(),
+        "model/model/one": draw(1).half(),
+        "model/model/mask": draw(4, 5) > 0,
+        "model/model/none": draw(0, 3),
+        "model/model/strided": draw(1, 3)[:, 1],
+        "model/model/wave": torch.complex(draw(2, 3), draw(2, 3)),
+        "optim/model/embed.weight:exp_avg": draw(13, 7),
+        "optim/model/embed.weight:step": torch.tensor(17.0),
+        "objective/model/temperature": torch.tensor(float("nan")),
+        "user/average/counts": torch.arange(-9, 9).reshape(3, 6).t(),
+        "user/average/unsigned": torch.arange(6).to(torch.uint16).reshape(2, 3),
+        "ema/model/embed.weight": draw(13, 7).to(torch.float8_e4m3fn),
+    }
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal in shape, dtype and every bit."""
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    left, right = (torch.empty(t.shape, dtype=t.dtype).copy_(t.detach()).reshape(-1).view(torch.uint8) for t in (a, b))
+    return torch.equal(left, right)
+
+
+def blank(shards: list[Shard]) -> list[Shard]:
+    """The same shards over fresh memory with other content."""
+    return [
+        Shard(s.name, s.shape, s.box, torch.zeros_like(s.tensor, memory_format=torch.contiguous_format), s.replica)
+        for s in shards
+    ]
