@@ -29,9 +29,9 @@ def last(run: Path, key: str) -> float:
 
 
 EXPECTED = {
-    # 256 equally likely bytes cost 5.55 nats; their frequencies alone bring it below 3.7
+    # 256 equally likely bytes cost 5.55 nats, as often as they occur in this text 3.15
     "quickstart.yaml": Expectation(
-        lambda run: last(run, "loss") < 3.9,
+        lambda run: last(run, "loss") < 3.15,
         ("run.steps=20", "report.every=1", "eval.at_end=false"),
     ),
     # logistic regression reaches 0.964, this network written in plain torch 0.958 to 0.967
