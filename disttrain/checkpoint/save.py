@@ -50,7 +50,8 @@ def save_checkpoint(
     """Save all ranks' shards and rank 0's document as `root/step-NNNNNNNN`; returns that path. Collective.
 
     When it returns, the checkpoint is whole and on the disk; when it raises CheckpointError (on every rank, with the
-    first cause), nothing of it is left. `document` is a JSON object; tuples in it come back as lists.
+    first cause), nothing of it is left, unless only the sync after the commit failed. `document` is a JSON object;
+    tuples in it come back as lists.
     """
     save = _Save(root / step_folder(step), step, tuple(shards), ranks, disk or Disk(), chunk_bytes)
     asked = f"The checkpoint of step {step} could not be saved to {save.target}."

@@ -1,0 +1,390 @@
+"""Rot, malice, full disks and killed writers: what was committed loads, what is wrong is named, never loaded."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import pickle
+import random
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_world import LAYOUTS, blank, on_ranks, same_bits, some_tensors
+
+from disttrain.checkpoint import (
+    Checkpoint,
+    Disk,
+    SoleRank,
+    list_checkpoints,
+    newest_whole,
+    prune,
+    remove_stale_staging,
+    save_checkpoint,
+    set_aside,
+    whole_shard,
+)
+from disttrain.errors import CheckpointError
+
+
+def save(root: Path, step: int, ranks: int = 2, value: float | None = None) -> Path:
+    tensors = some_tensors() if value is None else {"model/m/w": torch.full((1500,), value)}
+    act = lambda own: save_checkpoint(  # noqa: E731
+        root, step, LAYOUTS["rows"](tensors, own.rank, ranks), {"step": step}, own, chunk_bytes=4096
+    )
+    return on_ranks(ranks, act)[0]
+
+
+def load_all(path: Path) -> None:
+    """What a resuming rank does."""
+    checkpoint = Checkpoint.open(path)
+    checkpoint.load_into(blank(LAYOUTS["replicated"](some_tensors(), 0, 1)))
+    checkpoint.verify()
+
+
+def seal(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change a manifest as an attacker would: with a digest that fits."""
+    content = json.loads((path / "manifest.json").read_text())
+    del content["digest"]
+    change(content)
+    rest = json.dumps(content).encode()[1:]
+    head = b'{"digest":"sha256:' + hashlib.sha256(rest).hexdigest().encode() + b'",\n'
+    (path / "manifest.json").write_bytes(head + rest)
+
+
+def test_four_hundred_single_bit_flips_are_all_detected(tmp_path: Path) -> None:
+    path = save(tmp_path, 100)
+    files = sorted(path.iterdir())
+    sizes = [file.stat().st_size for file in files]
+    chosen = random.Random(0)
+    for trial in range(400):
+        # every fourth in the manifest, the rest anywhere in the folder by size
+        file = path / "manifest.json" if trial % 4 == 0 else chosen.choices(files, sizes)[0]
+        content = bytearray(file.read_bytes())
+        bit = chosen.randrange(len(content) * 8)
+        content[bit // 8] ^= 1 << bit % 8
+        original = file.read_bytes()
+        file.write_bytes(content)
+        with pytest.raises(CheckpointError):
+            load_all(path)
+        file.write_bytes(original)
+    load_all(path)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "rank-00000.safetensors", "rank-00001.safetensors"])
+def test_truncated_emptied_zeroed_lengthened_missing_and_swapped_files_are_detected(tmp_path: Path, name: str) -> None:
+    file = save(tmp_path, 100) / name
+    original = file.read_bytes()
+    for content in [original[:-1], original[: len(original) // 2], b"", bytes(len(original)), original + b"\0"]:
+        file.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"step-00000100"):
+            load_all(file.parent)
+    file.unlink()
+    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+        load_all(file.parent)
+    other = save(tmp_path / "other", 100, value=1.0) / name
+    shutil.copy(other, file)
+    with pytest.raises(CheckpointError):
+        load_all(file.parent)
+
+
+def test_damage_names_the_file_and_nothing_is_copied_before_it_is_found(tmp_path: Path) -> None:
+    path = save(tmp_path, 100)
+    file = path / "rank-00001.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    shards = blank(LAYOUTS["replicated"](some_tensors(), 0, 1))
+    with pytest.raises(CheckpointError, match=r"rank-00001\.safetensors, bytes \d+ to \d+: checksum"):
+        Checkpoint.open(path).load_into(shards)
+    assert all(same_bits(shard.tensor, torch.zeros_like(shard.tensor)) for shard in shards)
+
+
+def test_resuming_goes_on_from_the_newest_whole_one_and_says_what_was_wrong(tmp_path: Path) -> None:
+    for step in (100, 200, 300, 400):
+        save(tmp_path, step, value=float(step))
+    (tmp_path / "step-00000400" / "manifest.json").unlink()
+    file = tmp_path / "step-00000300" / "rank-00001.safetensors"
+    file.write_bytes(file.read_bytes()[:-4] + b"abcd")
+    (tmp_path / "step-00000200").rename(tmp_path / "step-00000250")  # whole, but not what its name says
+    for size in (1, 3):
+        found = on_ranks(size, lambda ranks: newest_whole(tmp_path, ranks))
+        for checkpoint, rejected in found:
+            assert checkpoint.step == 100
+            assert [path.name for path, _ in rejected] == ["step-00000400", "step-00000300", "step-00000250"]
+            assert "manifest.json" in rejected[0][1]
+            assert "rank-00001.safetensors" in rejected[1][1]
+            assert "another step" in rejected[2][1]
+        assert len({str(rejected) for _, rejected in found}) == 1
+
+
+def test_there_is_nothing_to_resume_from_in_an_empty_or_absent_folder(tmp_path: Path) -> None:
+    assert newest_whole(tmp_path, SoleRank()) == (None, [])
+    assert newest_whole(tmp_path / "absent", SoleRank()) == (None, [])
+
+
+def _evil(name: str, change: Callable[[dict[str, Any]], None], found: str) -> Any:
+    return pytest.param(change, found, id=name)
+
+
+W = "model/m/w"
+FIRST = "rank-00000.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        _evil("outside", lambda m: m["files"].update({"../x.safetensors": m["files"].pop(FIRST)}), "plain name"),
+        _evil("absolute", lambda m: m["files"].update({"/etc/x.safetensors": m["files"].pop(FIRST)}), "plain name"),
+        _evil("unlisted", lambda m: m["tensors"][W]["boxes"][0].__setitem__(2, "/etc/passwd"), "not one of the files"),
+        _evil("hole", lambda m: m["tensors"][W]["boxes"].pop(), "hold 750 of 1500"),
+        _evil("overlap", lambda m: m["tensors"][W]["boxes"].append(m["tensors"][W]["boxes"][0]), "overlap"),
+        _evil("outside its shape", lambda m: m["tensors"][W].update(shape=[1499]), "not inside shape"),
+        _evil("absurd shape", lambda m: m["tensors"][W].update(shape=[2**62, 2**62]), "absurd shape"),
+        _evil("absurd number", lambda m: m["tensors"][W].update(shape=[10**100]), "shape of model/m/w"),
+        _evil("negative", lambda m: m["tensors"][W].update(shape=[-1]), "is -1"),
+        _evil("fraction", lambda m: m["tensors"][W].update(shape=[1500.0]), "is 1500.0"),
+        _evil("beyond the file", lambda m: m["tensors"][W]["boxes"][0].__setitem__(3, 2**40), "lies at bytes"),
+        _evil("unaligned", lambda m: m["tensors"][W]["boxes"][0].__setitem__(3, 1), "lies at bytes"),
+        _evil("shared bytes", lambda m: m["tensors"].update({"model/m/v": m["tensors"][W]}), "share bytes"),
+        _evil("dtype", lambda m: m["tensors"][W].update(dtype="object"), "'object'"),
+        _evil("dtype of no kind", lambda m: m["tensors"][W].update(dtype=[1]), "not a manifest"),
+        _evil("name", lambda m: m["tensors"].update({"w": m["tensors"].pop(W)}), "begin with one of"),
+        _evil("chunks", lambda m: m["files"][FIRST]["chunks"].append(0), "checksums for"),
+        _evil("chunk size", lambda m: m.update(chunk_bytes=2**50), "chunk_bytes"),
+        _evil("no step", lambda m: m.pop("step"), "no 'step'"),
+        _evil("list", lambda m: m.update(tensors=[]), "no object"),
+        _evil("someone else's", lambda m: m.update(format="other"), "someone else"),
+        _evil("newer", lambda m: m.update(version=2), "upgrade disttrain"),
+    ],
+)
+def test_a_manifest_that_does_not_add_up_is_refused(tmp_path: Path, change, found: str) -> None:
+    path = save(tmp_path, 100, value=3.0)
+    seal(path, lambda manifest: None)
+    Checkpoint.open(path).verify()  # resealing alone changes nothing
+    seal(path, change)
+    with pytest.raises(CheckpointError, match=r"step-00000100") as caught:
+        Checkpoint.open(path)
+    assert found in str(caught.value)
+
+
+def test_random_values_anywhere_in_a_manifest_never_end_in_another_error(tmp_path: Path) -> None:
+    path = save(tmp_path, 100, value=3.0)
+    original = (path / "manifest.json").read_bytes()
+    chosen = random.Random(1)
+    values = [None, -1, 0, 2**70, 1.5, "x", "", [], {}, [[]], [{}], True, {"a": 1}, ["x"], [None]]
+
+    def change(node: Any) -> None:
+        while True:
+            keys = list(node) if isinstance(node, dict) else list(range(len(node)))
+            if not keys:
+                return
+            key = chosen.choice(keys)
+            if isinstance(node[key], dict | list) and node[key] and chosen.random() < 0.8:
+                node = node[key]
+                continue
+            node[key] = chosen.choice(values)
+            return
+
+    for _ in range(500):
+        (path / "manifest.json").write_bytes(original)
+        seal(path, change)
+        try:
+            checkpoint = Checkpoint.open(path)
+            checkpoint.verify()
+            checkpoint.load_into([whole_shard(W, torch.zeros(1500))])
+        except CheckpointError:
+            pass
+
+
+@pytest.mark.parametrize("name", ["manifest.json", FIRST])
+def test_links_and_pipes_are_refused(tmp_path: Path, name: str) -> None:
+    file = save(tmp_path, 100) / name
+    file.rename(tmp_path / "elsewhere")
+    file.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="a link"):
+        load_all(file.parent)
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(CheckpointError, match="no regular file"):
+        load_all(file.parent)
+
+
+def test_a_pickle_of_any_name_is_never_run(tmp_path: Path) -> None:
+    witness = tmp_path / "ran"
+
+    class Trap:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(witness),)
+
+    trap = pickle.dumps(Trap())
+    path = save(tmp_path, 100)
+    for stray in ["model.pt", ".metadata", "rank-00009.safetensors", "manifest.pkl"]:
+        (path / stray).write_bytes(trap)
+    load_all(path)
+    assert Checkpoint.open(path).strays() == [".metadata", "manifest.pkl", "model.pt", "rank-00009.safetensors"]
+    for name in ["manifest.json", FIRST]:
+        original = (path / name).read_bytes()
+        (path / name).write_bytes(trap)
+        with pytest.raises(CheckpointError):
+            load_all(path)
+        (path / name).write_bytes(original)
+    assert not witness.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ([], "an empty folder"),
+        ([".metadata", "__0_0.distcp"], "torch distributed checkpoint"),
+        (["latest", "zero_pp_rank_0"], "DeepSpeed checkpoint"),
+        (["notes.txt"], "no manifest.json among notes.txt"),
+    ],
+)
+def test_a_folder_of_someone_elses_format_is_named(tmp_path: Path, content: list[str], found: str) -> None:
+    for name in content:
+        (tmp_path / name).touch()
+    with pytest.raises(CheckpointError, match=found):
+        Checkpoint.open(tmp_path)
+    with pytest.raises(CheckpointError, match="no such folder"):
+        Checkpoint.open(tmp_path / "absent")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    place = tmp_path / "small"
+    place.mkdir()
+    found = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", place], capture_output=True, text=True)
+    if found.returncode:
+        pytest.skip(f"a tmpfs cannot be mounted here: {found.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def test_a_full_disk_is_named_with_the_room_needed_and_found_and_leaves_nothing(small_disk: Path) -> None:
+    root = small_disk / "checkpoints"
+    first = save(root, 100)
+    state = [whole_shard("model/m/w", torch.zeros(200_000)), whole_shard("model/m/v", torch.zeros(200_000))]
+    found = on_ranks(2, lambda ranks: save_checkpoint(root, 200, state if ranks.rank else [], {}, ranks))
+    for error in found:
+        assert isinstance(error, CheckpointError)
+        text = str(error)
+        assert os.strerror(errno.ENOSPC) in text
+        assert "rank 1" in text
+        assert re.search(r"needs 160\d{4} bytes, \d+ were free before it and \d+ are now", text)
+    assert list(root.iterdir()) == [first]
+    load_all(first)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_whatever_operation_fails_all_ranks_learn_it_and_nothing_is_left(tmp_path: Path, victim: int) -> None:
+    tensors = {"model/m/w": torch.arange(3000.0), "model/m/b": torch.ones(5)}
+    failing, seen = 0, []
+    while failing <= len(seen):  # the last round fails nothing
+        root, seen = tmp_path / str(failing), []
+        first = save(root, 100)
+
+        def before(operation: str, path: Path, seen: list[str] = seen, failing: int = failing) -> None:
+            seen.append(operation)
+            if len(seen) == failing + 1:
+                raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+        def act(ranks, root: Path = root, before=before):
+            disk = Disk(before) if ranks.rank == victim else Disk()
+            shards = LAYOUTS["rows"](tensors, ranks.rank, 2)
+            return save_checkpoint(root, 200, shards, {}, ranks, disk=disk, chunk_bytes=4096)
+
+        found = on_ranks(2, act)
+        failed = failing < len(seen)
+        # The commit is the rename: where only the folder's sync after it fails, the checkpoint is there, and is whole.
+        committed = not failed or seen[failing - 1] == "rename"
+        if failed:
+            assert all(isinstance(e, CheckpointError) and "Input/output error" in str(e) for e in found), found
+            assert len({str(error) for error in found}) == 1
+        assert sorted(root.iterdir()) == [first, *([root / "step-00000200"] if committed else [])]
+        load_all(first)
+        assert newest_whole(root, SoleRank())[1] == []
+        failing += 1
+    assert {"create", "write", "sync", "sync_folder"} <= set(seen)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from disttrain.checkpoint import Disk, SoleRank, save_checkpoint, whole_shard
+at, seen = int(sys.argv[2]), 0
+def before(operation, path):
+    global seen
+    if seen == at:
+        os.kill(os.getpid(), signal.SIGKILL)
+    seen += 1
+state = [whole_shard("model/m/w", torch.full((1500,), 2.0)), whole_shard("model/m/v", torch.ones(7))]
+for child in range(int(sys.argv[2]), int(sys.argv[3])):
+    pid = os.fork()
+    if pid == 0:
+        at = child
+        save_checkpoint(Path(sys.argv[1]) / str(child), 200, state, {}, SoleRank(), disk=Disk(before), chunk_bytes=4096)
+        os._exit(0)
+    os.waitpid(pid, 0)
+"""
+
+
+def test_a_writer_killed_at_any_operation_leaves_the_previous_or_the_new_checkpoint(tmp_path: Path) -> None:
+    operations = 20
+    for at in range(operations):
+        save(tmp_path / str(at), 100, value=1.0)
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), "0", str(operations)], check=True, env=env, timeout=60)
+    steps = []
+    for at in range(operations):
+        root = tmp_path / str(at)
+        checkpoint, rejected = newest_whole(root, SoleRank())
+        assert checkpoint is not None
+        assert rejected == []
+        assert torch.equal(checkpoint.read(W), torch.full((1500,), {100: 1.0, 200: 2.0}[checkpoint.step]))
+        remove_stale_staging(root)
+        assert [path.name for path in sorted(root.iterdir())] == [p.name for p in list_checkpoints(root)]
+        steps.append(checkpoint.step)
+    assert steps == sorted(steps)
+    assert set(steps) == {100, 200}, "the kills did not reach from before the first operation to after the last"
+
+
+def test_pruning_keeps_the_newest_and_the_protected_and_does_not_count_the_broken(tmp_path: Path) -> None:
+    paths = [save(tmp_path, step, value=1.0) for step in (1, 2, 3, 4, 5, 6)]
+    (paths[5] / FIRST).unlink()
+    assert prune(tmp_path, 2, protect=[paths[1]]) == [paths[0], paths[2]]
+    assert list_checkpoints(tmp_path) == [paths[1], paths[3], paths[4], paths[5]]
+    with pytest.raises(ValueError, match="at least 1"):
+        prune(tmp_path, 0)
+
+
+def test_a_rejected_checkpoint_set_aside_frees_its_step(tmp_path: Path) -> None:
+    path = save(tmp_path, 100)
+    aside = set_aside(path)
+    assert aside.name == "rejected-step-00000100-1"
+    assert set_aside(save(tmp_path, 100)).name == "rejected-step-00000100-2"
+    assert list_checkpoints(tmp_path) == []
+    assert save(tmp_path, 100) == path
+
+
+def test_a_rank_that_raises_anything_ends_the_save_on_all_ranks(tmp_path: Path) -> None:
+    class Broken:
+        name = "model/m/w"
+
+        def __getattr__(self, name: str) -> Any:
+            raise RuntimeError("user code")
+
+    found = on_ranks(3, lambda ranks: save_checkpoint(tmp_path, 1, [Broken()] if ranks.rank == 1 else [], {}, ranks))
+    assert all(
+        isinstance(error, CheckpointError) and "rank 1: RuntimeError: user code" in str(error) for error in found
+    )
+    assert list(tmp_path.iterdir()) == []
