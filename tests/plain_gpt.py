@@ -12,9 +12,13 @@ from torch import Tensor, nn
 class PlainGPT(nn.Module):
     """A flat dictionary of parameters and a forward; built from a state dict, tied head only."""
 
-    def __init__(self, state: dict[str, Tensor], *, layers: int, heads: int, kv_heads: int, base: float = 10000.0) -> None:
+    def __init__(
+        self, state: dict[str, Tensor], *, layers: int, heads: int, kv_heads: int, base: float = 10000.0
+    ) -> None:
         super().__init__()
-        self.values = nn.ParameterDict({name.replace(".", "/"): nn.Parameter(value.clone()) for name, value in state.items()})
+        self.values = nn.ParameterDict(
+            {name.replace(".", "/"): nn.Parameter(value.clone()) for name, value in state.items()}
+        )
         self.layers, self.heads, self.kv_heads, self.base = layers, heads, kv_heads, base
 
     def value(self, name: str) -> Tensor:

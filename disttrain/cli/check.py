@@ -2,48 +2,87 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from disttrain.config import Config, ConfigFaultsError, Fault, load_config, render_config, resolve_target
 from disttrain.config.source_search import find_faults
+from disttrain.config.target_names import section_of, targets_in
 from disttrain.errors import FINISHED, ConfigError
+
+_TRAINED_FROM = ("model", "objective", "data", "optim")
 
 
 def check_config(source: str, overrides: Sequence[str], *, as_json: bool, imports: bool) -> int:
-    """Print what was found; returns the exit code, 0 or ConfigError's."""
-    faults: Sequence[Fault] = ()
-    config: Config | None = None
-    try:
-        config = load_config(source, overrides)
-        faults = find_faults(config.to_dict(redact=False), config.sources, config.folder)
-        if imports and not faults:
-            faults = _import_all(config)
-    except ConfigFaultsError as error:
-        more = find_faults(*error.unfinished) if error.unfinished is not None else []
-        faults = ConfigFaultsError([*error.faults, *more]).faults
+    """Print what was found; returns the exit code, 0 or ConfigError's. `imports` runs the targets' modules."""
+    config, faults = _faults_of(source, overrides, imports=imports)
     if as_json:
-        found = {"ok": not faults, "faults": [vars(fault) for fault in faults]}
+        found: dict[str, Any] = {"ok": not faults, "faults": [vars(fault) for fault in faults]}
         if config is not None:
-            found |= {"config": config.to_dict(), "sources": dict(config.sources)}
-        print(json.dumps(found))
+            found |= {"config": _finite(config.to_dict()), "sources": dict(config.sources)}
+        print(json.dumps(found, allow_nan=False))
     elif faults:
         print(f"error (exit {ConfigError.exit_code}): {ConfigFaultsError(faults)}", file=sys.stderr)
     elif config is not None:
         print(render_config(config), end="")
+        missing = [name for name in _TRAINED_FROM if getattr(config, name) is None]
+        if missing:
+            print(
+                f"note: no section {', '.join(missing)}: enough for an own loop over Engine; disttrain.run needs it",
+                file=sys.stderr,
+            )
     return ConfigError.exit_code if faults else FINISHED
 
 
+def _faults_of(source: str, overrides: Sequence[str], *, imports: bool) -> tuple[Config | None, Sequence[Fault]]:
+    try:
+        config = load_config(source, overrides)
+    except ConfigFaultsError as error:
+        more = find_faults(*error.unfinished) if error.unfinished is not None else []
+        return None, ConfigFaultsError([*error.faults, *more]).faults
+    faults = find_faults(config.values(), config.sources, config.folder)
+    if imports and not faults:
+        faults = _import_all(config)
+    return config, ConfigFaultsError(faults).faults
+
+
 def _import_all(config: Config) -> list[Fault]:
+    """What the source alone did not show: every target imported, its arguments' names against its signature."""
     faults = []
-    for section in ("model", "objective", "optim", "schedule"):
-        part = getattr(config, section)
-        if part is not None:
-            try:
-                resolve_target(part.target, section=section, folder=config.folder)
-            except (ConfigError, ImportError, SyntaxError) as error:
-                faults.append(
-                    Fault(f"{section}.target", config.sources.get(f"{section}.target", ""), str(error), "mend it")
-                )
+    for path, target, args in targets_in(config.values()):
+        key = ".".join(map(str, path))
+        where = config.sources.get(key, "")
+        try:
+            call = resolve_target(target, section=section_of(path), folder=config.folder)
+        except ConfigError as error:
+            _, found, do = str(error).split("\n")
+            faults.append(Fault(key, where, found.partition(": ")[2], do.partition(": ")[2]))
+        except (Exception, SystemExit) as error:  # noqa: BLE001: a user's module may raise anything
+            faults.append(Fault(key, where, f"{target!r} raises {type(error).__name__}: {error}", "mend its module"))
+        else:
+            wrong = _unbindable(call, args)
+            if wrong:
+                faults.append(Fault(key, where, f"{target!r}: {wrong}", f"it takes {inspect.signature(call)}"))
     return faults
+
+
+def _unbindable(call: Any, args: Mapping[str, Any]) -> str:
+    try:
+        inspect.signature(call).bind_partial(**args)
+    except ValueError:  # written in C: Python cannot know its arguments before the call
+        return ""
+    except TypeError as error:
+        return str(error)
+    return ""
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no number that is not finite: as text. Pure."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and value - value != 0 else value

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from disttrain.errors import ConfigError
+from disttrain.config.values import plain
+from disttrain.errors import ConfigError, explain
 
 
 @dataclass(frozen=True)
@@ -34,28 +35,50 @@ class ConfigFaultsError(ConfigError):
     def __init__(
         self, faults: Sequence[Fault], unfinished: tuple[Mapping[str, Any], Mapping[str, str], Path] | None = None
     ) -> None:
-        # One key, one fault: a union of types complains once for each of its members.
-        first = {fault.key or fault: fault for fault in reversed(faults)}
+        # One key, one fault: the first cause; what follows from it (a reference's missing value) would only confuse.
+        first = {(fault.key or fault): fault for fault in reversed(faults)}
         self.faults = tuple(sorted(first.values(), key=_place))
         self.unfinished = unfinished
         number = "1 fault" if len(self.faults) == 1 else f"{len(self.faults)} faults"
         super().__init__(f"{number} in the config\n" + "\n".join(f"  {fault}" for fault in self.faults))
 
 
-def _place(fault: Fault) -> tuple[bool, str, int]:
-    file, _, line = fault.where.rpartition(":")
-    return not file, file, int(line) if line.isdigit() else 0
+class UnknownNameError(ConfigError):
+    """A name that is none: its parts stay apart, for whoever knows key and line to make a Fault of."""
+
+    def __init__(self, asked: str, found: str, do: str) -> None:
+        self.found, self.do = found, do
+        super().__init__(explain(asked, found, do))
+
+
+def dotted(path: Iterable[Any]) -> str:
+    """A path of keys as the user writes it. Pure."""
+    return ".".join(map(str, path))
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known word that a misspelt one is closest to, if any is close. Pure."""
+    words = {one.lower(): one for one in sorted(set(known))}
+    near = difflib.get_close_matches(word.lower(), list(words), n=1, cutoff=0.6)
+    return words[near[0]] if near else None
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """What to do about an unknown word: the nearest known one, or all of them. Pure."""
+    """What to do about an unknown word: the nearest known one, and all of them. Pure."""
     words = sorted(set(known))
-    near = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
-    listed = ", ".join(words) if words else "none"
-    return f"did you mean {near[0]!r}? known: {listed}" if near else f"known: {listed}"
+    near = nearest(word, words)
+    listed = f"known: {', '.join(words) if words else 'none'}"
+    return f"did you mean {near!r}? {listed}" if near is not None else listed
 
 
-def shown(value: Any) -> str:
-    """A value, short enough for one line. Pure."""
-    text = repr(value)
+def shown(value: Any, key: str = "") -> str:
+    """A value, short enough for one line, without the secret that `key` may say it is. Pure."""
+    if value is None:
+        return "nothing"
+    text = str(value).lower() if isinstance(value, bool) else repr(plain(value, redact=True, key=key))
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _place(fault: Fault) -> tuple[bool, str, int]:
+    file, _, line = fault.where.rpartition(":")
+    return not file, file, int(line) if line.isdigit() else 0

@@ -8,44 +8,51 @@ from typing import Any
 
 import yaml
 
-from disttrain.config.faults import ConfigFaultsError, Fault, shown
+from disttrain.config.faults import ConfigFaultsError, Fault, dotted
 
-Path = tuple[str | int, ...]
+KeyPath = tuple[str | int, ...]
+
+_PLAIN_TAGS = {"tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"}
+_EXPONENT = re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
 
 
 class _Loader(yaml.SafeLoader):
     """SafeLoader that also reads `3e-4` as a number: YAML 1.1 wants `3.0e-4`."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """What writes for `_Loader`: the text `3e-4` is quoted, so that it reads back as text."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+for _one in (_Loader, _Dumper):
+    _one.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
 
 
 @dataclass
 class Document:
-    """A file's value and, for each path in it, the line it stands on (counted from 1)."""
+    """A file's value, the line of each path in it (counted from 1), and the faults that left a value to look at."""
 
     value: Any
-    lines: dict[Path, int] = field(default_factory=dict)
+    lines: dict[KeyPath, int] = field(default_factory=dict)
+    faults: list[Fault] = field(default_factory=list)
 
 
 def parse_document(text: str, name: str) -> Document:
-    """Parse one YAML document. Pure; raises ConfigFaultsError for what is not YAML or says a key twice."""
+    """Parse one YAML document. Pure; raises ConfigFaultsError with the line for what is not YAML."""
+    document = Document(None)
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
-        document = Document(None)
-        faults: list[Fault] = []
         if node is not None:
-            document.value = _read(loader, node, (), document.lines, faults, name)
+            document.value = _Reader(loader, document, name).read(node, (), ())
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{name}:{mark.line + 1}" if mark is not None else name
-        found = str(getattr(error, "problem", None) or error).replace("\n", " ")
-        raise ConfigFaultsError([Fault("", where, f"not YAML: {found}", "mend the line; indent with spaces")]) from None
-    if faults:
-        raise ConfigFaultsError(faults)
+        raise ConfigFaultsError([_not_yaml(error, text, name)]) from None
+    except RecursionError:
+        found, do = "values nested too deep to read", "nest less deep"
+        raise ConfigFaultsError([Fault("", f"{name}:1", found, do)]) from None
     return document
 
 
@@ -54,28 +61,68 @@ def parse_value(text: str) -> Any:
     return yaml.load(text, _Loader)
 
 
-def _read(loader: _Loader, node: Any, path: Path, lines: dict[Path, int], faults: list[Fault], name: str) -> Any:
-    lines[path] = node.start_mark.line + 1
-    if isinstance(node, yaml.SequenceNode):
-        return [_read(loader, item, (*path, i), lines, faults, name) for i, item in enumerate(node.value)]
-    if not isinstance(node, yaml.MappingNode):
-        return loader.construct_object(node, deep=True)
-    first: dict[str, int] = {}
-    for key_node, _ in node.value:
-        line = key_node.start_mark.line + 1
-        if key_node.value in first:
-            dotted, where = ".".join(map(str, (*path, key_node.value))), f"{name}:{line}"
-            faults.append(Fault(dotted, where, f"the key of line {first[key_node.value]} again", "keep one of the two"))
-        first.setdefault(str(key_node.value), line)
-    loader.flatten_mapping(node)
-    found: dict[str, Any] = {}
-    for key_node, value_node in node.value:
-        key, line = loader.construct_object(key_node, deep=True), key_node.start_mark.line + 1
-        if not isinstance(key, str):
-            dotted = ".".join(map(str, (*path, key)))
-            faults.append(
-                Fault(dotted, f"{name}:{line}", f"the key {shown(key)}, which YAML reads as no text", "quote it")
+def write_value(value: Any) -> str:
+    """A plain value in YAML's flow style, on one line, that `parse_value` reads back as itself. Pure."""
+    text: str = yaml.dump(
+        value, Dumper=_Dumper, default_flow_style=True, width=float("inf"), allow_unicode=True, sort_keys=False
+    )
+    return text.removesuffix("...\n").strip()
+
+
+def _not_yaml(error: yaml.YAMLError, text: str, name: str) -> Fault:
+    mark = getattr(error, "problem_mark", None)
+    position = getattr(error, "position", None)
+    line = mark.line + 1 if mark is not None else 1
+    if isinstance(position, int):  # a character that YAML does not allow: no mark, but where it stands
+        line = text.count("\n", 0, position) + 1
+    found = str(getattr(error, "problem", None) or error).split("\n")[0]
+    return Fault("", f"{name}:{line}", f"not YAML: {found}", "mend that line or the one above; indent with spaces")
+
+
+class _Reader:
+    """Builds a value from YAML's nodes, noting lines and faults in `document`."""
+
+    def __init__(self, loader: _Loader, document: Document, name: str) -> None:
+        self._loader, self._document, self._name = loader, document, name
+
+    def read(self, node: Any, path: KeyPath, around: tuple[int, ...]) -> Any:
+        """The value of `node`; `around` are the nodes it stands in, so that no anchor can hold itself."""
+        self._document.lines.setdefault(path, node.start_mark.line + 1)
+        if isinstance(node, yaml.ScalarNode):
+            return self._loader.construct_object(node, deep=True)
+        if id(node) in around:
+            self._fault(path, node, "an anchor that contains itself", "write the value out")
+            return None
+        if node.tag not in _PLAIN_TAGS:
+            self._fault(
+                path, node, f"the tag {node.tag}, which is not read", "take the tag away; code is named by target"
             )
-        found[str(key)] = _read(loader, value_node, (*path, str(key)), lines, faults, name)
-        lines[(*path, str(key))] = line
-    return found
+        around = (*around, id(node))
+        if isinstance(node, yaml.SequenceNode):
+            return [self.read(item, (*path, i), around) for i, item in enumerate(node.value)]
+        return self._mapping(node, path, around)
+
+    def _mapping(self, node: Any, path: KeyPath, around: tuple[int, ...]) -> dict[str, Any]:
+        seen: dict[str, int] = {}
+        for key_node, _ in node.value:  # before merge keys (<<) are laid in: those may be said again
+            key, line = self._key(key_node), key_node.start_mark.line + 1
+            if key in seen:
+                self._fault((*path, key), key_node, f"the key of line {seen[key]} again", "keep one of the two")
+            seen.setdefault(key, line)
+        self._loader.flatten_mapping(node)
+        found: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = self._key(key_node)
+            if key_node.tag != "tag:yaml.org,2002:str":
+                self._fault((*path, key), key_node, f"the key {key}, which YAML reads as no text", "quote it")
+            self._document.lines[(*path, key)] = key_node.start_mark.line + 1
+            found[key] = self.read(value_node, (*path, key), around)
+        return found
+
+    @staticmethod
+    def _key(node: Any) -> str:
+        return node.value if isinstance(node, yaml.ScalarNode) else f"({node.id})"
+
+    def _fault(self, path: KeyPath, node: Any, found: str, do: str) -> None:
+        where = f"{self._name}:{node.start_mark.line + 1}"
+        self._document.faults.append(Fault(dotted(path), where, found, do))

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import yaml
-
+from disttrain.config.lines import write_value
 from disttrain.config.schema import Config
 
 
@@ -21,12 +20,12 @@ def _render(value: Mapping[str, Any], path: tuple[str, ...], sources: Mapping[st
     pad = "  " * len(path)
     for name, item in value.items():
         here = (*path, name)
-        key = _scalar(name)
+        key = write_value(name)
         if isinstance(item, Mapping) and item:
             lines.append(f"{pad}{key}:")
             _render(item, here, sources, lines)
             continue
-        text = _scalar(item)
+        text = write_value(item)
         lines.append(f"{pad}{key}: {text}  # {source_of(here, sources)}")
 
 
@@ -37,8 +36,3 @@ def source_of(path: tuple[str, ...], sources: Mapping[str, str]) -> str:
         if found is not None:
             return found
     return sources.get(path[0], "default") if len(path) == 1 else "default"
-
-
-def _scalar(value: Any) -> str:
-    """A value in YAML's flow style, on one line, that reads back as itself."""
-    return yaml.safe_dump(value, default_flow_style=True, width=10**9, allow_unicode=True).removesuffix("...\n").strip()

@@ -1,6 +1,6 @@
 """What a config may say: one frozen class a section, unknown keys refused. Imports no torch.
 
-Owns types, defaults and the faults that one section can see; `read` adds those that need file and line.
+Owns types, defaults and what one value may be; `rules` has what several keys must be together.
 """
 
 from __future__ import annotations
@@ -9,31 +9,26 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator
 
+from disttrain.config.section import Section
 from disttrain.config.strategies import DDPOptions, DeepSpeedOptions, FSDPOptions, NoneOptions, strategy_entry
 from disttrain.config.values import plain
 
 Positive = Field(gt=0)
 
 
-class Section(BaseModel):
-    """Base of all sections."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
 class Target(Section):
     """A short name known to the section, an import path, or (from Python) a callable; `args` are passed to it."""
 
     target: str | Callable[..., Any]
-    args: dict[str, Any] = {}
+    args: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("target")
     @classmethod
     def _not_empty(cls, value: Any) -> Any:
         if value == "":
-            raise ValueError("an empty target; name it, or write package.module:attribute")
+            raise ValueError("an empty text; name a part, or write package.module:attribute")
         return value
 
 
@@ -60,15 +55,8 @@ class RunConfig(Section):
     @classmethod
     def _one_folder(cls, value: str) -> str:
         if not value or "/" in value or value in (".", ".."):
-            raise ValueError("a run's name is one folder's name; put the rest into run.dir")
+            raise ValueError("no folder's name; write one name without a slash, and the rest in run.dir")
         return value
-
-    @model_validator(mode="after")
-    def _one_length(self) -> RunConfig:
-        given = [name for name in ("steps", "epochs", "tokens") if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} both say how long; keep one")
-        return self
 
 
 class ModelConfig(Target):
@@ -94,15 +82,8 @@ class DataConfig(Section):
     @classmethod
     def _positive(cls, value: Any) -> Any:
         if isinstance(value, int) and value < 1:
-            raise ValueError("a batch holds at least one sample")
+            raise ValueError("no batch; write at least 1 sample, or {tokens: n}")
         return value
-
-    @model_validator(mode="after")
-    def _micro_fits(self) -> DataConfig:
-        whole, part = self.global_batch, self.micro_batch
-        if isinstance(whole, int) and isinstance(part, int) and part > whole:
-            raise ValueError(f"micro_batch {part} is larger than global_batch {whole}; make it at most that")
-        return self
 
 
 class EvalConfig(Section):
@@ -111,16 +92,7 @@ class EvalConfig(Section):
     every: int | None = Field(None, gt=0)
     at_end: bool = True
     micro_batch: int | None = Field(None, gt=0)
-    sets: dict[str, Target] = {}
-
-    @model_validator(mode="after")
-    def _something_to_evaluate(self) -> EvalConfig:
-        if self.every is not None and not self.sets:
-            raise ValueError("every without sets: add sets: {held_out: {target: ...}}")
-        bad = [name for name in self.sets if "/" in name or not name]
-        if bad:
-            raise ValueError(f"set names {bad} cannot hold a slash: metrics are eval/SET/NAME")
-        return self
+    sets: dict[str, Target] = Field(default_factory=dict)
 
 
 class OptimConfig(Target):
@@ -138,33 +110,27 @@ class MeshConfig(Section):
     shard: int = -1
     tensor: int = 1
 
-    @model_validator(mode="before")
-    @classmethod
-    def _reserved(cls, value: Any) -> Any:
-        for name in ("pipeline", "context", "expert"):
-            if isinstance(value, Mapping) and name in value:
-                raise ValueError(f"mesh.{name} is reserved for a later release; leave it out")
-        return value
-
     @field_validator("replicate", "tensor")
     @classmethod
     def _later(cls, value: int) -> int:
         if value != 1:
-            raise ValueError("degrees other than 1 come with a later release; only mesh.shard spreads for now")
+            raise ValueError(
+                "a degree other than 1, which comes with a later release; leave it 1: only mesh.shard spreads"
+            )
         return value
 
     @field_validator("shard")
     @classmethod
     def _degree(cls, value: int) -> int:
         if value != -1 and value < 1:
-            raise ValueError("a degree is positive, or -1 for what is left")
+            raise ValueError("no degree; write a positive number, or -1 for what is left")
         return value
 
 
-class StrategyConfig(BaseModel):
+class StrategyConfig(Section):
     """`name` chooses; every strategy's options may stand beside it, so that switching is one line."""
 
-    model_config = ConfigDict(frozen=True, extra="allow")
+    model_config = ConfigDict(extra="allow")
 
     name: str = "ddp"
     none: NoneOptions = NoneOptions()
@@ -190,7 +156,7 @@ class PrecisionConfig(Section):
     @classmethod
     def _later(cls, value: Any) -> Any:
         if value == "fp16":
-            raise ValueError("fp16 comes with a later release; bf16 has float32's range and needs no loss scaling")
+            raise ValueError("a type that comes with a later release; use bf16: float32's range, no loss scaling")
         return value
 
 
@@ -247,7 +213,29 @@ class Config(Section):
         """Where import paths resolve first."""
         return self._folder
 
+    def placed(self, sources: Mapping[str, str], folder: Path) -> Config:
+        """The same config, knowing where its values come from. For `load_config`."""
+        found = self.model_copy()
+        found._sources, found._folder = dict(sources), folder
+        return found
+
     def to_dict(self, *, redact: bool = True) -> dict[str, Any]:
         """Resolved values as JSON; callables as `module:qualname`, secrets redacted."""
-        found: dict[str, Any] = plain(self.model_dump(), redact=redact)
+        found: dict[str, Any] = plain(self.values(), redact=redact)
         return found
+
+    def values(self) -> dict[str, Any]:
+        """Resolved values with Python's own objects in them as they are; sections as mappings."""
+        found: dict[str, Any] = _values(self)
+        return found
+
+
+def _values(value: Any) -> Any:
+    if isinstance(value, Section):
+        names = [*type(value).model_fields, *(value.model_extra or {})]
+        return {name: _values(getattr(value, name)) for name in names}
+    if isinstance(value, tuple):
+        return [_values(item) for item in value]
+    if isinstance(value, dict) and all(isinstance(item, Section) for item in value.values()):
+        return {name: _values(item) for name, item in value.items()}
+    return value

@@ -6,12 +6,14 @@ What lies in compiled modules, or is made by code at import, is not judged: `che
 from __future__ import annotations
 
 import ast
+import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 
-from disttrain.config.faults import Fault, shown, suggest
+from disttrain.config.faults import Fault, dotted, shown, suggest
 from disttrain.config.render import source_of
 from disttrain.config.target_names import import_path, section_of, splits_of, targets_in
 from disttrain.errors import ConfigError
@@ -25,60 +27,78 @@ def find_faults(values: Mapping[str, Any], sources: Mapping[str, str], folder: P
     faults: list[Fault] = []
     for path, target, args in targets_in(values):
         section = section_of(path)
-        where = source_of(tuple(map(str, (*path, "target"))), sources)
-        key = ".".join(map(str, (*path, "target")))
         try:
-            found, do = _look(import_path(target, section), folder, args, section)
+            wrong = _look(import_path(target, section), folder, args, section)
         except ConfigError:
             continue
-        if found:
-            faults.append(Fault(key, where, f"{target!r}: {found}", do))
+        if wrong is not None:
+            here = path if wrong.argument is None else (*path[:-1], "args", wrong.argument)
+            where = source_of(tuple(map(str, here)), sources)
+            faults.append(Fault(dotted(here), where, f"{target!r}: {wrong.found}", wrong.do))
     return faults
 
 
-def _look(path: str, folder: Path, args: Mapping[str, Any], section: str) -> tuple[str, str]:
-    """("", "") or what is wrong and what to do."""
+@dataclass(frozen=True)
+class _Wrong:
+    """What is wrong with a target, and which of its arguments it is, if one."""
+
+    found: str
+    do: str
+    argument: str | None = None
+
+
+def _look(path: str, folder: Path, args: Mapping[str, Any], section: str) -> _Wrong | None:
     for module, attribute in splits_of(path):
         spec = find_module(module, folder)
         if spec is None:
+            if module in sys.modules:  # made by Python itself: __main__, a notebook's cells
+                return None
             continue
         source = _source(spec)
-        if source is None:
-            return "", ""
+        if source is None or "<" in attribute:  # compiled, or a name that only a running program has
+            return None
         try:
             tree = ast.parse(source)
         except SyntaxError as error:
-            return f"{spec.origin}:{error.lineno} does not parse: {error.msg}", "mend that line"
+            return _Wrong(f"{spec.origin}:{error.lineno} does not parse: {error.msg}", "mend that line")
         known, open_ended = _names(tree)
         first, _, rest = attribute.partition(".")
         if first in known:
             definition = known[first]
-            return _check_args(definition, args, section) if definition is not None and not rest else ("", "")
+            return _check_args(definition, args, section) if definition is not None and not rest else None
         if open_ended or find_module(f"{module}.{first}", folder) is not None:
-            return "", ""
-        return f"{spec.origin} has no {first!r}", suggest(first, known)
+            return None
+        return _Wrong(
+            f"{spec.origin} has no {first!r}", suggest(first, [one for one in known if not one.startswith("_")])
+        )
     module = splits_of(path)[0][0] if ":" in path else path.split(".")[0]
-    return (
-        f"no module {module!r} in {folder}, {Path.cwd()} or what is installed",
-        "mend the path, or install the package",
-    )
+    places = dict.fromkeys((str(folder), str(Path.cwd())))
+    found = f"no module {module!r} in {', '.join(places)} or what is installed"
+    return _Wrong(found, "mend the path, or install the package")
 
 
 def find_module(name: str, folder: Path) -> ModuleSpec | None:
     """The module's spec, without importing it or its parents."""
-    import sys
-
     places: list[str] | None = [str(folder), str(Path.cwd()), *sys.path]
     spec: ModuleSpec | None = None
     parts = name.split(".")
     for at in range(len(parts)):
         if places is None:
             return None
-        spec = PathFinder.find_spec(".".join(parts[: at + 1]), places)
+        whole = ".".join(parts[: at + 1])
+        spec = PathFinder.find_spec(whole, places) or (_found_otherwise(whole) if at == 0 else None)
         if spec is None:
             return None
         places = list(spec.submodule_search_locations) if spec.submodule_search_locations is not None else None
     return spec
+
+
+def _found_otherwise(name: str) -> ModuleSpec | None:
+    """A top-level module that no folder holds: built in, or installed in editable form."""
+    for finder in sys.meta_path:
+        if finder is not PathFinder and (spec := finder.find_spec(name, None)) is not None:
+            return spec
+    return None
 
 
 def _source(spec: ModuleSpec) -> str | None:
@@ -109,23 +129,24 @@ def _names(tree: ast.Module) -> tuple[dict[str, ast.stmt | None], bool]:
     return known, open_ended
 
 
-def _check_args(definition: ast.stmt, args: Mapping[str, Any], section: str) -> tuple[str, str]:
+def _check_args(definition: ast.stmt, args: Mapping[str, Any], section: str) -> _Wrong | None:
     """Names of `args` against a plain function, or a class with an `__init__` of its own."""
     offset = 0
     if isinstance(definition, ast.ClassDef):
         own = [node for node in definition.body if isinstance(node, ast.FunctionDef) and node.name == "__init__"]
         if not own or own[0].decorator_list or definition.decorator_list or definition.keywords:
-            return "", ""
+            return None
         definition, offset = own[0], 1
     if not isinstance(definition, ast.FunctionDef) or definition.decorator_list:
-        return "", ""
+        return None
     given = definition.args
     if given.kwarg is not None:
-        return "", ""
+        return None
     names = [one.arg for one in (*given.posonlyargs, *given.args)][offset:] + [one.arg for one in given.kwonlyargs]
     unknown = [name for name in args if name not in names]
     if unknown:
-        return f"no argument {unknown[0]!r} (value {shown(args[unknown[0]])})", suggest(unknown[0], names)
+        value = shown(args[unknown[0]], unknown[0])
+        return _Wrong(f"no argument {unknown[0]!r} (value {value})", suggest(unknown[0], names), unknown[0])
     if section in ("model", "data"):
         required = [one.arg for one in given.args][offset : len(given.args) - len(given.defaults)]
         required += [
@@ -133,5 +154,5 @@ def _check_args(definition: ast.stmt, args: Mapping[str, Any], section: str) -> 
         ]
         missing = [name for name in required if name not in args]
         if missing:
-            return f"no value for its argument(s) {', '.join(missing)}", "add them under args"
-    return "", ""
+            return _Wrong(f"no value for its argument(s) {', '.join(missing)}", "add them under args")
+    return None

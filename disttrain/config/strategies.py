@@ -9,18 +9,16 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, Field, field_validator
 
-from disttrain.config.faults import suggest
-from disttrain.errors import ConfigError, explain
+from disttrain.config.faults import UnknownNameError, suggest
+from disttrain.config.section import Section
 
 GROUP = "disttrain.strategies"
 
 
-class StrategyOptions(BaseModel):
+class StrategyOptions(Section):
     """Base of options classes: frozen, unknown keys refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class NoneOptions(StrategyOptions):
@@ -51,7 +49,7 @@ class DeepSpeedOptions(StrategyOptions):
     @classmethod
     def _no_stage_zero(cls, value: Any) -> Any:
         if value == 0 and not isinstance(value, bool):
-            raise ValueError("stage 0 cuts nothing and divides differently: use strategy.name=ddp")
+            raise ValueError("a stage that cuts nothing; use strategy.name=ddp, or stage 1, 2 or 3")
         return value
 
 
@@ -80,25 +78,23 @@ def strategy_entry(name: str) -> StrategyEntry:
     if name in BUILT_IN:
         return BUILT_IN[name]
     if name == "accelerate":
-        raise ConfigError(
-            explain(
-                "strategy.name=accelerate takes strategy and precision from accelerate's own file.",
-                "a release that does not translate it yet",
-                "name ddp, fsdp or deepspeed; `accelerate launch` starts those too",
-            )
+        raise UnknownNameError(
+            "strategy.name=accelerate takes strategy and precision from accelerate's own file.",
+            "a translation that comes with a later release",
+            "name ddp, fsdp or deepspeed; `accelerate launch` starts those too",
         )
     installed = {point.name: point for point in entry_points(group=GROUP)}
     if name not in installed:
-        raise ConfigError(
-            explain(
-                f"strategy.name={name!r} is to name a strategy.",
-                "no built-in or installed one of that name",
-                suggest(name, [*BUILT_IN, *installed]) + f"; a plug-in registers the entry point {GROUP}",
-            )
+        raise UnknownNameError(
+            f"strategy.name={name!r} is to name a strategy.",
+            "no built-in or installed strategy of that name",
+            f"{suggest(name, [*BUILT_IN, *installed])}; pip install the package that brings it (entry point {GROUP})",
         )
-    entry = installed[name].load()
+    asked = f"The plug-in {name!r} ({installed[name].value}) is to name a StrategyEntry."
+    try:
+        entry = installed[name].load()
+    except (ImportError, AttributeError) as error:
+        raise UnknownNameError(asked, f"a plug-in that cannot be loaded: {error}", "mend or reinstall it") from None
     if not isinstance(entry, StrategyEntry):
-        raise ConfigError(
-            explain(f"The plug-in {name!r} is to name a StrategyEntry.", repr(entry), "mend the plug-in's entry point")
-        )
+        raise UnknownNameError(asked, f"a plug-in that names {entry!r}", "mend the plug-in's entry point")
     return entry

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from disttrain.config.faults import suggest
+from disttrain.config.faults import UnknownNameError, suggest
 from disttrain.config.names import NAMES
-from disttrain.errors import ConfigError, explain
 
 _SECTIONS = ("model", "objective", "data", "eval", "optim", "schedule", "report")
 
@@ -18,20 +17,33 @@ def section_of(path: tuple[Any, ...]) -> str:
 
 
 def targets_in(values: Mapping[str, Any]) -> Iterator[tuple[tuple[Any, ...], str, Mapping[str, Any]]]:
-    """(path, target, args) of every target in a config's values, nested ones too."""
+    """(path of the text, target, args) of every target in a config's values, nested ones and bare trackers too."""
     for section in _SECTIONS:
         yield from _targets(values.get(section), (section,))
+    report = values.get("report")
+    trackers = report.get("trackers") if isinstance(report, Mapping) else None
+    for index, item in enumerate(trackers if isinstance(trackers, list) else ()):
+        if isinstance(item, str):
+            yield ("report", "trackers", index), item, {}
 
 
-def _targets(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], str, Mapping[str, Any]]]:
+def _targets(
+    value: Any, path: tuple[Any, ...], *, in_args: bool = False
+) -> Iterator[tuple[tuple[Any, ...], str, Mapping[str, Any]]]:
     if isinstance(value, Mapping):
-        if isinstance(value.get("target"), str):
-            yield path, value["target"], _mapping(value.get("args"))
+        # `args` themselves may have an argument of the name target; inside them only what `build_nested` builds counts.
+        built = not in_args or set(value) <= {"target", "args"}
+        if built and isinstance(value.get("target"), str):
+            yield (*path, "target"), value["target"], _mapping(value.get("args"))
         for key, item in value.items():
-            yield from _targets(item, (*path, key))
+            if key == "args" and built and isinstance(item, Mapping):
+                for name, argument in item.items():
+                    yield from _targets(argument, (*path, key, name), in_args=True)
+            else:
+                yield from _targets(item, (*path, key), in_args=in_args)
     elif isinstance(value, list):
         for index, item in enumerate(value):
-            yield from _targets(item, (*path, index))
+            yield from _targets(item, (*path, index), in_args=in_args)
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
@@ -39,18 +51,19 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 
 def import_path(target: str, section: str) -> str:
-    """A short name's import path; anything else as it is. Raises ConfigError for a bare word that is no short name."""
+    """A short name's import path; a path as it is. Raises UnknownNameError for what is neither."""
     names = NAMES.get(section, {})
     if target in names:
         return names[target]
+    asked = f"{section}.target={target!r} is to name a part."
     if ":" not in target and "." not in target:
-        raise ConfigError(
-            explain(
-                f"{section}.target={target!r} is to name a part.",
-                f"no short name of the section {section!r}",
-                suggest(target, names) + "; or write package.module:attribute",
-            )
-        )
+        do = f"{suggest(target, names)}; or write package.module:attribute"
+        raise UnknownNameError(asked, f"no short name of the section {section!r}", do)
+    module, colon, attribute = target.partition(":")
+    names_in = [*module.split("."), *(attribute.split(".") if colon else [])]
+    # what Python itself writes for a callable that was handed over: `module:make.<locals>.Net`
+    if not all(one.isidentifier() or one in ("<locals>", "<lambda>") for one in names_in):
+        raise UnknownNameError(asked, "no import path", "write package.module:attribute")
     return target
 
 

@@ -73,7 +73,7 @@ def implementation(make: Callable[..., Any], named: Sequence[NamedParameter]) ->
 
 
 def schedule_factory(make: Callable[..., Any], args: Mapping[str, Any], *, total_steps: int) -> MakeSchedule:
-    """`make(optimizer, **args)`, given `total_steps` where it takes that. Raises ConfigError for args that do not fit."""
+    """`make(optimizer, **args)`, and `total_steps` where it takes that. Raises ConfigError for args that do not fit."""
     given = dict(args)
     try:
         names = inspect.signature(make).parameters

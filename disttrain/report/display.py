@@ -6,9 +6,10 @@ Owns the wording. A stream that went away (a closed pipe) silences the display; 
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -37,6 +38,34 @@ class Pace:
         return None if step_time_s is None else max(self._total_steps - step, 0) * step_time_s
 
 
+class Guarded:
+    """A text stream that turns its own end (a closed pipe, a terminal that hung up) into silence, in any thread."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._gone = False
+
+    def write(self, text: str) -> int:
+        """Write, or drop the text where nobody reads any more."""
+        self._attempt(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush, likewise."""
+        self._attempt(self._stream.flush)
+
+    def _attempt(self, act: Callable[[], object]) -> None:
+        if self._gone:
+            return
+        try:
+            act()
+        except (OSError, ValueError):  # ValueError: the stream was closed
+            self._gone = True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)  # isatty, encoding, fileno: what rich asks of a console's file
+
+
 class Nothing:
     """The display of a silent rank, or of `report.progress: false`."""
 
@@ -60,10 +89,9 @@ class Lines:
     """One plain line a reported step."""
 
     def __init__(self, stream: TextIO, total_steps: int | None, now: Callable[[], float] = time.monotonic) -> None:
-        self._stream = stream
+        self._stream = Guarded(stream)
         self._total_steps = total_steps
         self._pace = Pace(total_steps, now)
-        self._gone = False
 
     def start(self, step: int) -> None:
         """Nothing to draw yet."""
@@ -84,13 +112,8 @@ class Lines:
 
     def say(self, line: str) -> None:
         """One line, at once."""
-        if self._gone:
-            return
-        try:
-            self._stream.write(line + "\n")
-            self._stream.flush()
-        except (OSError, ValueError):  # ValueError: the stream was closed
-            self._gone = True
+        self._stream.write(line + "\n")
+        self._stream.flush()
 
     def close(self) -> None:
         """The stream is not ours to close."""
@@ -107,7 +130,10 @@ class Bar:
             TextColumn("[bold]{task.fields[count]}"),
             TextColumn("{task.fields[measures]}"),
             TextColumn("[cyan]{task.fields[left]}"),
-            console=Console(file=stream),
+            console=Console(file=cast(TextIO, Guarded(stream))),
+            # rich would also take what a script prints into a file or a pipe, and show it here instead.
+            redirect_stdout=sys.stdout.isatty(),
+            redirect_stderr=sys.stderr.isatty(),
         )
         self._total_steps = total_steps
         self._task = self._progress.add_task("", total=total_steps, count="", measures="", left="")

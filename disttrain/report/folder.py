@@ -54,6 +54,10 @@ class RunFolder:
         }
         _replace(self.status, json.dumps(status, indent=2, allow_nan=False) + "\n")
 
+    def write_config(self, text: str) -> None:
+        """Replace config.yaml whole, making the folder where there is none."""
+        _replace(self.config, text)
+
     def trim_metrics(self, after_step: int) -> int:
         """Move what an unsaved past wrote after `after_step` to incidents/; returns how many lines that were.
 
@@ -173,7 +177,7 @@ def _append(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write beside, flush to the disk, rename over."""
+    """Write beside, flush to the disk, rename over, and flush the name too: what comes after may rely on it."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with _writing(path):
         try:
@@ -184,6 +188,11 @@ def _replace(path: Path, text: str) -> None:
             beside.replace(path)
         finally:
             beside.unlink(missing_ok=True)
+        names = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(names)
+        finally:
+            os.close(names)
 
 
 def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | None]]:

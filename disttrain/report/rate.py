@@ -6,6 +6,7 @@ waits for the device already.
 
 from __future__ import annotations
 
+import re
 import resource
 import sys
 import time
@@ -17,8 +18,9 @@ import torch
 
 # Dense peak of one device in operations a second, bf16 on tensor cores without sparsity, from the vendor's data sheets:
 # A100 (2020) 312e12; H100 (2023) SXM 989.4e12, PCIe 756e12, NVL 835e12 (half the sheet's sparse figure);
-# H200 (2024) SXM 989.4e12, NVL 835e12; GH200 (2023) 989.4e12; B200 (2024, HGX) 2250e12; L40S 362e12; L4 121e12.
-# The first entry whose words all occur in the device's name counts, so the particular come before the general.
+# H200 (2024) SXM 989.4e12, NVL 835e12; GH200 (2023) 989.4e12; B200 (2024, HGX) 2250e12; GB200 (2024, NVL72) 2500e12;
+# L40S 362e12; L4 121e12. The first entry whose words are all among the words of the device's name counts, so the
+# particular come before the general; whole words, because an RTX A1000 is no A100.
 PEAK_FLOPS: tuple[tuple[tuple[str, ...], float], ...] = (
     (("H100", "PCIe"), 756e12),
     (("H100", "NVL"), 835e12),
@@ -27,9 +29,10 @@ PEAK_FLOPS: tuple[tuple[tuple[str, ...], float], ...] = (
     (("H100",), 989.4e12),
     (("H200",), 989.4e12),
     (("B200",), 2250e12),
+    (("GB200",), 2500e12),
     (("A100",), 312e12),
     (("L40S",), 362e12),
-    (("L4 ",), 121e12),
+    (("L4",), 121e12),
 )
 
 
@@ -126,9 +129,11 @@ def _peak_of(device: torch.device) -> float:
 
 
 def peak_flops(device_name: str) -> float:
-    """The table's figure for a device's name, such as `NVIDIA H100 80GB HBM3`; 0.0 where the table has none."""
-    padded = f"{device_name} "
-    for words, flops in PEAK_FLOPS:
-        if all(word in padded for word in words):
-            return flops
-    return 0.0
+    """The table's figure for a device's name, such as `NVIDIA H100 80GB HBM3`; 0.0 where the table has none.
+
+    A MIG slice has a part of its device's units, and its name does not say which part of the peak that is: 0.0.
+    """
+    found = set(re.split(r"[^A-Za-z0-9]+", device_name))
+    if "MIG" in found:
+        return 0.0
+    return next((flops for words, flops in PEAK_FLOPS if found.issuperset(words)), 0.0)

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, Literal
 
 # One Ctrl-C reaches a rank twice when both the terminal and the launcher pass it on; within this time it counts once.
 SAME_PRESS_S = 1.0
@@ -23,7 +23,7 @@ _ASKED = b"[resilience] Ctrl-C: finishing this step, then saving and stopping; p
 class Interrupts:
     """Context manager that turns the first SIGINT into a request and a later one into KeyboardInterrupt. Local.
 
-    Python delivers signals to the main thread only: entered elsewhere, it does nothing and `requested` stays False.
+    Python delivers signals to the main thread only: entered elsewhere, it does nothing and `requested` stays None.
     A process that was started with SIGINT ignored, as a shell's background job is, keeps ignoring it.
     """
 
@@ -34,9 +34,9 @@ class Interrupts:
         self._entered = False
 
     @property
-    def requested(self) -> bool:
-        """Whether Ctrl-C was pressed."""
-        return self._asked_at is not None
+    def requested(self) -> Literal["interrupt"] | None:
+        """Why this process was asked to save and stop; None while it was not."""
+        return None if self._asked_at is None else "interrupt"
 
     def __enter__(self) -> Interrupts:
         in_main = threading.current_thread() is threading.main_thread()

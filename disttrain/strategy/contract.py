@@ -104,8 +104,8 @@ class StepSums:
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """`grad_norm` is the global 2-norm before clipping, None where it was neither asked for nor needed; `lr` is the first
-    group's rate in this step."""
+    """`grad_norm` is the global 2-norm before clipping, None where nobody asked for or needed it; `lr` is the rate of
+    this step's first group."""
 
     grad_norm: float | None
     applied: bool

@@ -24,7 +24,6 @@ from disttrain.strategy.contract import AbstractStrategy, Ingredients, Prepared,
 from disttrain.strategy.state import replicated_shards, whole_tensors
 from disttrain.strategy.update import torch_step
 
-
 # One rank's buffers never overwrite another's: batch statistics are each rank's own. torch 2.13 renamed the option.
 _LEAVE_BUFFERS: dict[str, Any] = (
     {"forward_sync_buffers": False}

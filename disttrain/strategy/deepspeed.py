@@ -31,7 +31,6 @@ from disttrain.strategy.contract import AbstractStrategy, Ingredients, Prepared,
 from disttrain.strategy.state import replicated_shards
 from disttrain.strategy.zero_partitions import partition_shards, spread_loaded
 
-
 _GROUPS_KEPT = (
     "_WORLD_GROUP",
     "_ZERO_PARAM_INTRA_PARALLEL_GROUP",

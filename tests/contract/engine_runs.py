@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +19,27 @@ STRATEGIES: dict[str, list[str]] = {
     "zero2": ["strategy.name=deepspeed", "strategy.deepspeed.stage=2"],
     "zero3": ["strategy.name=deepspeed", "strategy.deepspeed.stage=3"],
 }
+QUIET = ["report.every=1", "report.progress=false", "report.plot=false", "report.trackers=[]"]
 
 
-def strategies_at(size: int) -> list[str]:
-    """Those that run in a world of this size."""
-    return [name for name in STRATEGIES if name != "none" or size == 1]
+def strategies_at(size: int, *, fp64: bool = False) -> list[str]:
+    """Those that run in a world of this size, in this precision."""
+    return [name for name in STRATEGIES if (name != "none" or size == 1) and not (fp64 and name.startswith("zero"))]
 
 
-def train_all(config: Any, folder: Path, cases: dict[str, list[str]]) -> dict[str, dict[str, Any]]:
+def train_all(config: Any, folder: Path, cases: Mapping[str, Sequence[str]]) -> dict[str, dict[str, Any]]:
     """Every case (a list of overrides) in turn, in this world: losses, norms, first and last weights."""
     found = {}
     for name, overrides in cases.items():
-        where = [f"run.dir={folder}", f"run.name={name.replace('/', '-')}-{os.environ['WORLD_SIZE']}"]
-        with disttrain.Engine(config, [*overrides, *where, "report.progress=false", "report.plot=false"]) as engine:
+        where = [f"run.dir={folder}", f"run.name={name.replace('/', '-')}-of-{os.environ['WORLD_SIZE']}"]
+        with disttrain.Engine(config, [*QUIET, *overrides, *where]) as engine:
+            engine.prepare("model")
             found[name] = train_one(engine)
     return found
 
 
 def train_one(engine: Any, objective: Any = None) -> dict[str, Any]:
-    """The plain shape of an own loop, keeping each step's numbers."""
-    if not engine._prepared:
-        engine.prepare("model")
+    """The plain shape of an own loop, keeping each step's numbers; rank 0 alone brings the weights back."""
     first = engine.full_weights("model")
     losses, norms, rates = [], [], []
     for micro_batches in engine.batches():
@@ -50,15 +51,23 @@ def train_one(engine: Any, objective: Any = None) -> dict[str, Any]:
         rates.append(outcome.lr)
         if engine.should_stop():
             break
-    return {"losses": losses, "norms": norms, "rates": rates, "first": first, "last": engine.full_weights("model")}
+    last = engine.full_weights("model")
+    mine = engine.rank == 0
+    return {
+        "losses": losses,
+        "norms": norms,
+        "rates": rates,
+        "first": to_numpy(first) if mine else {},
+        "last": to_numpy(last) if mine else {},
+    }
 
 
-def worst(found: list[float], expected: list[float]) -> float:
-    """Largest relative difference."""
+def to_numpy(weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Plain arrays: they cross processes without shared memory."""
+    return {name: value.numpy() for name, value in weights.items()}
+
+
+def worst(found: Sequence[float], expected: Sequence[float]) -> float:
+    """Largest relative difference over the steps."""
     assert len(found) == len(expected), f"{len(found)} steps instead of {len(expected)}"
     return max(abs(a - b) / max(abs(b), 1e-12) for a, b in zip(found, expected, strict=True))
-
-
-def equal_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    """Bit for bit."""
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

@@ -1,0 +1,75 @@
+"""What several keys must be together. Pure, and over values not valid yet: no rule waits for another fault's mending."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from disttrain.config.faults import shown
+from disttrain.config.lines import KeyPath
+
+Broken = tuple[KeyPath, str, str]
+
+_LENGTHS = ("steps", "epochs", "tokens")
+_RESERVED_AXES = ("pipeline", "context", "expert")
+
+
+def broken_rules(values: Mapping[str, Any]) -> Iterator[Broken]:
+    """(path, what was found, what to do) of every rule that `values` break."""
+    yield from _length(_section(values, "run"), trains=bool(_section(values, "data")))
+    yield from _batches(_section(values, "data"))
+    yield from _evaluation(_section(values, "eval"))
+    yield from _mesh(_section(values, "mesh"))
+    yield from _precision(_section(values, "precision"), _section(values, "strategy"))
+    if isinstance(values.get("optim"), list):
+        yield ("optim",), "a list of optimizers, which comes with a later release", "write one target and its args"
+
+
+def _section(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found = values.get(name)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _length(run: Mapping[str, Any], *, trains: bool) -> Iterator[Broken]:
+    given = [name for name in _LENGTHS if run.get(name) is not None]
+    if len(given) > 1:
+        names = " and ".join(f"run.{name}" for name in given)
+        others = " ".join(f"run.{name}=null" for name in given[:-1])
+        yield ("run", given[-1]), f"{names}, which all say how long to train", f"keep one; from outside: {others}"
+    if not given and trains:
+        yield ("run", "steps"), "none of run.steps, run.epochs, run.tokens", "say how long to train: run.steps=1000"
+
+
+def _batches(data: Mapping[str, Any]) -> Iterator[Broken]:
+    whole, part = data.get("global_batch"), data.get("micro_batch")
+    if isinstance(whole, Mapping) and isinstance(part, Mapping):
+        whole, part = whole.get("tokens"), part.get("tokens")
+    if isinstance(whole, int) and isinstance(part, int) and part > whole > 0:
+        found = f"{part}, more than data.global_batch, which is {whole}"
+        yield ("data", "micro_batch"), found, f"make it at most {whole}, or global_batch larger"
+
+
+def _evaluation(eval_: Mapping[str, Any]) -> Iterator[Broken]:
+    sets = eval_.get("sets")
+    for key in ("every", "micro_batch"):
+        if eval_.get(key) is not None and not sets:
+            found = f"{shown(eval_[key])}, and no eval.sets to evaluate"
+            yield ("eval", key), found, "add sets: {held_out: {target: ...}}, or take the key out"
+    for name in sets if isinstance(sets, Mapping) else ():
+        if "/" in str(name) or not name:
+            found = f"the set's name {name!r}, which cannot hold a slash or be empty: metrics are eval/SET/NAME"
+            yield ("eval", "sets", name), found, "rename it"
+
+
+def _mesh(mesh: Mapping[str, Any]) -> Iterator[Broken]:
+    for axis in _RESERVED_AXES:
+        if axis in mesh:
+            yield ("mesh", axis), f"{shown(mesh[axis])}: an axis reserved for a later release", "take the key out"
+
+
+def _precision(precision: Mapping[str, Any], strategy: Mapping[str, Any]) -> Iterator[Broken]:
+    compute = precision.get("compute")
+    if strategy.get("name") != "deepspeed" or compute not in ("fp64", "bf16"):
+        return
+    reason = "which deepspeed cannot keep" if compute == "fp64" else "which with deepspeed comes with a later release"
+    yield ("precision", "compute"), f"{compute}, {reason}", "use precision.compute=fp32, or strategy none, ddp or fsdp"

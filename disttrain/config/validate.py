@@ -1,0 +1,140 @@
+"""A draft against schema, rules and names: every fault in our words, none waiting for another. Imports no user code."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from disttrain.config.draft import Draft
+from disttrain.config.faults import ConfigFaultsError, UnknownNameError, dotted, nearest, shown, suggest
+from disttrain.config.lines import KeyPath
+from disttrain.config.paths import known_keys, locate
+from disttrain.config.rules import broken_rules
+from disttrain.config.schema import Config
+from disttrain.config.section import PARTS
+from disttrain.config.strategies import BUILT_IN, strategy_entry
+from disttrain.config.target_names import import_path, section_of, targets_in
+
+_ADVICE = {
+    "int_type": "write a whole number",
+    "int_parsing": "write a whole number",
+    "int_from_float": "write a whole number",
+    "float_type": "write a number",
+    "float_parsing": "write a number",
+    "finite_number": "write a finite number",
+    "bool_type": "write true or false",
+    "bool_parsing": "write true or false",
+    "tuple_type": "write a list: [a, b]",
+    "list_type": "write a list: [a, b]",
+    "dict_type": "write a mapping: {key: value}",
+    "model_type": "write a mapping, or take the line out",
+}
+
+
+def validate(draft: Draft) -> Config:
+    """The draft as a Config. Raises ConfigFaultsError with every fault of the draft."""
+    config: Config | None = None
+    for broken in broken_rules(draft.value):
+        draft.add_fault(*broken)
+    strategy = draft.value.get("strategy")
+    if isinstance(strategy, Mapping):
+        _check_strategies(draft, strategy)
+    try:
+        config = Config.model_validate(draft.value)
+    except ValidationError as error:
+        _translate_all(draft, error, (), Config)
+    _check_names(draft)
+    if draft.faults or config is None:
+        raise ConfigFaultsError(draft.faults, (draft.value, draft.sources, draft.folder))
+    return config.placed(draft.sources, draft.folder)
+
+
+def _check_strategies(draft: Draft, strategy: Mapping[str, Any]) -> None:
+    """Names that are no strategy, and a plug-in's options by its own class."""
+    named = [("name", strategy["name"])] if isinstance(strategy.get("name"), str) else []
+    for key, name in [*named, *((key, key) for key in strategy if key != "name")]:
+        try:
+            entry = strategy_entry(name)
+        except UnknownNameError as error:
+            do = "did you mean 'name'? " + error.do if key != "name" and nearest(key, ["name"]) else error.do
+            draft.add_fault(("strategy", key), f"{name!r}: {error.found}", do)
+            continue
+        if key != "name" and name not in BUILT_IN:
+            try:
+                entry.options.model_validate({} if strategy[key] is None else strategy[key])
+            except ValidationError as error:
+                _translate_all(draft, error, ("strategy", key), entry.options)
+
+
+def _check_names(draft: Draft) -> None:
+    """Bare words that are no short name of their section, and paths that are none."""
+    for path, target, _ in targets_in(draft.value):
+        try:
+            import_path(target, section_of(path))
+        except UnknownNameError as error:
+            draft.add_fault(path, f"{target!r}: {error.found}", error.do)
+
+
+def _translate_all(draft: Draft, error: ValidationError, prefix: KeyPath, model: type[BaseModel]) -> None:
+    value: Any = draft.value
+    for part in prefix:
+        value = value[part]
+    found = []
+    for one in error.errors(include_url=False):
+        path, known = locate(one["loc"], value, model)
+        found.append(((*prefix, *path), known, one))
+    for path, known, one in found:
+        # A union complains once for each member: where one of them got inside the value, the others say nothing.
+        inside = any(len(other) > len(path) and other[: len(path)] == path for other, _, _ in found)
+        if not (inside and isinstance(one["input"], Mapping) and str(one["type"]).endswith("_type")):
+            draft.add_fault(path, *_translate(path, known, one))
+
+
+def _translate(path: KeyPath, known: list[str], error: Any) -> tuple[str, str]:
+    """(what was found, what to do) of one of pydantic's errors."""
+    kind, key, value = str(error["type"]), str(path[-1]) if path else "", error["input"]
+    if kind == "extra_forbidden":
+        return f"the unknown key {key!r}", _unknown_key(path, known)
+    if kind == "missing":
+        return "nothing", f"add the key {key!r}"
+    if kind == "value_error":
+        found, _, do = str(error["msg"]).removeprefix("Value error, ").partition(PARTS)
+        return f"{shown(value, key)}: {found}", do or found
+    return shown(value, key), _advice(kind, path, known, value, error)
+
+
+def _advice(kind: str, path: KeyPath, known: list[str], value: Any, error: Any) -> str:
+    message = str(error["msg"])
+    if path == ("version",):
+        return "write version: 1, the only version there is"
+    if path and path[-1] == "target":
+        return "write a short name or package.module:attribute"
+    if kind == "literal_error":
+        expected = str(error["ctx"]["expected"])
+        near = nearest(str(value), re.findall(r"'([^']*)'", expected))
+        return f"did you mean {near!r}? write {expected}" if near is not None else f"write {expected}"
+    if kind == "string_type":
+        return f"quote it: {str(value)!r}" if isinstance(value, int | float) else "write text"
+    if kind in ("model_type", "model_attributes_type") and isinstance(value, str) and path[:1] != ("run",):
+        return f"write a mapping; a target is {{target: {value}}}"
+    if kind.endswith(("_type", "_parsing")) or kind in _ADVICE:
+        return _ADVICE.get(kind, _lower(message))
+    return _lower(message).replace("input should be", "write a value")
+
+
+def _unknown_key(path: KeyPath, known: list[str]) -> str:
+    key = str(path[-1])
+    if nearest(key, known) is None:
+        elsewhere = [one for one in known_keys() if one.partition(".")[2] == key and one != dotted(path)]
+        if elsewhere:
+            return f"did you mean {elsewhere[0]!r}? {suggest(key, known)}"
+        if "args" in known:
+            return f"{suggest(key, known)}; what the target itself takes stands under args"
+    return suggest(key, known)
+
+
+def _lower(text: str) -> str:
+    return text[:1].lower() + text[1:]

@@ -1,0 +1,27 @@
+"""What every test finds and leaves: a `tests` folder to import from, no process group, no stray thread settings."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(autouse=True)
+def left_as_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Environment, import path, process group and children are as they were."""
+    environ, path = dict(os.environ), list(sys.path)
+    yield
+    monkeypatch.undo()
+    sys.path[:] = path
+    for name in set(os.environ) - set(environ):
+        del os.environ[name]
+    os.environ.update(environ)
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        assert not torch.distributed.is_initialized(), "a test left a process group behind"

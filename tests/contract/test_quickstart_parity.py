@@ -1,0 +1,91 @@
+"""The quick start under every strategy, at 1 to 4 ranks, equals a plain loop over a decoder written out by hand.
+
+float32 within 2e-5 relative, float64 within 1e-9: what is left is the order of sums.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from contract.engine_runs import STRATEGIES, strategies_at, train_all, worst
+from plain import cosine_rates, plain_loop
+from plain_gpt import PlainGPT, next_token_loss
+from world import run_world
+
+from disttrain.data import ByteText, Order
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "configs" / "quickstart.yaml"
+STEPS, WARMUP, PEAK, DECAY, SEED = 20, 20, 3e-3, 0.1, 1234
+# The quick start's own shape, with less of it: the arithmetic is the same, four ranks share two cores.
+SMALL = [
+    "run.steps=20",
+    "model.args.layers=2",
+    "model.args.width=32",
+    "model.args.context=32",
+    "checkpoint.at_end=false",
+]
+SMALL += ["data.train.args.source=${run.dir}/text", "eval.sets={}", "eval.every=null"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a folder `text` of real sources in it."""
+    folder = tmp_path_factory.mktemp("quick")
+    (folder / "text").mkdir()
+    for path in sorted((ROOT / "disttrain").rglob("*.py"))[:40]:
+        (folder / "text" / path.name).write_text(path.read_text())
+    return folder
+
+
+def cases(size: int, *, fp64: bool) -> dict[str, list[str]]:
+    """Accumulation 1 and 3, a global batch that does not divide, clipping on and off."""
+    found: dict[str, list[str]] = {}
+    for name in strategies_at(size, fp64=fp64):
+        base = [*SMALL, *STRATEGIES[name], *(["precision.compute=fp64"] if fp64 else [])]
+        found[f"{name}/one"] = [*base, "data.micro_batch=null", "optim.clip_norm=0.5"]
+        found[f"{name}/three"] = [*base, f"data.micro_batch={-(-32 // (3 * size))}", "optim.clip_norm=null"]
+    return found
+
+
+def reference(
+    text: Path, first: dict[str, Any], *, clip: float | None, dtype: torch.dtype
+) -> tuple[list[float], list[float]]:
+    """Sample indices and initial weights go in as data; nothing of disttrain computes."""
+    dataset = ByteText(str(text / "text"), 32, "train")
+    order = Order(len(dataset), SEED)
+    position, epoch, steps = 0, 0, []
+    for _ in range(STEPS):
+        if position >= len(dataset):
+            epoch, position = epoch + 1, 0
+        count = min(32, len(dataset) - position)
+        steps.append([dataset.gather_batch(order.indices(epoch, position, count).tolist())])
+        position += count
+    state = {name: torch.from_numpy(value).to(dtype) for name, value in first.items()}
+    model = PlainGPT(state, layers=2, heads=4, kv_heads=2).to(dtype)
+    vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
+    groups = [{"params": matrices, "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0.0}]
+    rates = cosine_rates(PEAK, warmup=WARMUP, steps=STEPS)
+    return plain_loop(model, torch.optim.AdamW(groups, lr=PEAK), steps, next_token_loss, rates=rates, clip=clip)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("fp64", [False, True], ids=["fp32", "fp64"])
+def test_equals_a_plain_loop(size: int, fp64: bool, text: Path, tmp_path: Path) -> None:
+    found = run_world(size, train_all, CONFIG, text, cases(size, fp64=fp64))
+    dtype, bound = (torch.float64, 1e-9) if fp64 else (torch.float32, 2e-5)
+    first = found[0][f"{strategies_at(size)[0]}/one"]["first"]
+    expected = {
+        "one": reference(text, first, clip=0.5, dtype=dtype),
+        "three": reference(text, first, clip=None, dtype=dtype),
+    }
+    for name, run in found[0].items():
+        losses, norms = expected[name.split("/")[1]]
+        assert all((run["first"][key] == value).all() for key, value in first.items()), f"{name}: other initial weights"
+        assert worst(run["losses"], losses) < bound, name
+        assert worst(run["norms"], norms) < bound, name
+        assert all(rank[name]["losses"] == run["losses"] for rank in found), f"{name}: ranks report different losses"
