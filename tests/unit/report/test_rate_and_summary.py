@@ -47,6 +47,9 @@ def test_waiting_for_data_counts_even_if_it_raises() -> None:
         ("NVIDIA A100-SXM4-80GB", 312),
         ("NVIDIA L4", 121),
         ("NVIDIA L40S", 362),
+        ("NVIDIA GB200", 2500),
+        ("NVIDIA RTX A1000 Laptop GPU", 0),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", 0),
         ("NVIDIA GeForce GTX 1080", 0),
     ],
 )

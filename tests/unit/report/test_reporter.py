@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,8 +36,17 @@ class Memory:
 
 
 class Terminal(io.StringIO):
+    """A terminal that can hang up: from then on the system answers every write with EIO."""
+
+    hung_up = False
+
     def isatty(self) -> bool:
         return True
+
+    def write(self, text: str) -> int:
+        if self.hung_up:
+            raise OSError(errno.EIO, "Input/output error")
+        return super().write(text)
 
 
 def reporter_of(folder: RunFolder | None, **more: Any) -> tuple[Reporter, io.StringIO]:
@@ -155,6 +167,32 @@ def test_a_terminal_gets_a_bar(tmp_path: Path) -> None:
     reporter.close()
     assert "step 102/300" in stream.getvalue()
     assert "eval/a/loss 1.2500" in stream.getvalue()
+
+
+def test_a_terminal_that_hangs_up_ends_the_display_only(tmp_path: Path) -> None:
+    folder, before = RunFolder(tmp_path), (sys.stdout, sys.stderr)
+    reporter, stream = reporter_of(folder, stream=Terminal())
+    reporter.start(0, {})
+    stream.hung_up = True
+    time.sleep(0.25)  # the bar's own thread meets the end first: it redraws every 0.1 s
+    reporter.advance(1)
+    reporter.step(LINE)
+    reporter.evaluation(120, {"eval/a/loss": 1.25})
+    reporter.incident("tracker", error="gone")
+    reporter.finish("finished", 120, 0, None)
+    assert (folder.read_status() or {})["state"] == "finished"
+    assert (sys.stdout, sys.stderr) == before
+
+
+def test_what_a_script_prints_into_a_file_goes_there_while_the_bar_stands(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reporter, stream = reporter_of(RunFolder(tmp_path), stream=Terminal())
+    reporter.start(0, {})
+    print("a result")
+    reporter.close()
+    assert capsys.readouterr().out == "a result\n"
+    assert "a result" not in stream.getvalue()
 
 
 def test_tensorboard_reads_back_what_was_logged(tmp_path: Path) -> None:

@@ -91,7 +91,11 @@ def test_ledger_lines_say_when_and_what(tmp_path: Path) -> None:
 def test_what_cannot_be_written_is_named_with_the_systems_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     folder = RunFolder(tmp_path / "file" / "run")
-    for write in (lambda: folder.append_metrics({"step": 1}), lambda: folder.write_status("running", 0, None, None)):
+    for write in (
+        lambda: folder.append_metrics({"step": 1}),
+        lambda: folder.write_status("running", 0, None, None),
+        lambda: folder.write_config("version: 1\n"),
+    ):
         with pytest.raises(CheckpointError, match=r"(?s)file/run/.*(Not a directory|File exists)"):
             write()
 

@@ -25,9 +25,9 @@ def press() -> None:
 
 def test_once_is_a_request_said_in_one_line(capfd: pytest.CaptureFixture[str]) -> None:
     with Interrupts() as interrupts:
-        assert interrupts.requested is False
+        assert interrupts.requested is None
         press()
-        assert interrupts.requested is True
+        assert interrupts.requested == "interrupt"
     assert capfd.readouterr().err.count("\n") == 1
 
 
@@ -76,4 +76,4 @@ def test_in_another_thread_it_does_nothing() -> None:
     thread = threading.Thread(target=enter)
     thread.start()
     thread.join()
-    assert seen == [False, signal.default_int_handler]
+    assert seen == [None, signal.default_int_handler]
