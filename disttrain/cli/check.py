@@ -60,7 +60,7 @@ def _import_all(config: Config) -> list[Fault]:
         except ConfigError as error:
             _, found, do = str(error).split("\n")
             faults.append(Fault(key, where, found.partition(": ")[2], do.partition(": ")[2]))
-        except (Exception, SystemExit) as error:  # noqa: BLE001: a user's module may raise anything
+        except (SystemExit, Exception) as error:  # noqa: BLE001 - a user's module may raise anything
             faults.append(Fault(key, where, f"{target!r} raises {type(error).__name__}: {error}", "mend its module"))
         else:
             wrong = _unbindable(call, args)

@@ -1,4 +1,4 @@
-"""What several keys must be together. Pure, and over values not valid yet: no rule waits for another fault's mending."""
+"""What several keys must be together. Pure; over values that may not be valid yet, so that no fault hides another."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _RESERVED_AXES = ("pipeline", "context", "expert")
 
 def broken_rules(values: Mapping[str, Any]) -> Iterator[Broken]:
     """(path, what was found, what to do) of every rule that `values` break."""
-    yield from _length(_section(values, "run"), trains=bool(_section(values, "data")))
+    yield from _length(_section(values, "run"), trains="data" in values and isinstance(values.get("run", {}), Mapping))
     yield from _batches(_section(values, "data"))
     yield from _evaluation(_section(values, "eval"))
     yield from _mesh(_section(values, "mesh"))

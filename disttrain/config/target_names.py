@@ -62,7 +62,7 @@ def import_path(target: str, section: str) -> str:
     module, colon, attribute = target.partition(":")
     names_in = [*module.split("."), *(attribute.split(".") if colon else [])]
     # what Python itself writes for a callable that was handed over: `module:make.<locals>.Net`
-    if not all(one.isidentifier() or one in ("<locals>", "<lambda>") for one in names_in):
+    if not all(one.isidentifier() or one.startswith("<") for one in names_in):
         raise UnknownNameError(asked, "no import path", "write package.module:attribute")
     return target
 

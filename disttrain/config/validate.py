@@ -117,7 +117,8 @@ def _advice(kind: str, path: KeyPath, known: list[str], value: Any, error: Any) 
         near = nearest(str(value), re.findall(r"'([^']*)'", expected))
         return f"did you mean {near!r}? write {expected}" if near is not None else f"write {expected}"
     if kind == "string_type":
-        return f"quote it: {str(value)!r}" if isinstance(value, int | float) else "write text"
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return f"quote it: {str(value)!r}" if number else "write text"
     if kind in ("model_type", "model_attributes_type") and isinstance(value, str) and path[:1] != ("run",):
         return f"write a mapping; a target is {{target: {value}}}"
     if kind.endswith(("_type", "_parsing")) or kind in _ADVICE:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -67,7 +68,8 @@ def _without_credentials(text: str) -> str:
 def _name_of(value: Any) -> str:
     if not callable(value):
         return f"({type(value).__module__}:{type(value).__qualname__})"
-    inner = getattr(value, "func", value)
-    if not hasattr(inner, "__qualname__"):
-        inner = type(inner)
-    return f"{inner.__module__}:{inner.__qualname__}"
+    if isinstance(value, functools.partial):
+        return f"{_name_of(value.func)}.<partial>"
+    if not hasattr(value, "__qualname__"):
+        return f"{type(value).__module__}:{type(value).__qualname__}.<instance>"
+    return f"{value.__module__}:{value.__qualname__}"
