@@ -11,12 +11,17 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from disttrain.report.display import amount
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 INK, FAINT, GRID = "#1f2430", "#7a8194", "#e8eaf0"
 TRAIN, SCHEDULE = "#3b6fd4", "#9aa3b5"
 EVALUATIONS = ("#e4663a", "#2a9d7f", "#8b5fbf", "#d9a21b", "#c2477f")
+
+_TITLE: dict[str, Any] = {"loc": "left", "color": FAINT, "fontsize": 9.5, "pad": 4}
 
 Curve = tuple[list[float], list[float]]
 
@@ -31,7 +36,7 @@ def plot_loss(metrics: Iterable[Mapping[str, Any]], path: Path) -> None:
     evaluations = {key: curve_of(lines, key) for key in evaluation_losses(lines)}
     with_rate = bool(rate[0])
     figure = Figure(figsize=(9, 5.4 if with_rate else 4.6), dpi=160, facecolor="white")
-    FigureCanvasAgg(figure)
+    FigureCanvasAgg(figure)  # the figure keeps it and asks it for the width of a text
     if with_rate:
         grid = figure.add_gridspec(2, 1, height_ratios=(4.6, 1), hspace=0.1)
         losses = figure.add_subplot(grid[0])
@@ -42,8 +47,7 @@ def plot_loss(metrics: Iterable[Mapping[str, Any]], path: Path) -> None:
         losses = figure.add_subplot()
         _dress(losses, "loss", bottom=True)
     _draw_losses(losses, train, evaluations)
-    figure.text(0.075, 0.955, _title(path), color=INK, fontsize=13, fontweight="bold", va="center")
-    figure.text(0.955, 0.955, _subtitle(lines), color=FAINT, fontsize=9.5, ha="right", va="center")
+    write_head(figure, path.absolute().parent.name, _subtitle(lines))
     figure.subplots_adjust(left=0.075, right=0.955, top=0.875, bottom=0.095)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.tmp")
@@ -92,10 +96,12 @@ def smooth(values: Sequence[float], radius: int) -> list[float]:
 def _draw_losses(axes: Axes, train: Curve, evaluations: Mapping[str, Curve]) -> None:
     steps, values = train
     if len(values) >= 40:
+        radius = max(len(values) // 50, 2)
+        axes.set_title(f"loss  (bold: mean of {2 * radius + 1} reported steps)", **_TITLE)
         axes.plot(steps, values, color=TRAIN, linewidth=1, alpha=0.25, zorder=2)
         axes.plot(
             steps,
-            smooth(values, max(len(values) // 50, 2)),
+            smooth(values, radius),
             color=TRAIN,
             linewidth=2,
             label=_label("train", train),
@@ -128,6 +134,18 @@ def _draw_losses(axes: Axes, train: Curve, evaluations: Mapping[str, Curve]) -> 
     axes.legend(frameon=False, loc="upper right", fontsize=10, labelcolor=INK, handlelength=1.4)
 
 
+def write_head(figure: Figure, name: str, subtitle: str) -> None:
+    """Name on the left, what ran on the right, the name cut until the two stay clear of each other."""
+    form: dict[str, Any] = {"va": "center", "parse_math": False}  # a `$` in a name is no formula
+    title = figure.text(0.075, 0.955, name, color=INK, fontsize=13, fontweight="bold", **form)
+    right = figure.text(0.955, 0.955, subtitle, color=FAINT, fontsize=9.5, ha="right", **form)
+    most_px = right.get_window_extent().x0 - 0.02 * figure.bbox.width
+    characters = len(name)
+    while title.get_window_extent().x1 > most_px and characters > 3:
+        characters -= 1
+        title.set_text(shortened(name, characters))
+
+
 def _draw_rate(axes: Axes, rate: Curve) -> None:
     axes.fill_between(*rate, color=SCHEDULE, alpha=0.18, linewidth=0)
     axes.plot(*rate, color=SCHEDULE, linewidth=1.5)
@@ -144,7 +162,7 @@ def _dress(axes: Axes, name: str, *, bottom: bool) -> None:
     axes.set_axisbelow(True)
     axes.tick_params(colors=FAINT, labelsize=9, length=0, labelbottom=bottom)
     axes.margins(x=0.01)
-    axes.set_title(name, loc="left", color=FAINT, fontsize=9.5, pad=4)
+    axes.set_title(name, **_TITLE)
     if bottom:
         axes.set_xlabel("step", color=FAINT, fontsize=9.5)
 
@@ -153,8 +171,12 @@ def _label(name: str, curve: Curve) -> str:
     return f"{name}  {curve[1][-1]:#.4g}"
 
 
-def _title(path: Path) -> str:
-    return path.absolute().parent.name
+def shortened(name: str, most: int) -> str:
+    """`name` in at most `most` characters, its middle left out: runs of one series differ at either end."""
+    if len(name) <= most:
+        return name
+    head = max(most - 1, 2) // 2
+    return f"{name[:head]}…{name[-(max(most - 1, 2) - head) :]}"
 
 
 def _subtitle(lines: Sequence[Mapping[str, Any]]) -> str:
@@ -164,5 +186,5 @@ def _subtitle(lines: Sequence[Mapping[str, Any]]) -> str:
     ranks = last.get("world_size")
     parts = [str(last["strategy"]), f"{ranks} rank{'' if ranks == 1 else 's'}", f"{last['step']:,} steps"]
     if last.get("tokens"):
-        parts.append(f"{last['tokens'] / 1e6:,.3g}M tokens")
+        parts.append(f"{amount(last['tokens'])} tokens")
     return "  ·  ".join(parts)

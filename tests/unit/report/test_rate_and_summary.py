@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from disttrain.report import Rate, RunFolder, plot_loss, render_summary, summarize_run
-from disttrain.report.plot import smooth
+from disttrain.report.plot import shortened, smooth, write_head
 from disttrain.report.rate import peak_flops
 
 
@@ -65,6 +67,13 @@ def test_smoothing_is_a_mean_over_a_window(values: list[float], radius: int) -> 
         assert found == pytest.approx(sum(window) / len(window), abs=1e-9)
 
 
+@given(st.text(max_size=60), st.integers(3, 60))
+def test_a_long_name_keeps_both_ends_and_the_length_asked_for(name: str, most: int) -> None:
+    found = shortened(name, most)
+    assert len(found) == min(len(name), most)
+    assert found == name or (found[0], found[-1]) == (name[0], name[-1])
+
+
 def filled(path: Path, steps: int) -> RunFolder:
     folder = RunFolder(path)
     folder.append_ledger("segment", step=0, total_steps=steps)
@@ -107,6 +116,16 @@ def test_a_plot_is_a_png_of_any_run(tmp_path: Path, steps: int) -> None:
     plot_loss(folder.read_metrics(), folder.loss_png)
     assert folder.loss_png.read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.glob(".loss*"))
+
+
+@pytest.mark.parametrize("name", ["m" * 200, "i" * 200, "costs_$5_or_$\\frac{"])
+def test_a_runs_name_stays_clear_of_what_is_beside_it(name: str) -> None:
+    figure = Figure(figsize=(9, 5.4), dpi=160)
+    FigureCanvasAgg(figure)
+    write_head(figure, name, "ddp  ·  2 ranks  ·  800 steps")
+    title, beside = figure.texts
+    assert title.get_window_extent().x1 < beside.get_window_extent().x0
+    assert len(title.get_text()) == len(name) or len(title.get_text()) > 30
 
 
 def test_a_plot_of_nothing_is_drawn_too(tmp_path: Path) -> None:
