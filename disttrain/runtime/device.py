@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from disttrain.errors import LaunchError, explain
-from disttrain.runtime.environment import Launch, cpu_quota
+from disttrain.runtime.environment import Launch, cpu_quota, wished_threads
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ def choose_device(asked: str, launch: Launch, threads: int | None = None) -> Dev
 
     Raises LaunchError where cuda is asked for and absent, or where a node has more ranks than GPUs.
     """
-    share = threads or max(1, cpu_quota() // launch.local_world_size)
+    share = threads or wished_threads(launch) or max(1, cpu_quota() // launch.local_world_size)
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if asked == "cpu" or (asked == "auto" and found == 0):
         return Device(torch.device("cpu"), "gloo", share)

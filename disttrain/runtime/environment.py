@@ -144,6 +144,14 @@ def quiet_torch() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
+def wished_threads(launch: Launch, environ: Mapping[str, str] | None = None) -> int | None:
+    """The user's OMP_NUM_THREADS, if it is theirs: torchrun sets 1 where nothing is set, and that is no wish. Local."""
+    text = (os.environ if environ is None else environ).get("OMP_NUM_THREADS", "")
+    if not text.isdigit() or int(text) < 1:
+        return None
+    return None if text == "1" and launch.launcher in ("torchrun", "accelerate launch") else int(text)
+
+
 def cpu_quota() -> int:
     """Whole cores this process may use: its affinity, cut by the container's quota (cgroup v2 `cpu.max`). Local."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
