@@ -73,6 +73,7 @@ def equip(prepared: Prepared, ingredients: Ingredients, named: Sequence[NamedPar
     if ingredients.make_optimizer is None:
         for parameter in prepared.model.parameters():
             parameter.requires_grad_(False)
+        prepared.model.eval()
         return
     if not named:
         raise ConfigError(

@@ -128,13 +128,33 @@ class FSDP(AbstractStrategy):
             whole = [gradient for gradient, is_cut in zip(gradients.locals, cut, strict=True) if not is_cut]
             return local + gradients.square(whole) if whole else local
 
-        return torch_step(prepared, sums, clip_norm=clip_norm, want_norm=want_norm, square=square)
+        outcome = torch_step(prepared, sums, clip_norm=clip_norm, want_norm=want_norm, square=square)
+        free_whole(prepared.model)
+        return outcome
+
+    @contextmanager
+    def frozen(self, prepared: Prepared) -> Iterator[None]:
+        # Whole parameters learn requires_grad when they are gathered: none may be left from before, or behind.
+        free_whole(prepared.model)
+        with super().frozen(prepared):
+            yield
+            free_whole(prepared.model)
+
+    def loaded(self, prepared: Prepared) -> None:
+        free_whole(prepared.model)
 
     def shards(self, prepared: Prepared, stored: Mapping[str, Any] | None = None) -> list[Shard]:
         return sharded_shards(prepared, stored, rank=self.world.group.rank, size=self.world.group.size)
 
     def whole(self, prepared: Prepared) -> Iterator[tuple[str, Tensor]]:
         return whole_tensors(prepared.model)
+
+
+def free_whole(model: nn.Module) -> None:
+    """Let go of gathered parameters that a forward without a backward left: the next forward gathers anew. Local."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def choose_blocks(model: nn.Module, wanted: Sequence[str] | None) -> list[tuple[str, nn.Module]]:

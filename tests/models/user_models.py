@@ -1,10 +1,10 @@
-"""Modules, data and objectives as users have them: nothing of disttrain in here. Tests copy this file out of the project."""
+"""Modules, data and objectives as users have them, without disttrain. Tests copy this file out of the project."""
 
 import math
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812
 
 
 class Block(nn.Module):
@@ -50,7 +50,7 @@ class NanoGPT(nn.Module):
 
 
 class Encoder(nn.Module):
-    """torch's own TransformerEncoder, with positions computed into a buffer that no checkpoint needs and one it does."""
+    """torch's own TransformerEncoder, with positions in a buffer that no checkpoint needs, and a buffer it does."""
 
     def __init__(self, vocab=11, width=12, context=6):
         super().__init__()
@@ -116,3 +116,68 @@ def token_loss(model, batch):
     logits = model(inputs)
     total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
     return total, int((targets != -100).sum())
+
+
+class Generator(nn.Module):
+    def __init__(self, noise=4, width=6):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(noise, 9), nn.Tanh(), nn.Linear(9, width))
+
+    def forward(self, z):
+        return self.net(z)
+
+
+class Discriminator(nn.Module):
+    def __init__(self, width=6):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(width, 7), nn.LeakyReLU(0.2), nn.Linear(7, 1))
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class Vectors(torch.utils.data.Dataset):
+    """A sample is a real vector and the noise that goes with it."""
+
+    def __init__(self, size=40):
+        generator = torch.Generator().manual_seed(8)
+        self.real = torch.randn(size, 6, generator=generator)
+        self.noise = torch.randn(size, 4, generator=generator)
+
+    def __len__(self):
+        return len(self.real)
+
+    def __getitem__(self, index):
+        return self.real[index], self.noise[index]
+
+
+class Augmented(torch.utils.data.Dataset):
+    """Draws from torch's, numpy's and Python's generators for every item."""
+
+    def __init__(self, size=45):
+        self.size = size
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, index):
+        import random
+
+        import numpy as np
+
+        noise = torch.randn(3) + float(np.random.rand()) + random.random()
+        return torch.full((3,), float(index)) + noise, torch.tensor([float(index)])
+
+
+class Slope(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.line = nn.Linear(3, 1)
+
+    def forward(self, x):
+        return self.line(x)
+
+
+def squares(model, batch):
+    inputs, targets = batch
+    return ((model(inputs) - targets) ** 2).sum(), len(inputs)
