@@ -34,7 +34,8 @@ from disttrain.runtime import (
     plan_mesh,
     read_launch,
 )
-from disttrain.strategy import AbstractStrategy, World, build_strategy
+from disttrain.runtime.seeds import seed_everything
+from disttrain.strategy import AbstractStrategy, World, strategy_class
 
 _log = room_logger("engine")
 _DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.float32}
@@ -48,6 +49,7 @@ class Plan:
     launch: Launch
     device: Device
     sizes: MeshSizes
+    strategy: type[AbstractStrategy]
     folder: Path
 
 
@@ -57,6 +59,8 @@ def plan_run(config: Config) -> Plan:
     device = choose_device(config.run.device, launch, config.run.threads)
     mesh = config.mesh
     sizes = plan_mesh(launch.world_size, replicate=mesh.replicate, shard=mesh.shard, tensor=mesh.tensor)
+    strategy = strategy_class(config.strategy.name)
+    strategy.check(config.strategy.options, sizes, device)
     batch = config.data.global_batch if config.data is not None else None
     if isinstance(batch, int) and batch < sizes.data_parallel:
         raise ConfigError(
@@ -75,7 +79,7 @@ def plan_run(config: Config) -> Plan:
         target = attrgetter(section)(config) if section == "objective" or config.data is not None else None
         if target is not None:
             resolve_target(target.target, section=section.split(".")[0], folder=config.folder)
-    return Plan(config, launch, device, sizes, Path(config.run.dir) / config.run.name)
+    return Plan(config, launch, device, sizes, strategy, Path(config.run.dir) / config.run.name)
 
 
 def start_world(plan: Plan) -> tuple[Group, World]:
@@ -101,11 +105,6 @@ def start_world(plan: Plan) -> tuple[Group, World]:
         plan.config.run.timeout_s,
     )
     return group, world
-
-
-def strategy_of(config: Config, world: World) -> AbstractStrategy:
-    """The configured strategy over this world. Local."""
-    return build_strategy(config.strategy.name, config.strategy.options, world)
 
 
 def model_factory(config: Config) -> Callable[[], nn.Module]:
@@ -135,8 +134,12 @@ def schedule_factory_of(config: Config, total_steps: int) -> MakeSchedule | None
 
 
 def objective_of(config: Config) -> Objective:
-    """The configured objective: an instance of a class, or a plain callable `(model, batch)` taken as it is."""
+    """The configured objective: an instance of a class, or a plain callable `(model, batch)` taken as it is.
+
+    Built under the seed, as models are: it may have parameters of its own.
+    """
     target = _needed(config.objective, "objective")
+    seed_everything(config.run.seed)
     return Objective(build_callable(target, "objective", config.folder))
 
 
@@ -190,7 +193,7 @@ def samples_of(amount: Any, *, dataset: Any, key: str) -> int:
     """`amount` as a number of samples: itself, or `{tokens: n}` over the dataset's `tokens_per_sample`."""
     if isinstance(amount, int):
         return amount
-    return max(1, amount.tokens // tokens_per_sample(dataset, key))
+    return max(1, int(amount.tokens) // tokens_per_sample(dataset, key))
 
 
 def tokens_per_sample(dataset: Any, key: str) -> int:

@@ -7,7 +7,7 @@ Every public method is collective (all ranks call it, in the same order) unless 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from disttrain.optim.named import MakeOptimizer
 from disttrain.resilience import Interrupts
 from disttrain.runtime.seeds import derive_seed
 from disttrain.strategy import Ingredients, Prepared, StepOutcome, StepSums
+from disttrain.strategy.construction import check_same_everywhere
 
 _log = room_logger("engine")
 
@@ -44,7 +45,15 @@ class Engine:
         self.config = load_config(config, overrides)
         self.plan = build.plan_run(self.config)
         self._group, self.world = build.start_world(self.plan)
-        self.strategy = build.strategy_of(self.config, self.world)
+        self._interrupts = Interrupts()
+        self._interrupts.__enter__()
+        try:
+            self.strategy = self.plan.strategy(self.config.strategy.options, self.world)
+            self.record = Record(self.config, self.plan, self._group)
+        except BaseException:  # nobody gets an engine to close
+            self._interrupts.__exit__(None, None, None)
+            self._group.close()
+            raise
         self.progress = Progress()
         self._prepared: dict[str, Prepared] = {}
         self._objectives: dict[str, Objective] = {}
@@ -55,9 +64,8 @@ class Engine:
         self._dataset: Any = None
         self._saved_at = -1
         self._stopped = False
-        self._interrupts = Interrupts()
-        self._interrupts.__enter__()
-        self.record = Record(self.config, self.plan, self._group)
+        self._begun = False
+        self._ended: str | None = None
 
     # ------------------------------------------------------------------ who and where
 
@@ -139,6 +147,7 @@ class Engine:
         self._objectives[name] = adapted
         module = adapted.module
         if module is not None:
+            check_same_everywhere(self.world, module, f"{name}'s objective")
             module.to(device=self.device, dtype=self.world.dtype)
         return module
 
@@ -184,10 +193,15 @@ class Engine:
         return self._steps(batches)
 
     def _steps(self, batches: Batches) -> Iterator[StepBatch]:
-        self.resume()
+        if not self._begun:
+            self.resume()
+            self._begun = True
+            if self.was_finished:
+                self.progress.steps = int(self.record.earlier["step"])  # there may be no checkpoint of it to resume
+                return
+            self.record.started(self.progress, self._total_steps, self._prepared)
         if self.progress.position is not None:
             batches.load_state_dict(self.progress.position)
-        self.record.started(self.progress, self._total_steps, self._prepared)
         try:
             if self.finished():
                 return
@@ -220,6 +234,14 @@ class Engine:
         Returns the step's sums: `.loss` is that of the whole global batch.
         """
         prepared = self._find(name)
+        if not prepared.named:
+            raise ConfigError(
+                explain(
+                    f"accumulate({name!r})",
+                    "a model prepared without an optimizer: it is frozen",
+                    "pass make_optimizer to prepare",
+                )
+            )
         flags = (1.0 if self._interrupts.requested else 0.0,)
         with self._others_frozen(name):
             sums = self.strategy.accumulate(prepared, micro_batches, self._objective(name, objective), flags)
@@ -272,6 +294,11 @@ class Engine:
     def finished(self) -> bool:
         """Whether the run's steps are done. Local."""
         return self._total_steps is not None and self.progress.steps >= self._total_steps
+
+    @property
+    def was_finished(self) -> bool:
+        """Whether this run had come to its end before this process began. Local."""
+        return self._begun and self.record.was_finished(self._total_steps)
 
     @property
     def interrupted(self) -> bool:
@@ -354,10 +381,18 @@ class Engine:
         return dict(self.strategy.whole(self._find(name)))
 
     def finish(self) -> str:
-        """End well: the last save, status and plot; returns `finished` or `preempted` (stopped by Ctrl-C)."""
-        if self.config.checkpoint.at_end or self._stopped:
-            self.save()
-        return self.record.finished(self.progress, interrupted=self._stopped and not self.finished())
+        """End well: the last save, status and plot; returns `finished` or `preempted` (stopped by Ctrl-C).
+
+        Leaving the engine's `with` block does it where a script did not.
+        """
+        if self._ended is None:
+            if self.was_finished:
+                self._ended = self.record.finished_before()
+            else:
+                if self.config.checkpoint.at_end or self._stopped:
+                    self.save()
+                self._ended = self.record.finished(self.progress, interrupted=self._stopped and not self.finished())
+        return self._ended
 
     def fail(self, error: BaseException) -> None:
         """Leave the first cause where the other ranks and people find it, and on the error itself. Local."""
@@ -374,11 +409,22 @@ class Engine:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is not None:
-            self.fail(error)
-        self.close()
+        try:
+            if error is not None:
+                self.fail(error)
+            elif self._begun:
+                self._finish_or_fail()
+        finally:
+            self.close()
 
     # ------------------------------------------------------------------ within
+
+    def _finish_or_fail(self) -> None:
+        try:
+            self.finish()
+        except BaseException as error:
+            self.fail(error)
+            raise
 
     def _parts(self) -> Parts:
         return Parts(self.config, self.world, self.strategy, self._prepared, self._tracked)
@@ -402,20 +448,11 @@ class Engine:
     @contextmanager
     def _others_frozen(self, name: str) -> Iterator[None]:
         """Gradients flow through the other models, and none is collected in them."""
-        frozen = [
-            named.parameter
-            for other, prepared in self._prepared.items()
-            if other != name
-            for named in prepared.named
-            if named.parameter.requires_grad
-        ]
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-        try:
+        with ExitStack() as stack:
+            for other, prepared in self._prepared.items():
+                if other != name and prepared.named:
+                    stack.enter_context(self.strategy.frozen(prepared))
             yield
-        finally:
-            for parameter in frozen:
-                parameter.requires_grad_(True)
 
     def _train_dataset(self) -> Any:
         if self._dataset is None:

@@ -50,7 +50,9 @@ def train(config: Config | Mapping[str, Any] | str | Path, overrides: Any = (), 
                 evaluation = engine.evaluate()
             if engine.should_stop():
                 break
-        if loaded.eval is not None and loaded.eval.at_end and not engine.interrupted and not engine.evaluated():
+        if engine.was_finished:
+            evaluation = engine.record.last_evaluation()
+        elif loaded.eval is not None and loaded.eval.at_end and not engine.interrupted and not engine.evaluated():
             evaluation = engine.evaluate()
         state = engine.finish()
         return Run(engine.folder, engine.progress.steps, state, evaluation)

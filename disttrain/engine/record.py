@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from yaml import YAMLError
+
 from disttrain.checkpoint import (
     Checkpoint,
     newest_whole,
@@ -28,7 +30,7 @@ from disttrain.engine.state import refuse_another_run
 from disttrain.errors import CheckpointError, DisttrainError, explain
 from disttrain.logs import room_logger
 from disttrain.objective import Objective
-from disttrain.report import Rate, Reporter, RunFolder
+from disttrain.report import Rate, Reporter, RunFolder, summarize_run
 from disttrain.runtime import Group
 from disttrain.strategy import Prepared, StepOutcome, StepSums
 
@@ -62,7 +64,7 @@ class Record:
         """Rank 0: make the folder or recognise the run in it; returns the status found there."""
         if not self.folder.config.exists():
             return {}
-        theirs = parse_value(self.folder.config.read_text())
+        theirs = self._read_config()
         if self._config.checkpoint.resume == "never":
             raise CheckpointError(
                 explain(
@@ -73,6 +75,21 @@ class Record:
             )
         refuse_another_run(str(self.folder.path), theirs, self._config.to_dict())
         return self.folder.read_status() or {}
+
+    def _read_config(self) -> Mapping[str, Any]:
+        try:
+            found = parse_value(self.folder.config.read_text(encoding="utf-8"))
+        except (OSError, ValueError, YAMLError) as error:
+            found = error
+        if isinstance(found, Mapping):
+            return found
+        raise CheckpointError(
+            explain(
+                f"{self.folder.path} is to be continued; its config.yaml says which run it holds.",
+                f"{type(found).__name__}: {str(found)[:200]}",
+                f"mend {self.folder.config}, set another run.name, or remove the folder",
+            )
+        )
 
     # ------------------------------------------------------------------ the run
 
@@ -102,7 +119,7 @@ class Record:
         self.folder.path.mkdir(parents=True, exist_ok=True)
         remove_stale_staging(self.folder.checkpoints)
         moved = self.folder.trim_metrics(progress.steps)
-        self.folder.config.write_text(render_config(self._config))
+        self.folder.write_config(render_config(self._config))
         self.folder.append_ledger(
             "segment",
             step=progress.steps,
@@ -226,6 +243,24 @@ class Record:
 
     # ------------------------------------------------------------------ the end
 
+    def was_finished(self, total_steps: int | None) -> bool:
+        """Whether the folder's status says that these steps are done. Local."""
+        step = self.earlier.get("step")
+        done = isinstance(step, int) and total_steps is not None and step >= total_steps
+        return done and self.earlier.get("state") == "finished"
+
+    def finished_before(self) -> str:
+        """Say that there was nothing to do; what the folder tells stands as it is. Local."""
+        _log.info(
+            "%s finished at step %s already; a larger run.steps continues it", self.folder.path, self.earlier["step"]
+        )
+        return "finished"
+
+    def last_evaluation(self) -> dict[str, float]:
+        """What the folder says of the last evaluation. Local."""
+        found: dict[str, float] = summarize_run(self.folder)["evaluation"]
+        return found
+
     def finished(self, progress: Progress, *, interrupted: bool) -> str:
         """Write how the run ended; returns `finished` or `preempted`. Local."""
         state, code = ("preempted", 130) if interrupted else ("finished", 0)
@@ -237,10 +272,12 @@ class Record:
         """Settle whose failure came first; the rank that had it writes the status. Local."""
         failure = settle(self._group, error)
         if failure.mine and self.folder.path.is_dir():
-            self.folder.write_status(
-                "failed", progress.steps, failure.exit_code, f"rank {failure.rank}: {failure.text}"
-            )
-            self.folder.append_ledger("failed", step=progress.steps, rank=failure.rank, reason=failure.text)
+            told = f"rank {failure.rank}: {failure.text}"
+            try:
+                self.folder.write_status("failed", progress.steps, failure.exit_code, told)
+                self.folder.append_ledger("failed", step=progress.steps, rank=failure.rank, reason=failure.text)
+            except CheckpointError as unwritable:  # a full disk must not hide the first cause
+                _log.warning("how the run ended could not be written: %s", unwritable)
         return failure
 
     def close(self) -> None:

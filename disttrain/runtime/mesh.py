@@ -22,6 +22,11 @@ class MeshSizes:
     tensor: int
 
     @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return self.replicate * self.shard * self.tensor
+
+    @property
     def data_parallel(self) -> int:
         """Number of different parts of the data."""
         return self.replicate * self.shard

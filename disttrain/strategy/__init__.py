@@ -8,6 +8,6 @@ from disttrain.strategy.contract import (
     StepSums,
     World,
 )
-from disttrain.strategy.registry import build_strategy
+from disttrain.strategy.registry import strategy_class
 
-__all__ = ["AbstractStrategy", "Ingredients", "Prepared", "StepOutcome", "StepSums", "World", "build_strategy"]
+__all__ = ["AbstractStrategy", "Ingredients", "Prepared", "StepOutcome", "StepSums", "World", "strategy_class"]

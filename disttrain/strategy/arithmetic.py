@@ -129,7 +129,9 @@ class Ledger:
     def add(self, loss: Loss, *, real: bool) -> None:
         for into, values in ((self._totals, loss.totals), (self._weights, loss.weights), (self._sums, loss.sums)):
             for name, value in values.items():
-                kept = value.detach().double() if isinstance(value, Tensor) else torch.tensor(float(value)).double()
+                kept = (
+                    value.detach() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+                ).double()
                 kept = kept if real else torch.zeros_like(kept)
                 into[name] = into[name] + kept if name in into else kept
 

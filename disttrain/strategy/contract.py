@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from disttrain.checkpoint import Shard
 from disttrain.data import MicroBatch
 from disttrain.objective import Objective
 from disttrain.optim.named import MakeOptimizer, MakeSchedule, NamedParameter
-from disttrain.runtime import Group, Mesh
+from disttrain.runtime import Device, Group, Mesh, MeshSizes
 
 MakeModel = Callable[[], nn.Module]
 
@@ -124,11 +124,19 @@ class Ingredients:
 
 
 class AbstractStrategy(ABC):
-    """Built as `Strategy(options, world)`; all methods are collective unless they say otherwise."""
+    """Built as `Strategy(options, world)` once `check` let it pass. Methods are collective unless they say local."""
 
     def __init__(self, options: Any, world: World) -> None:
         self.options = options
         self.world = world
+
+    @classmethod
+    def check(cls, options: Any, sizes: MeshSizes, device: Device) -> None:
+        """Refuse what this strategy cannot do in such a world, before any process group exists. Local.
+
+        Raises ConfigError, or LaunchError where it is the environment that lacks something.
+        """
+        return
 
     @abstractmethod
     def prepare(self, ingredients: Ingredients) -> Prepared:
@@ -151,6 +159,18 @@ class AbstractStrategy(ABC):
         With `stored` (names to shapes and dtypes of a checkpoint) missing optimizer state is created first, to be
         filled. Raises CheckpointError for state that this strategy cannot hold.
         """
+
+    @contextmanager
+    def frozen(self, prepared: Prepared) -> Iterator[None]:
+        """Meanwhile gradients flow through this model and none is collected in it."""
+        trainable = [named.parameter for named in prepared.named if named.parameter.requires_grad]
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in trainable:
+                parameter.requires_grad_(True)
 
     def loaded(self, prepared: Prepared) -> None:  # noqa: B027 - most strategies compute with the very tensors they save
         """After this rank's shards were written into: bring up to date whatever is derived from them."""

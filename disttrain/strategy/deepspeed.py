@@ -3,7 +3,7 @@
 DeepSpeed averages over ranks and micro-batches; here every micro-batch back-propagates `total * world size`, and the
 step's whole weight goes in as the loss scale that its optimizer divides by, so that gradients, norm and clipping are
 those of `sum of losses / sum of weights`, as everywhere. Clipping is always stated: left out, DeepSpeed clips at 1.0.
-Refuses float64 and autocast, which its partitions do not know, and 0-d parameters.
+Refuses 0-d parameters; float64 and autocast, which its partitions do not know, are refused with the config.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from disttrain.checkpoint import Shard
 from disttrain.data import MicroBatch
 from disttrain.errors import ConfigError, explain
 from disttrain.objective import Loss, Objective
-from disttrain.runtime import export_for_libraries, read_launch
+from disttrain.runtime import Device, MeshSizes, export_for_libraries, read_launch
 from disttrain.strategy.arithmetic import refuse_non_finite, run_micro_batches
 from disttrain.strategy.call import ObjectiveCall
 from disttrain.strategy.construction import build_on_host, equip, name_parameters
@@ -46,16 +46,13 @@ _GROUPS_KEPT = (
 class DeepSpeed(AbstractStrategy):
     """One DeepSpeed engine for each model that is trained."""
 
+    @classmethod
+    def check(cls, options: Any, sizes: MeshSizes, device: Device) -> None:
+        """The package is there and can be imported."""
+        _import_deepspeed(device.device)
+
     def __init__(self, options: Any, world: World) -> None:
         super().__init__(options, world)
-        if world.dtype != torch.float32 or world.autocast is not None:
-            raise ConfigError(
-                explain(
-                    "strategy.name=deepspeed trains in precision.compute=fp32 for now.",
-                    f"parameters in {world.dtype}, compute in {world.autocast or world.dtype}",
-                    "set precision.compute=fp32, or use strategy ddp or fsdp",
-                )
-            )
         self._deepspeed = _import_deepspeed(world.device)
 
     def prepare(self, ingredients: Ingredients) -> Prepared:

@@ -11,9 +11,10 @@ from disttrain.checkpoint import Shard
 from disttrain.data import MicroBatch
 from disttrain.errors import ConfigError, explain
 from disttrain.objective import Objective
+from disttrain.runtime import Device, MeshSizes
 from disttrain.strategy.arithmetic import run_micro_batches
 from disttrain.strategy.construction import build_on_host, equip, name_parameters
-from disttrain.strategy.contract import AbstractStrategy, Ingredients, Prepared, StepOutcome, StepSums, World
+from disttrain.strategy.contract import AbstractStrategy, Ingredients, Prepared, StepOutcome, StepSums
 from disttrain.strategy.state import replicated_shards, whole_tensors
 from disttrain.strategy.update import torch_step
 
@@ -21,13 +22,14 @@ from disttrain.strategy.update import torch_step
 class NoStrategy(AbstractStrategy):
     """Refuses a world of several: each process would train a model of its own."""
 
-    def __init__(self, options: Any, world: World) -> None:
-        super().__init__(options, world)
-        if world.group.size > 1:
+    @classmethod
+    def check(cls, options: Any, sizes: MeshSizes, device: Device) -> None:
+        """One process only."""
+        if sizes.world_size > 1:
             raise ConfigError(
                 explain(
                     "strategy.name=none trains in one process.",
-                    f"a world of {world.group.size}",
+                    f"a world of {sizes.world_size}",
                     "set strategy.name to ddp, fsdp or deepspeed, or start one process",
                 )
             )

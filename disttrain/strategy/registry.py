@@ -7,14 +7,14 @@ from typing import Any
 
 from disttrain.config.strategies import strategy_entry
 from disttrain.errors import ConfigError, explain
-from disttrain.strategy.contract import AbstractStrategy, World
+from disttrain.strategy.contract import AbstractStrategy
 
 
-def build_strategy(name: str, options: Any, world: World) -> AbstractStrategy:
-    """The strategy that `name` stands for. Local; raises ConfigError for what is no strategy."""
+def strategy_class(name: str) -> type[AbstractStrategy]:
+    """The class that `name` stands for. Local; raises ConfigError for what is no strategy."""
     implementation = strategy_entry(name).implementation
     module, _, attribute = implementation.partition(":")
-    found = getattr(import_module(module), attribute)
+    found: Any = getattr(import_module(module), attribute)
     if not (isinstance(found, type) and issubclass(found, AbstractStrategy)):
         raise ConfigError(
             explain(
@@ -23,4 +23,4 @@ def build_strategy(name: str, options: Any, world: World) -> AbstractStrategy:
                 "derive it from disttrain.strategy.AbstractStrategy",
             )
         )
-    return found(options, world)
+    return found
