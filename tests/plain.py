@@ -37,7 +37,7 @@ def plain_loop(
                 torch.manual_seed(seeds[number][place])
             part, items = loss(model, batch)
             part.backward()
-            total, weight = total + float(part), weight + float(items)
+            total, weight = total + float(part.detach()), weight + float(items)
         for parameter in trainable:
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad / weight
         norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in trainable if p.grad is not None))

@@ -19,6 +19,9 @@ from disttrain.config import check_arguments
 from disttrain.errors import ConfigError, explain
 from disttrain.optim.named import MakeOptimizer, MakeSchedule, NamedParameter
 
+_FUSED_ON_DTENSORS = (torch.optim.Adam, torch.optim.AdamW)
+"""Whose fused kernel DTensor knows (torch 2.13: `_fused_sgd_` and `_fused_adagrad_` have no sharding rule)."""
+
 
 def optimizer_factory(
     make: Callable[..., Any], args: Mapping[str, Any], *, no_decay: Sequence[str] = (), decay_vectors: bool = False
@@ -63,13 +66,16 @@ def decay_groups(
 
 
 def implementation(make: Callable[..., Any], named: Sequence[NamedParameter]) -> dict[str, bool]:
-    """`fused=True` where the optimizer knows it and torch has kernels for these parameters' device and dtype."""
-    if _default(make, "fused", missing=False) is not None:
-        return {}
+    """`fused=True` where torch has kernels for optimizer, device, dtype and layout; else `foreach=True` likewise."""
     parameters = [one.parameter for one in named]
     supported = all(p.is_floating_point() and p.device.type in ("cpu", "cuda", "xpu", "mps") for p in parameters)
-    known = getattr(inspect.getmodule(make), "__name__", "").startswith("torch.optim")
-    return {"fused": True} if supported and known and parameters else {}
+    if not (supported and parameters and getattr(inspect.getmodule(make), "__name__", "").startswith("torch.optim")):
+        return {}
+    cut = any(isinstance(parameter, DTensor) for parameter in parameters)
+    if _default(make, "fused", missing=False) is None and (not cut or make in _FUSED_ON_DTENSORS):
+        return {"fused": True}
+    # On the CPU torch itself would loop over the parameters in Python.
+    return {"foreach": True} if not cut and _default(make, "foreach", missing=False) is None else {}
 
 
 def schedule_factory(make: Callable[..., Any], args: Mapping[str, Any], *, total_steps: int) -> MakeSchedule:
