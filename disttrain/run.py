@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{USAGE}\n\n{__doc__}", file=sys.stdout if given else sys.stderr)
             return FINISHED if given else ConfigError.exit_code
         return _train(given[0], given[1:])
-    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the entry point: user code may raise anything
+    except (Exception, KeyboardInterrupt, SystemExit) as error:  # noqa: BLE001 - user code may raise anything
         return _tell(error, launch)
 
 

@@ -15,7 +15,8 @@ from collections.abc import Callable
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torch.distributed.tensor", "disttrain.engine"])
+# torch._dynamo takes two seconds, and DeepSpeed imports it whether it compiles or not.
+_CONTEXT.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "disttrain.engine"])
 
 
 class WorldError(AssertionError):
@@ -34,7 +35,7 @@ def run_world(size: int, function: Callable[..., Any], *args: Any, timeout_s: fl
     port = free_port()
     results = _CONTEXT.Queue()
     workers = [
-        _CONTEXT.Process(target=_rank, args=(rank, size, port, results, function, args), daemon=True)
+        _CONTEXT.Process(target=_rank, args=(rank, size, port, results, function, args), daemon=False)
         for rank in range(size)
     ]
     for worker in workers:

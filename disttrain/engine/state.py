@@ -5,7 +5,7 @@ Refuses to continue a folder that holds another run, and tracked state that is n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,10 @@ IDENTITY = (
     "optim.target",
 )
 """What makes a run that run; everything else may differ when it continues."""
+
+
+_NO_SETTINGS = ("params", "param_names", "fused", "foreach", "capturable", "differentiable")
+"""What of a parameter group says how a step is computed, not what: each strategy and device chooses its own."""
 
 
 def identity_of(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -66,7 +70,12 @@ def optimizer_document(prepared: Prepared) -> dict[str, Any]:
     return {
         "updates": prepared.updates,
         "optimizer": None if optimizer is None else f"{type(optimizer).__module__}:{type(optimizer).__qualname__}",
-        "groups": [] if optimizer is None else [_plain_group(group) for group in optimizer.param_groups],
+        "groups": []
+        if optimizer is None
+        else [
+            {"members": list(members), **_plain_group(group)}
+            for members, group in zip(prepared.members, optimizer.param_groups, strict=True)
+        ],
         "schedule": None if schedule is None else _jsonable(schedule.state_dict(), f"schedule of {prepared.name!r}"),
     }
 
@@ -89,12 +98,39 @@ def restore_optimizer(prepared: Prepared, document: Mapping[str, Any], *, same_s
                 "keep the settings, or use constant, linear, cosine or warmup_stable_decay",
             )
         )
-    if same_settings and len(document["groups"]) == len(optimizer.param_groups):
-        for group, saved in zip(optimizer.param_groups, document["groups"], strict=True):
-            for key, value in saved.items():
-                group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
+    if same_settings:
+        if not closed_form and len(document["groups"]) != len(optimizer.param_groups):
+            raise CheckpointError(
+                explain(
+                    f"The schedule {type(schedule).__qualname__} of {prepared.name!r} is to continue.",
+                    f"{len(document['groups'])} parameter groups then, {len(optimizer.param_groups)} now",
+                    "keep the strategy, or use constant, linear, cosine or warmup_stable_decay",
+                )
+            )
+        for members, group in zip(prepared.members, optimizer.param_groups, strict=True):
+            _restore_group(group, _group_of(members, document["groups"], prepared.name))
     if schedule is not None and document["schedule"] is not None:
         _restore_schedule(schedule, document["schedule"], same_settings=same_settings)
+
+
+def _group_of(members: Sequence[str], saved: Sequence[Mapping[str, Any]], name: str) -> Mapping[str, Any]:
+    """The saved group that these parameters were in: strategies may group them otherwise."""
+    for group in saved:
+        if set(members) <= set(group["members"]):
+            return group
+    raise CheckpointError(
+        explain(
+            f"The optimizer of {name!r} is to continue with the settings of each parameter group.",
+            f"no saved group that holds {', '.join(members[:3]) or 'no parameter'}",
+            "group the parameters as they were when it was saved",
+        )
+    )
+
+
+def _restore_group(group: dict[str, Any], saved: Mapping[str, Any]) -> None:
+    for key, value in saved.items():
+        if key != "members":
+            group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
 
 
 def _restore_schedule(schedule: LRScheduler, saved: dict[str, Any], *, same_settings: bool) -> None:
@@ -164,9 +200,7 @@ def tracked_tensor_names(document: Any) -> Iterator[str]:
 
 
 def _plain_group(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key: _jsonable(value, f"group.{key}") for key, value in group.items() if key not in ("params", "param_names")
-    }
+    return {key: _jsonable(value, f"group.{key}") for key, value in group.items() if key not in _NO_SETTINGS}
 
 
 def _jsonable(value: Any, path: str) -> Any:

@@ -85,5 +85,10 @@ def equip(prepared: Prepared, ingredients: Ingredients, named: Sequence[NamedPar
         )
     prepared.named = tuple(named)
     prepared.optimizer = ingredients.make_optimizer(named)
+    names = {id(one.parameter): one.name for one in named}
+    prepared.members = tuple(
+        tuple(names[id(parameter)] for parameter in group["params"] if id(parameter) in names)
+        for group in prepared.optimizer.param_groups
+    )
     if ingredients.make_schedule is not None:
         prepared.schedule = ingredients.make_schedule(prepared.optimizer)

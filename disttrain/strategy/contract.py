@@ -52,7 +52,8 @@ class Prepared:
 
     `model` is what users call: their own module, changed in place at most. `named` lists the trainable parameters,
     each tensor once, those of a trainable objective under `objective.`. `wrapped` is the strategy's own.
-    `updates` counts calls of `step`, skipped ones too: it keys the randomness of micro-batches.
+    `members` names the parameters of each of the optimizer's groups, in the order of both. `updates` counts calls of
+    `step`, skipped ones too: it keys the randomness of micro-batches.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Prepared:
     objective: nn.Module | None = None
     named: tuple[NamedParameter, ...] = ()
     optimizer: Optimizer | None = None
+    members: tuple[tuple[str, ...], ...] = ()
     schedule: LRScheduler | None = None
     wrapped: Any = None
     updates: int = 0
