@@ -52,10 +52,9 @@ def cases(size: int, *, fp64: bool) -> dict[str, list[str]]:
 
 
 def reference(
-    text: Path, first: dict[str, Any], *, clip: float | None, dtype: torch.dtype
+    dataset: ByteText, first: dict[str, Any], *, layers: int = 2, clip: float | None, dtype: torch.dtype
 ) -> tuple[list[float], list[float]]:
     """Sample indices and initial weights go in as data; nothing of disttrain computes."""
-    dataset = ByteText(str(text / "text"), 32, "train")
     order = Order(len(dataset), SEED)
     position, epoch, steps = 0, 0, []
     for _ in range(STEPS):
@@ -65,7 +64,7 @@ def reference(
         steps.append([dataset.gather_batch(order.indices(epoch, position, count).tolist())])
         position += count
     state = {name: torch.from_numpy(value).to(dtype) for name, value in first.items()}
-    model = PlainGPT(state, layers=2, heads=4, kv_heads=2).to(dtype)
+    model = PlainGPT(state, layers=layers, heads=4, kv_heads=2).to(dtype)
     vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
     matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
     groups = [{"params": matrices, "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0.0}]
@@ -79,9 +78,10 @@ def test_equals_a_plain_loop(size: int, fp64: bool, text: Path, tmp_path: Path) 
     found = run_world(size, train_all, CONFIG, text, cases(size, fp64=fp64))
     dtype, bound = (torch.float64, 1e-9) if fp64 else (torch.float32, 2e-5)
     first = found[0][f"{strategies_at(size)[0]}/one"]["first"]
+    dataset = ByteText(str(text / "text"), 32, "train")
     expected = {
-        "one": reference(text, first, clip=0.5, dtype=dtype),
-        "three": reference(text, first, clip=None, dtype=dtype),
+        "one": reference(dataset, first, clip=0.5, dtype=dtype),
+        "three": reference(dataset, first, clip=None, dtype=dtype),
     }
     for name, run in found[0].items():
         losses, norms = expected[name.split("/")[1]]
