@@ -6,6 +6,7 @@ and say whose fault it was.
 
 from __future__ import annotations
 
+import faulthandler
 import sys
 import traceback
 from collections.abc import Sequence
@@ -13,6 +14,9 @@ from collections.abc import Sequence
 from disttrain.errors import FINISHED, INTERRUPTED, ConfigError, DisttrainError, LaunchError
 from disttrain.logs import room_logger, start_logs
 from disttrain.runtime.environment import Launch, quiet_torch, read_launch
+
+LEAVE_S = 20.0
+"""Most that a process may take to end once training has failed."""
 
 USAGE = "usage: python -m disttrain.run CONFIG [section.key=value ...]"
 
@@ -67,4 +71,8 @@ def _train(config: str, overrides: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if code != FINISHED:
+        # A dead peer's sockets must not hold this process: it says where it hangs, and leaves.
+        faulthandler.dump_traceback_later(LEAVE_S, exit=True)
+    sys.exit(code)

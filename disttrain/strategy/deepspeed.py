@@ -3,7 +3,8 @@
 DeepSpeed averages over ranks and micro-batches; here every micro-batch back-propagates `total * world size`, and the
 step's whole weight goes in as the loss scale that its optimizer divides by, so that gradients, norm and clipping are
 those of `sum of losses / sum of weights`, as everywhere. Clipping is always stated: left out, DeepSpeed clips at 1.0.
-Refuses 0-d parameters; float64 and autocast, which its partitions do not know, are refused with the config.
+Refuses 0-d and complex parameters, and optimizers that are not elementwise; float64 and autocast, which its partitions
+do not know, are refused with the config.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from disttrain.checkpoint import Shard
 from disttrain.data import MicroBatch
 from disttrain.errors import ConfigError, explain
 from disttrain.objective import Loss, Objective
+from disttrain.optim.elementwise import is_elementwise
 from disttrain.runtime import Device, MeshSizes, export_for_libraries, read_launch
 from disttrain.strategy.arithmetic import refuse_non_finite, run_micro_batches
 from disttrain.strategy.call import ObjectiveCall
@@ -57,7 +59,15 @@ class DeepSpeed(AbstractStrategy):
 
     def prepare(self, ingredients: Ingredients) -> Prepared:
         model = build_on_host(self.world, ingredients).to(self.world.device)
-        _refuse_scalars(model)
+        _refuse_parameters(model)
+        if ingredients.make_optimizer is not None and not is_elementwise(ingredients.make_optimizer):
+            raise ConfigError(
+                explain(
+                    "strategy.name=deepspeed cuts parameters into flat parts, each stepped by itself.",
+                    f"an optimizer of {ingredients.name!r} that looks at a whole parameter and would see its parts",
+                    "use strategy ddp, or an elementwise optimizer such as AdamW or SGD",
+                )
+            )
         prepared = Prepared(ingredients.name, model, ingredients.objective)
         equip(prepared, ingredients, name_parameters(model, ingredients.objective))
         if prepared.optimizer is None:
@@ -152,17 +162,21 @@ class DeepSpeed(AbstractStrategy):
                 yield name, tensor.detach().to("cpu", copy=True)
 
 
-def _refuse_scalars(model: nn.Module) -> None:
-    """DeepSpeed 0.19 looks at every parameter as bytes, which torch cannot do with 0 dimensions."""
-    scalars = [name for name, parameter in model.named_parameters() if parameter.dim() == 0]
-    if scalars:
-        raise ConfigError(
-            explain(
-                "strategy.name=deepspeed trains parameters of at least one dimension.",
-                f"0-d parameters {', '.join(scalars)}",
-                "give them shape (1,), or use strategy ddp or fsdp, which take them as they are",
+def _refuse_parameters(model: nn.Module) -> None:
+    """DeepSpeed 0.19 looks at every parameter as bytes, which torch cannot do with 0 dimensions, and drops the
+    imaginary part of a complex one without a word."""
+    for what, names in (
+        ("0-d", [name for name, parameter in model.named_parameters() if parameter.dim() == 0]),
+        ("complex", [name for name, parameter in model.named_parameters() if parameter.is_complex()]),
+    ):
+        if names:
+            raise ConfigError(
+                explain(
+                    "strategy.name=deepspeed trains real parameters of at least one dimension.",
+                    f"{what} parameters {', '.join(names)}",
+                    "use strategy ddp or fsdp, which take them as they are, or give them another shape or type",
+                )
             )
-        )
 
 
 def native_config(options: Any) -> dict[str, Any]:
