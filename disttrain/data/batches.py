@@ -6,19 +6,19 @@ what. A step never crosses an epoch's end: the last one is short, or dropped. Re
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+import signal
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from disttrain.data.fetch import Collate, Fetcher
 from disttrain.data.order import Order
-from disttrain.data.plan import MicroBatch, Slot, StepBatch, plan_step
+from disttrain.data.plan import MicroBatch, Slot, StepBatch, distinct, plan_step
 from disttrain.data.streams import Stream
-from disttrain.errors import DataError, explain
+from disttrain.errors import ConfigError, DataError, explain
 from disttrain.logs import room_logger
 
 
@@ -36,7 +36,8 @@ class Batches:
     """Endless steps of one part; `state_dict` is the position after the last step that was yielded.
 
     `part` is (index, count) of the data-parallel coordinate; `agree` a minimum over parts, called once a step by
-    streams that were cut with `shard`. Raises DataError for empty or too small data. Local otherwise.
+    streams that were cut with `shard`; these end an epoch with the last step that every part can fill. Local otherwise.
+    Raises ConfigError for a setting that means nothing, DataError for no dataset and for empty or too small data.
     """
 
     def __init__(
@@ -55,12 +56,13 @@ class Batches:
         on_resume: str = "exact",
         agree: Callable[[int], int] = lambda value: value,
     ) -> None:
+        _check_settings(global_batch=global_batch, micro_batch=micro_batch, last=last, on_resume=on_resume)
         self._global_batch, self._micro_batch, self._part = global_batch, micro_batch, part
         self._drop = last == "drop"
         self._workers, self._prefetch = workers, prefetch
         self._epoch, self._position = 0, 0
         self._stream: Stream | None = None
-        self._loader: Any = None
+        self._loading: Iterator[Any] = iter(())
         self._name = type(dataset).__qualname__
         self._fetcher = Fetcher(dataset, seed=seed, collate=collate)
         if is_stream(dataset):
@@ -70,6 +72,8 @@ class Batches:
                 dataset, seed=seed, part=part, collate=self._fetcher.collate, exact=on_resume == "exact"
             )
             self._agree = agree
+            if self._stream.sharded and not self._drop:
+                room_logger("data").warning("data.last=short: data cut by shard end with their last whole step")
             return
         size = len(dataset)
         if size < global_batch:
@@ -106,10 +110,7 @@ class Batches:
 
     def close(self) -> None:
         """End the workers."""
-        iterator = getattr(self._loader, "_iterator", None)
-        if iterator is not None and hasattr(iterator, "_shutdown_workers"):
-            iterator._shutdown_workers()
-        self._loader = None
+        _end_workers(self._loading)
 
     # ------------------------------------------------------------------ map-style data
 
@@ -130,49 +131,54 @@ class Batches:
     def _requests(self) -> Iterator[tuple[int, int, int]]:
         """(epoch, first position, count) of every batch to fetch, replays of an own one left out."""
         for step, slots in self._slots():
-            for slot in _distinct(slots):
+            for slot in distinct(slots):
                 yield step.epoch, step.start + slot.start, slot.count
 
     def _fetched(self) -> Iterator[Any]:
         asked = _Asked(self._order, self._fetcher)
         if self._workers == 0:
             return (asked[request] for request in self._requests())
-        self._loader = DataLoader(
+        loader: DataLoader[Any] = DataLoader(
             asked,  # type: ignore[arg-type]
             batch_size=None,
             sampler=_Endless(self._requests),
             num_workers=self._workers,
             prefetch_factor=self._prefetch,
-            worker_init_fn=_calm_worker,
-            persistent_workers=True,
+            collate_fn=_as_it_is,
+            worker_init_fn=_leave_interrupts,
+            generator=torch.Generator(),  # its own: starting workers draws nothing from the user's
         )
-        return iter(self._loader)
+        self._loading = iter(loader)
+        return self._loading
 
     def _indexed(self) -> Iterator[StepBatch]:
         fetched = self._fetched()
-        for step, slots in self._slots():
-            batches = {slot.index: _next(fetched, self._name) for slot in _distinct(slots)}
-            found = [MicroBatch(batches[slot.index], slot.index, slot.real, slot.count) for slot in slots]
-            self._epoch, self._position = step.epoch, step.after["position"]
-            yield StepBatch(found, epoch=step.epoch, samples=step.samples, position=step.after)
+        try:
+            for step, slots in self._slots():
+                batches = {slot.index: _next(fetched, self._name) for slot in distinct(slots)}
+                found = [MicroBatch(batches[slot.index], slot.index, slot.real, slot.count) for slot in slots]
+                self._epoch, self._position = step.epoch, step.after["position"]
+                yield StepBatch(found, epoch=step.epoch, samples=step.samples, position=step.after)
+        finally:
+            _end_workers(fetched)  # left to the garbage collector, each takes five seconds
 
     # ------------------------------------------------------------------ streams
 
     def _streamed(self) -> Iterator[StepBatch]:
         assert self._stream is not None
         while True:
-            started = self._position
             for samples, micro_batches in self._stream.steps(
                 self._epoch, self._position, self._global_batch, self._micro_batch, drop=self._drop, agree=self._agree
             ):
                 self._position += samples
                 yield StepBatch(micro_batches, epoch=self._epoch, samples=samples, position=self.state_dict())
-            if self._position == 0 or (started == 0 and self._position == started):
+            if self._position == 0:
                 raise DataError(
                     explain(
                         f"data.global_batch={self._global_batch} samples make a step.",
-                        f"{self._name} ended before it gave one",
-                        "give more data, lower data.global_batch, or set data.last=short",
+                        f"{self._name} ended before it gave one, in epoch {self._epoch}",
+                        "give more data, lower data.global_batch, or set data.last=short; its __iter__ starts anew "
+                        "every epoch",
                     )
                 )
             self._epoch, self._position = self._epoch + 1, 0
@@ -187,7 +193,12 @@ class _Asked:
 
     def __getitem__(self, request: tuple[int, int, int]) -> Any:
         epoch, start, count = request
-        return self._fetcher.fetch(epoch, self._order.indices(epoch, start, count).tolist())
+        try:
+            return self._fetcher.fetch(epoch, self._order.indices(epoch, start, count).tolist())
+        except DataError as error:
+            if get_worker_info() is None:
+                raise
+            return error  # raised in here, its message would become the worker's traceback
 
 
 class _Endless:
@@ -202,30 +213,36 @@ class _Endless:
 
 def is_stream(dataset: Any) -> bool:
     """Whether data can only be read from the front. Raises DataError for what is no dataset at all."""
-    if isinstance(dataset, IterableDataset):
+    found, do = f"a {type(dataset).__qualname__}", "give an object that has them"
+    if isinstance(dataset, type):
+        found = f"the class {dataset.__qualname__}, not an object of it"
+    elif isinstance(dataset, DataLoader):
+        do = "give the dataset within: order, batches and workers are data.shuffle, data.global_batch and data.workers"
+    elif isinstance(dataset, IterableDataset):
         return True
-    if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
+    elif hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
         return False
-    if hasattr(dataset, "__iter__"):
+    elif hasattr(dataset, "__iter__"):
         return True
-    raise DataError(
-        explain(
-            "A dataset has __len__ and __getitem__, or __iter__.",
-            f"a {type(dataset).__qualname__}",
-            "name a class or function under data.train.target that gives such an object",
-        )
-    )
+    raise DataError(explain("A dataset has __len__ and __getitem__, or __iter__, and gives single items.", found, do))
 
 
-def _distinct(slots: Sequence[Slot]) -> list[Slot]:
-    return [next(group) for _, group in itertools.groupby(slots, key=lambda slot: slot.index)]
+def _check_settings(*, global_batch: int, micro_batch: int, last: str, on_resume: str) -> None:
+    """An own loop's arguments pass no schema."""
+    for name, asked, known in (("last", last, ("short", "drop")), ("on_resume", on_resume, ("exact", "replay"))):
+        if asked not in known:
+            raise ConfigError(explain(f"data.{name}={asked!r}", f"known: {' and '.join(known)}", "choose one of them"))
+    if global_batch < 1 or micro_batch < 1:
+        found = f"global_batch={global_batch}, micro_batch={micro_batch}"
+        raise ConfigError(explain("A batch is a number of samples.", found, "write at least 1 for both"))
 
 
 def _next(fetched: Iterator[Any], name: str) -> Any:
     try:
-        return next(fetched)
+        found = next(fetched)
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        # What user code raises in a worker comes through as "Caught ... in DataLoader worker process N", and is theirs.
+        if not str(error).startswith("DataLoader worker (pid"):
             raise
         raise DataError(
             explain(
@@ -234,8 +251,21 @@ def _next(fetched: Iterator[Any], name: str) -> Any:
                 "see what killed it (memory, a crash in user code), or set data.workers=0 to see its error here",
             )
         ) from error
+    if isinstance(found, DataError):
+        raise found
+    return found
 
 
-def _calm_worker(_: int) -> None:
-    """One thread a worker: the ranks share the cores already."""
-    torch.set_num_threads(1)
+def _end_workers(fetched: Iterator[Any]) -> None:
+    if hasattr(fetched, "_shutdown_workers"):
+        fetched._shutdown_workers()
+
+
+def _as_it_is(batch: Any) -> Any:
+    """A worker brings what the collate function made: a DataLoader's own rule turns arrays into tensors."""
+    return batch
+
+
+def _leave_interrupts(_: int) -> None:
+    """Ctrl-C reaches the workers too, and is the training process's to answer: it ends them when it is done."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from disttrain.data.batches import is_stream
@@ -43,13 +44,11 @@ class EvaluationBatches:
 
     def _streamed(self) -> Iterator[MicroBatch]:
         """Every part reads all and keeps its own: an evaluation must count each sample once at any world size."""
-        alone = Stream(self._dataset, seed=self._seed, part=(0, 1), collate=self._fetcher.collate, exact=False)
-        parts = self._part[1]
-        rounds = alone.steps(-1, 0, self._micro_batch * parts, self._micro_batch, drop=False, agree=lambda value: value)
-        for _, micro_batches in rounds:
-            mine = micro_batches[self._part[0]] if self._part[0] < len(micro_batches) else None
-            if mine is not None:
-                yield mine
-            else:
-                first = micro_batches[0]
-                yield MicroBatch(first.batch, first.index, False, first.samples)
+        stream = Stream(
+            self._dataset, seed=self._seed, part=self._part, collate=self._fetcher.collate, exact=False, shards=False
+        )
+        size, parts = self._micro_batch, self._part[1]
+        rounds = stream.steps(-1, 0, size * parts, size, drop=False, agree=lambda value: value)
+        for number, (_, micro_batches) in enumerate(rounds):
+            for micro in micro_batches:
+                yield replace(micro, index=number * parts + micro.index)

@@ -1,14 +1,16 @@
 """From indices to a collated batch, with every item's randomness keyed by (seed, epoch, index).
 
-Three ways in, the first that a dataset has: `gather_batch(indices)` makes the batch itself, `__getitems__` brings many
-items, `__getitem__` one. Draws are exact in all of them: a dataset that is seen to draw inside `__getitems__` is asked
-item by item from then on. Runs in this process or in a worker; puts the generators back as it found them.
+Three ways in, the first that a dataset has: `gather_batch(indices)` makes the batch itself (only of data that say
+`draws_randomness = False`), `__getitems__` brings many items, `__getitem__` one. Draws are exact in all of them: a
+dataset that is seen to draw inside `__getitems__` is asked item by item from then on. A collate function's draws are
+keyed by its batch's first item. Runs in this process or in a worker; puts the generators back as it found them.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -35,20 +37,19 @@ class Fetcher:
 
     def fetch(self, epoch: int, indices: Sequence[int]) -> Any:
         """The collated batch of these items. User code's exceptions come through with a note of where."""
-        if self._gather is not None and self._plain:
-            return self._gather(indices)
-        if self._plain:
-            return self.collate(self._items(epoch, indices), indices)
-        with restored_generators():
-            return self.collate(self._items(epoch, indices), indices)
+        if self._plain and self._gather is not None:
+            return self._noted(self._gather, indices, indices, epoch)
+        with nullcontext() if self._plain else restored_generators():
+            items = self._items(epoch, indices)
+        return self.collate(items, epoch, indices)
 
     def _items(self, epoch: int, indices: Sequence[int]) -> list[Any]:
-        if self._many is not None and not self._one_by_one:
+        if not self._one_by_one:
             if self._plain:
-                return list(self._noted(self._many, list(indices), indices, epoch))
+                return self._several(epoch, indices)
             seed_item(self._seed, epoch, indices[0])
             before = _generator_states()
-            items = list(self._noted(self._many, list(indices), indices, epoch))
+            items = self._several(epoch, indices)
             if _generator_states() == before:
                 return items
             self._one_by_one = True
@@ -58,26 +59,47 @@ class Fetcher:
         if not self._plain:
             seed_item(self._seed, epoch, index)
         if self._many is not None:
-            return next(iter(self._noted(self._many, [index], [index], epoch)))
+            return self._several(epoch, [index])[0]
         return self._noted(self._dataset.__getitem__, index, [index], epoch)
 
-    def _noted(self, get: Callable[[Any], Any], asked: Any, indices: Sequence[int], epoch: int) -> Any:
+    def _several(self, epoch: int, indices: Sequence[int]) -> list[Any]:
+        assert self._many is not None
+        items = list(self._noted(self._many, list(indices), indices, epoch))
+        if len(items) != len(indices):
+            raise DataError(
+                explain(
+                    f"{type(self._dataset).__qualname__}.__getitems__ was asked for {len(indices)} items.",
+                    f"{len(items)} came back",
+                    "let it return a list with one item for every index, in their order",
+                )
+            )
+        return items
+
+    def _noted(
+        self, get: Callable[[Any], Any], asked: Any, indices: Sequence[int], epoch: int, act: str = "fetching"
+    ) -> Any:
         try:
             return get(asked)
         except Exception as error:
-            which = f"index {indices[0]}" if len(indices) == 1 else f"indices {list(indices)[:8]}"
-            error.add_note(f"while fetching {which} of {type(self._dataset).__qualname__} in epoch {epoch}")
+            shown = ", ".join(map(str, indices[:8])) + (f" and {len(indices) - 8} more" if len(indices) > 8 else "")
+            which = f"{'index' if len(indices) == 1 else 'indices'} {shown}"
+            error.add_note(f"while {act} {which} of {type(self._dataset).__qualname__} in epoch {epoch}")
             raise
 
-    def collate(self, items: list[Any], indices: Sequence[int]) -> Any:
-        """One batch of items. Raises DataError where they have different shapes."""
+    def collate(self, items: list[Any], epoch: int, indices: Sequence[int]) -> Any:
+        """One batch of items. Raises DataError where torch's default rule finds them different in shape.
+
+        A collate function may well take different shapes: its errors come through as they are, with a note of where.
+        """
+        if self._collate is not None:
+            with restored_generators():
+                seed_item(self._seed, epoch, indices[0], "collate")
+                return self._noted(self._collate, items, indices, epoch, "collating")
         try:
-            return (self._collate or default_collate)(items)
-        except (RuntimeError, TypeError, ValueError, KeyError) as error:
+            return default_collate(items)
+        except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
             shapes = [_shape(item) for item in items]
             odd = next((k for k, shape in enumerate(shapes) if shape != shapes[0]), None)
-            if self._collate is not None and odd is None:
-                raise
             found = (
                 f"item {indices[odd]} is {shapes[odd]}, item {indices[0]} is {shapes[0]}"
                 if odd is not None
@@ -106,5 +128,7 @@ def _shape(item: Any) -> Any:
     if isinstance(item, dict):
         return {key: _shape(value) for key, value in item.items()}
     if isinstance(item, list | tuple):
-        return [_shape(value) for value in item]
+        inner = [_shape(value) for value in item]
+        # A list of token ids is one shape, not a thousand words.
+        return f"{len(inner)} x {inner[0]}" if len(inner) > 4 and inner.count(inner[0]) == len(inner) else inner
     return type(item).__name__

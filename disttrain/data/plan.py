@@ -6,8 +6,9 @@ Parts that run out replay, so that all of them bring equally many and collective
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from disttrain.errors import DataError, explain
@@ -52,9 +53,35 @@ def plan_step(samples: int, micro_batch: int, part: tuple[int, int]) -> list[Slo
     own = [
         Slot(j, j * micro_batch, min(micro_batch, samples - j * micro_batch), True) for j in range(index, total, parts)
     ]
-    last = own[-1] if own else Slot(0, 0, min(micro_batch, samples), False)
-    replay = Slot(last.index, last.start, last.count, False)
+    replay = replace(own[-1], real=False) if own else Slot(0, 0, min(micro_batch, samples), False)
     return own + [replay] * (-(-total // parts) - len(own))
+
+
+def even_share(samples: int, part: tuple[int, int]) -> int:
+    """How many of `samples` a part takes where each reads data of its own: shares differ by one at most. Pure."""
+    index, parts = part
+    return -(-(samples - index) // parts)
+
+
+def plan_share(samples: int, micro_batch: int, part: tuple[int, int]) -> list[Slot]:
+    """Like `plan_step`, over this part's even share of `samples`, which its slots count from 0. Pure.
+
+    What a part reads then depends on no micro-batch. `samples` is at least the number of parts.
+    """
+    index, parts = part
+    assert samples >= parts, f"{samples} samples over {parts} parts"
+    share = even_share(samples, part)
+    own = [
+        Slot(k * parts + index, start, min(micro_batch, share - start), True)
+        for k, start in enumerate(range(0, share, micro_batch))
+    ]
+    most = -(-even_share(samples, (0, parts)) // micro_batch)
+    return own + [replace(own[-1], real=False)] * (most - len(own))
+
+
+def distinct(slots: Sequence[Slot]) -> list[Slot]:
+    """One slot for each batch to fetch: a replay of an own one is the same batch. Pure."""
+    return [next(group) for _, group in itertools.groupby(slots, key=lambda slot: slot.index)]
 
 
 def align_batches(batches: Sequence[Any], counts: Sequence[int], part: int) -> list[MicroBatch]:

@@ -33,7 +33,9 @@ def choose_device(asked: str, launch: Launch, threads: int | None = None) -> Dev
             explain(
                 f"run.device={asked} gives each of {launch.local_world_size} processes on this node a GPU of its own.",
                 f"{found} usable CUDA device(s)",
-                f"start --nproc_per_node={found or 1}, or set run.device=cpu",
+                f"start --nproc_per_node={found}, or set run.device=cpu"
+                if found
+                else "set run.device=cpu, or see why torch.cuda.is_available() is false",
             )
         )
     return Device(torch.device("cuda", launch.local_rank), "cpu:gloo,cuda:nccl", share)

@@ -54,7 +54,7 @@ def _torchrun(env: Mapping[str, str]) -> Launch:
         raise LaunchError(
             explain(
                 "The launcher set some of the variables that place a process in its world.",
-                f"{', '.join(name for name in needed if name not in missing)} but not {', '.join(missing)}",
+                f"{', '.join(name for name in needed if name not in missing) or 'none'} but not {', '.join(missing)}",
                 "start with `torchrun --nproc_per_node=N -m disttrain.run CONFIG`, or unset them for a world of one",
             )
         )
@@ -95,10 +95,10 @@ def _srun(env: Mapping[str, str]) -> Launch:
 
 def first_host(nodelist: str) -> str:
     """The first host of a SLURM node list such as `gpu[003-006,9],login1` (format: slurm.conf(5), NodeName)."""
-    match = re.match(r"([^\[,]+)(?:\[([0-9]+)[^\]]*\])?([^,\[]*)", nodelist)
-    if match is None:
+    first = re.match(r"(?:[^\[\],]|\[\d[^\[\]]*\])+(?=,|$)", nodelist)
+    if first is None:
         raise LaunchError(explain("SLURM names the nodes of this job.", repr(nodelist), "set MASTER_ADDR yourself"))
-    return match[1] + (match[2] or "") + (match[3] if match[2] else "")
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first[0])
 
 
 def _tasks_on_node(pattern: str, node: int, world: int) -> int:
@@ -145,9 +145,12 @@ def quiet_torch() -> None:
 
 
 def wished_threads(launch: Launch, environ: Mapping[str, str] | None = None) -> int | None:
-    """The user's OMP_NUM_THREADS, if it is theirs: torchrun sets 1 where nothing is set, and that is no wish. Local."""
-    text = (os.environ if environ is None else environ).get("OMP_NUM_THREADS", "")
-    if not text.isdigit() or int(text) < 1:
+    """The user's OMP_NUM_THREADS, if it is theirs: torchrun sets 1 where nothing is set, and that is no wish. Local.
+
+    Of a list (OpenMP's one number a nesting level) the first counts.
+    """
+    text = (os.environ if environ is None else environ).get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if not text.isdecimal() or int(text) < 1:
         return None
     return None if text == "1" and launch.launcher in ("torchrun", "accelerate launch") else int(text)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import time
 from datetime import timedelta
 from typing import Any
 
@@ -19,13 +20,18 @@ from disttrain.errors import DisttrainError, LaunchError, explain
 from disttrain.runtime.device import Device
 from disttrain.runtime.environment import Launch
 
-_FAILURE = "first_failure"
+_FAILURE, _KNOWN_TO = "first_failure", "failure_known_to"
+_STAY_S = 5.0
+"""How long rank 0, where it keeps the store, waits for the others to read the first cause before it takes it along."""
 _worlds = itertools.count()
 """How many groups this process has started: a launcher's store outlives a group, so each gets a prefix of its own."""
 
 
 class Group:
-    """The world of this run. All methods but `first_failure` and `tell_failure` are collective."""
+    """The world of this run. All methods but `first_failure` and `tell_failure` are collective.
+
+    Raises LaunchError where a group exists already, and where the processes do not all meet within `timeout_s`.
+    """
 
     def __init__(self, launch: Launch, device: Device, *, timeout_s: float) -> None:
         if dist.is_initialized():
@@ -39,12 +45,24 @@ class Group:
         self.rank = launch.rank
         self.size = launch.world_size
         self.timeout_s = timeout_s
+        # torchrun's agent keeps the store of its workers; elsewhere it lives in rank 0.
+        self._keeps_store = launch.rank == 0 and launch.launcher not in ("torchrun", "accelerate launch")
         timeout = timedelta(seconds=timeout_s)
-        self._store = PrefixStore(f"disttrain/{next(_worlds)}", _rendezvous(launch, timeout))
         place: dict[str, Any] = {"rank": launch.rank, "world_size": launch.world_size, "timeout": timeout}
         if device.device.type == "cuda":
             place["device_id"] = device.device
-        dist.init_process_group(device.backend, store=self._store, **place)
+        try:
+            self._store = PrefixStore(f"disttrain/{next(_worlds)}", _rendezvous(launch, timeout))
+            dist.init_process_group(device.backend, store=self._store, **place)
+        except (RuntimeError, ValueError) as error:
+            address = f"{launch.master_addr}:{launch.master_port}"
+            raise LaunchError(
+                explain(
+                    f"{launch.world_size} process(es) are to meet at {address} within {timeout_s:g} s (run.timeout_s).",
+                    str(error).split("\n")[0],
+                    "start them all, and see that every node reaches that address and port",
+                )
+            ) from error
 
     def gather(self, value: Any) -> list[Any] | None:
         """Every rank's picklable value, in rank order, on rank 0; None elsewhere."""
@@ -87,8 +105,11 @@ class Group:
     def tell_failure(self, text: str) -> bool:
         """Leave the first cause where the other ranks find it. Local; True if this rank was the first."""
         with contextlib.suppress(RuntimeError):  # the store is gone with the rank that kept it
-            mine = f"{self.rank}:{text}"
-            return bool(self._store.compare_set(_FAILURE, "", mine).decode() == mine)
+            # A file's name in a message may hold bytes that are no text.
+            mine = f"{self.rank}:{text}".encode(errors="backslashreplace").decode()
+            first = self._store.compare_set(_FAILURE, "", mine).decode() == mine
+            self._store.set(f"{_KNOWN_TO}/{self.rank}", "")
+            return first
         return True
 
     def first_failure(self) -> tuple[int, str] | None:
@@ -96,13 +117,24 @@ class Group:
         with contextlib.suppress(RuntimeError):
             if self._store.check([_FAILURE]):
                 rank, _, text = self._store.get(_FAILURE).decode().partition(":")
+                self._store.set(f"{_KNOWN_TO}/{self.rank}", "")
                 return int(rank), text
         return None
 
     def close(self) -> None:
-        """Leave the group: without this, torch warns and NCCL may hang. Idempotent."""
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        """Leave the group: without this, torch warns and NCCL may hang. Idempotent.
+
+        After a failure, where the store lives in rank 0, that rank stays until all know the first cause, or 5 s.
+        """
+        if not dist.is_initialized():
+            return
+        dist.destroy_process_group()
+        everyone = [f"{_KNOWN_TO}/{rank}" for rank in range(self.size)]
+        deadline = time.monotonic() + _STAY_S
+        while self._keeps_store and self.first_failure() and time.monotonic() < deadline:
+            if self._store.check(everyone):
+                return
+            time.sleep(0.05)
 
 
 def _rendezvous(launch: Launch, timeout: timedelta) -> Store:

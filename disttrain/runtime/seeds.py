@@ -53,9 +53,12 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
 
 
-def seed_item(seed: int, epoch: int, index: int) -> None:
-    """Set torch's, numpy's and Python's generators from (seed, epoch, index), before that item is fetched. Local."""
-    key = derive_seed(seed, "item", epoch, index)
+def seed_item(seed: int, epoch: int, index: int, act: str = "item") -> None:
+    """Set torch's, numpy's and Python's generators from (seed, epoch, index), before that item is fetched. Local.
+
+    Another `act` on the same item (`collate`: on the batch that it begins) has draws of its own.
+    """
+    key = derive_seed(seed, act, epoch, index)
     torch.default_generator.manual_seed(key)
     np.random.seed(key % 2**32)
     random.seed(key)

@@ -1,0 +1,196 @@
+"""Data that cannot make a step: a DataError that says what was found, or the user's own error with the place."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from data_parts import SEED, Numbers, take
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from disttrain.data import Batches
+from disttrain.errors import DataError
+
+
+def read(dataset: Any, steps: int = 3, **more: Any) -> Any:
+    options: dict[str, Any] = {"seed": SEED, "global_batch": 4, "micro_batch": 4, "part": (0, 1), "shuffle": False}
+    return take(Batches(dataset, **options | more), steps)
+
+
+def refusal(dataset: Any, **more: Any) -> str:
+    with pytest.raises(DataError) as refused:
+        read(dataset, **more)
+    return str(refused.value)
+
+
+def test_too_little_data() -> None:
+    assert "global_batch=4 samples make a step.\n  found: Numbers is empty" in refusal(Numbers(0))
+    assert "found: Numbers has 3\n  to do: lower data.global_batch" in refusal(Numbers(3))
+    assert "found: list is empty" in refusal([])
+
+
+class Endless(IterableDataset):
+    def __iter__(self) -> Iterator[int]:
+        return iter(int, 1)
+
+
+@pytest.mark.parametrize(
+    ("thing", "said"),
+    [
+        (None, "found: a NoneType"),
+        (7, "found: a int"),
+        (test_too_little_data, "found: a function"),
+        (Numbers, "found: the class Numbers, not an object of it"),
+        (Endless, "found: the class Endless, not an object of it"),
+        (DataLoader(Numbers(8)), "found: a DataLoader\n  to do: give the dataset within"),
+    ],
+)
+def test_what_is_no_dataset(thing: Any, said: str) -> None:
+    message = refusal(thing)
+    assert message.startswith("A dataset has __len__ and __getitem__, or __iter__")
+    assert said in message
+
+
+class Ragged(Numbers):
+    """Item 6 is of another shape."""
+
+    def __init__(self, item: Any, odd: Any) -> None:
+        super().__init__(12)
+        self.item, self.odd = item, odd
+
+    def __getitem__(self, index: int) -> Any:
+        return self.odd if index == 6 else self.item
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("item", "odd", "said"),
+    [
+        (torch.zeros(3), torch.zeros(4), "item 6 is tensor (4,) float32, item 4 is tensor (3,) float32"),
+        (
+            (torch.zeros(2, 2), 1),
+            (torch.zeros(2, 1), 1),
+            "item 6 is ['tensor (2, 1) float32', 'int'], item 4 is ['tensor (2, 2) float32', 'int']",
+        ),
+        ({"x": 1, "y": 2}, {"x": 1}, "item 6 is {'x': 'int'}, item 4 is {'x': 'int', 'y': 'int'}"),
+        (torch.zeros(1), None, "item 6 is NoneType, item 4 is tensor (1,) float32"),
+        # Token ids: one line in the message, not five hundred.
+        ({"ids": [1] * 500}, {"ids": [1] * 400}, "item 6 is {'ids': '400 x int'}, item 4 is {'ids': '500 x int'}"),
+    ],
+)
+def test_items_of_different_shape_are_named(item: Any, odd: Any, said: str, workers: int) -> None:
+    message = refusal(Ragged(item, odd), workers=workers)
+    assert message.startswith("The items of Ragged are to be put into one batch.\n"), "no worker's traceback before it"
+    assert f"found: {said}\n" in message
+    assert "data.collate" in message
+
+
+def test_items_that_no_batch_can_be_made_of() -> None:
+    assert "found: items of object: default_collate" in refusal([object()] * 8)
+
+
+class Items(IterableDataset):
+    def __iter__(self) -> Iterator[Tensor]:
+        return (torch.zeros(4 if k == 6 else 3) for k in range(12))
+
+
+def test_items_of_different_shape_in_a_stream_are_named() -> None:
+    assert "item 6 is tensor (4,) float32, item 4 is tensor (3,) float32" in refusal(Items())
+
+
+class Short(Numbers):
+    def __getitems__(self, indices: Sequence[int]) -> list[int]:
+        return list(indices)[:-1]
+
+
+def test_fewer_items_than_asked_for() -> None:
+    assert "Short.__getitems__ was asked for 4 items.\n  found: 3 came back" in refusal(Short(8))
+
+
+class TwoPartError(Exception):
+    """Cannot be made from one text, as a DataLoader would want to."""
+
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(code, text)
+
+
+class Broken(Numbers):
+    """Item 6 cannot be read."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(12)
+        self.error = error
+
+    def __getitem__(self, index: int) -> int:
+        if index == 6:
+            raise self.error
+        return index
+
+
+class BrokenInBulk(Broken):
+    def __getitems__(self, indices: Sequence[int]) -> list[int]:
+        return [self[index] for index in indices]
+
+
+@pytest.mark.parametrize("error", [OSError("no such picture"), RuntimeError("bad record"), KeyError("label")])
+def test_what_user_code_raises_comes_through_with_the_place(error: Exception) -> None:
+    with pytest.raises(type(error)) as raised:
+        read(Broken(error))
+    assert raised.value is error
+    assert error.__notes__ == ["while fetching index 6 of Broken in epoch 0"]
+
+    with pytest.raises(type(error)) as raised:
+        read(Broken(type(error)(*error.args)), workers=2)
+    assert type(raised.value) is not DataError
+    told = str(raised.value)
+    assert "while fetching index 6 of Broken in epoch 0" in told
+    assert str(error) in told
+    assert "raise self.error" in told, "the user's own line"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_of_many_items_asked_for_at_once_the_first_are_named(workers: int) -> None:
+    with pytest.raises(OSError) as raised:
+        read(BrokenInBulk(OSError("gone")), steps=1, global_batch=11, micro_batch=11, workers=workers)
+    told = str(raised.value) + "".join(getattr(raised.value, "__notes__", []))
+    assert "while fetching indices 0, 1, 2, 3, 4, 5, 6, 7 and 3 more of BrokenInBulk in epoch 0" in told
+
+
+def test_an_error_that_cannot_cross_processes_is_told_all_the_same() -> None:
+    with pytest.raises(TwoPartError):
+        read(Broken(TwoPartError(5, "torn")))
+    with pytest.raises(RuntimeError, match=r"(?s)TwoPartError.*torn.*while fetching index 6"):
+        read(Broken(TwoPartError(5, "torn")), workers=2)
+
+
+def pad_badly(items: list[Any]) -> Any:
+    raise ValueError("no padding token")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_collate_functions_own_error_is_not_blamed_on_the_shapes(workers: int) -> None:
+    with pytest.raises(ValueError, match="no padding token") as raised:
+        read(Ragged([1, 2], [1]), collate=pad_badly, workers=workers)
+    told = str(raised.value) + "".join(getattr(raised.value, "__notes__", []))
+    assert "while collating indices 0, 1, 2, 3 of Ragged in epoch 0" in told
+
+
+class Killed(Numbers):
+    """Whoever fetches item 9 dies of it."""
+
+    def __getitem__(self, index: int) -> int:
+        if index == 9 and get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return index
+
+
+def test_a_killed_worker_is_told_with_what_to_do() -> None:
+    message = refusal(Killed(12), workers=2, prefetch=1)
+    assert "data.workers processes fetch the items of Killed.\n  found: DataLoader worker (pid" in message
+    assert "set data.workers=0" in message
+    assert [int(i) for (micro,) in read(Killed(12)) for i in micro.batch] == list(range(12))

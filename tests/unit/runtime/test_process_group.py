@@ -1,0 +1,252 @@
+"""One world: values over ranks, whose fault it was, no wait without an end, and a world of one that is a world."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from world import free_port, run_world
+
+from disttrain.errors import ConfigError, DataError, DisttrainError, LaunchError
+from disttrain.runtime import Group, Launch, OtherRankError, choose_device, read_launch
+
+CPU = choose_device("cpu", Launch("plain python", 0, 0, 1, 1))
+PATIENCE_S = 30.0
+
+
+def join(timeout_s: float = PATIENCE_S) -> Group:
+    return Group(read_launch(), CPU, timeout_s=timeout_s)
+
+
+def wait_until(holds: Callable[[], Any], what: str) -> Any:
+    """Polls: a rank cannot wait for another's word in the store, which is local on purpose."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not (found := holds()):
+        assert time.monotonic() < deadline, f"still waiting until {what}"
+        time.sleep(0.02)
+    return found
+
+
+def outcome(act: Callable[[], Any]) -> Any:
+    """What came of it: a value, or the error's kind, text and exit code."""
+    try:
+        return act()
+    except DisttrainError as error:
+        return type(error).__name__, str(error), error.exit_code
+
+
+# ---------------------------------------------------------------------- values and agreement
+
+
+def exchange() -> dict[str, Any]:
+    group = join()
+    rank, own = group.rank, {"rank": group.rank, "text": "x" * 1000 * group.rank}
+    found = {
+        "place": (group.rank, group.size, group.timeout_s, dist.get_backend()),
+        "gather": group.gather(own),
+        "gather_all": group.gather_all(rank),
+        "broadcast": group.broadcast(f"from {rank}"),
+        "minimum": group.minimum(-(10**12) + 5 * (rank - 1) ** 2),
+        "nobody": outcome(lambda: group.agree(None, "reading")),
+        "one": outcome(lambda: group.agree(DataError("torn") if rank == 1 else None, "reading the data")),
+        "two": outcome(
+            lambda: group.agree({1: DataError("torn"), 2: ConfigError("odd")}.get(rank), "reading the data")
+        ),
+        "still together": group.gather_all(rank),
+    }
+    group.barrier()
+    group.close()
+    group.close()
+    again = join()  # a second world in the same processes does not meet the first one's words
+    found["again"] = (again.first_failure(), again.gather_all(rank))
+    again.close()
+    return found
+
+
+def plain_failure() -> Any:
+    group = join()
+    try:
+        group.agree(ZeroDivisionError("division by zero") if group.rank == 0 else None, "building data.train")
+    except (ZeroDivisionError, OtherRankError) as error:
+        return type(error).__name__, str(error), getattr(error, "exit_code", None)
+    finally:
+        group.close()
+
+
+def test_values_and_failures_over_three_ranks() -> None:
+    ranks = run_world(3, exchange)
+    everything = [{"rank": rank, "text": "x" * 1000 * rank} for rank in range(3)]
+    for rank, found in enumerate(ranks):
+        assert found["place"] == (rank, 3, PATIENCE_S, "gloo")
+        assert found["gather"] == (everything if rank == 0 else None)
+        assert found["gather_all"] == found["still together"] == [0, 1, 2]
+        assert found["broadcast"] == "from 0"
+        assert found["minimum"] == -(10**12)
+        assert found["nobody"] is None
+        assert found["again"] == (None, [0, 1, 2])
+    other = ("OtherRankError", "reading the data failed on rank 1: DataError: torn", DataError.exit_code)
+    assert [found["one"] for found in ranks] == [other, ("DataError", "torn", 4), other]
+    assert [found["two"] for found in ranks] == [other, ("DataError", "torn", 4), ("ConfigError", "odd", 2)]
+
+
+def test_a_users_own_exception_is_told_to_the_others_with_its_kind() -> None:
+    first, second = run_world(2, plain_failure)
+    assert first == ("ZeroDivisionError", "division by zero", None)
+    told = "building data.train failed on rank 0: ZeroDivisionError: division by zero"
+    assert second == ("OtherRankError", told, 1)
+
+
+# ---------------------------------------------------------------------- the first cause
+
+
+def fail_in_turn() -> Any:
+    group = join()
+    nothing = group.first_failure()
+    group.barrier()
+    first = group.tell_failure("4:DataError: item 3 has a colon: \udcff and 世界") if group.rank == 1 else None
+    told = wait_until(group.first_failure, "rank 1 has told")
+    later = group.tell_failure("1:RuntimeError: connection reset by peer")
+    found = nothing, first, told, later, group.first_failure()
+    group.barrier()
+    group.close()
+    return found
+
+
+def test_the_first_cause_is_known_to_all_and_stays() -> None:
+    ranks = run_world(3, fail_in_turn)
+    cause = (1, "4:DataError: item 3 has a colon: \\udcff and 世界")
+    assert ranks == [(None, True if rank == 1 else None, cause, False, cause) for rank in range(3)]
+
+
+def first_rank_fails_and_leaves() -> Any:
+    group = join()
+    try:
+        if group.rank == 0:
+            group.tell_failure("4:DataError: torn")
+            return group.first_failure()
+        return wait_until(group.first_failure, "rank 0 has told")
+    finally:
+        group.close()
+
+
+def first_rank_leaves_before_another_has_looked() -> Any:
+    group = join()
+    try:
+        if group.rank == 1:
+            group.tell_failure("4:DataError: torn")
+        if group.rank == 2:
+            time.sleep(1.0)  # busy; nothing is asserted of the time
+            return group.first_failure()
+        return wait_until(group.first_failure, "rank 1 has told")
+    finally:
+        group.close()
+
+
+def test_rank_0_does_not_take_the_first_cause_along_when_it_leaves() -> None:
+    assert run_world(2, first_rank_fails_and_leaves) == [(0, "4:DataError: torn")] * 2
+    assert run_world(3, first_rank_leaves_before_another_has_looked) == [(1, "4:DataError: torn")] * 3
+
+
+def outlive_the_store() -> Any:
+    group = join()
+    keeper = group.gather_all(os.getpid())[0]
+    if group.rank == 0:
+        return None  # ends without a word, and takes the store with it
+    wait_until(lambda: not Path(f"/proc/{keeper}").exists(), "rank 0 is gone")
+    found = group.first_failure(), group.tell_failure("1:RuntimeError: Connection closed by peer")
+    try:
+        group.barrier()
+    except RuntimeError as error:
+        return *found, type(error).__name__
+    return *found, "no error"
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs Linux's /proc to see a process end")
+def test_a_rank_that_outlives_the_store_keeper_is_on_its_own_and_ends() -> None:
+    found = run_world(2, outlive_the_store, timeout_s=2 * PATIENCE_S)[1]
+    assert found[:2] == (None, True), "nobody else can say what came first"
+    assert found[2] != "no error"
+
+
+# ---------------------------------------------------------------------- no wait without an end
+
+
+def wait_for_one_that_does_not_come() -> Any:
+    group = join(timeout_s=2.0)
+    if group.rank == 1:
+        return wait_until(group.first_failure, "rank 0 has given up")
+    started = time.monotonic()
+    try:
+        group.barrier()
+    except RuntimeError as error:
+        waited = time.monotonic() - started
+        group.tell_failure("gave up")
+        return waited, str(error)
+    finally:
+        group.close()
+    return "no error"
+
+
+def test_a_collective_that_one_rank_never_joins_ends_after_the_stated_time() -> None:
+    (waited, said), told = run_world(2, wait_for_one_that_does_not_come, timeout_s=2 * PATIENCE_S)
+    assert waited >= 1.9, "not before the two seconds"
+    assert "imed out" in said
+    assert told == (0, "gave up")
+
+
+@pytest.mark.parametrize(("rank", "said"), [(0, "1/2 clients joined"), (1, "timed out")])
+def test_a_world_that_does_not_gather_is_a_launch_error(
+    rank: int, said: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    port = free_port()
+    with pytest.raises(LaunchError) as refused:
+        Group(Launch("srun", rank, rank, 2, 2, "127.0.0.1", port), CPU, timeout_s=1.0)
+    message = str(refused.value)
+    assert message.startswith(f"2 process(es) are to meet at 127.0.0.1:{port} within 1 s (run.timeout_s).\n")
+    assert said in message
+    assert "to do: start them all" in message
+    assert not dist.is_initialized()
+    capfd.readouterr()  # torch writes a stack of its own
+
+
+# ---------------------------------------------------------------------- a world of one
+
+
+def test_a_world_of_one_is_a_real_world() -> None:
+    group = Group(Launch("plain python", 0, 0, 1, 1), CPU, timeout_s=5)
+    try:
+        assert (dist.get_backend(), dist.get_world_size(), dist.get_rank()) == ("gloo", 1, 0)
+        tensor = torch.tensor([3.0])
+        dist.all_reduce(tensor)
+        assert tensor.tolist() == [3.0]
+        assert group.gather("a") == group.gather_all("a") == ["a"]
+        assert (group.broadcast("b"), group.minimum(4)) == ("b", 4)
+        group.barrier()
+        group.agree(None, "nothing")
+        with pytest.raises(DataError, match="torn"):
+            group.agree(DataError("torn"), "reading")
+        assert group.first_failure() is None
+        assert group.tell_failure("4:torn")
+        assert group.first_failure() == (0, "4:torn")
+        assert not group.tell_failure("1:later")
+    finally:
+        group.close()
+    assert not dist.is_initialized()
+    assert group.first_failure() == (0, "4:torn"), "what ends the process may still ask"
+
+
+def test_a_group_that_another_made_is_not_replaced() -> None:
+    alone = Launch("plain python", 0, 0, 1, 1)
+    group = Group(alone, CPU, timeout_s=5)
+    try:
+        with pytest.raises(LaunchError, match=r"(?s)one that exists already \(gloo, 1 rank\(s\)\).*close the earlier"):
+            Group(alone, CPU, timeout_s=5)
+        assert group.gather_all(1) == [1], "and goes on"
+    finally:
+        group.close()
