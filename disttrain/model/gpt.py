@@ -11,6 +11,7 @@ Shapes: b batch, t time, c width, v vocab, h query heads, g key-value heads, d w
 from __future__ import annotations
 
 from collections.abc import Iterator
+from numbers import Integral
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - its name everywhere
@@ -44,9 +45,12 @@ class GPT(nn.Module):
     ) -> None:
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
+        _check_sizes(
+            vocab=vocab, context=context, layers=layers, heads=heads, width=width, kv_heads=kv_heads, hidden=hidden
+        )
+        _check_shares(dropout, rope_base)
         # Two thirds of 4 * width keep the parameters of a two-matrix block (2002.05202); multiples of 64 suit kernels.
         hidden = -(-8 * width // (3 * 64)) * 64 if hidden is None else hidden
-        _check_sizes(vocab=vocab, context=context, layers=layers, heads=heads, width=width, kv_heads=kv_heads)
         self.context, self.rope_base = context, rope_base
         self.tokens = TokenTable(vocab, width)
         self.dropout = nn.Dropout(dropout)
@@ -58,17 +62,9 @@ class GPT(nn.Module):
         fill_self(self)
 
     def forward(self, tokens_bt: Tensor) -> Tensor:
-        """Logits of the next token at each position. Raises DataError for more than `context` positions."""
-        time = tokens_bt.shape[1]
-        if time > self.context:
-            raise DataError(
-                explain(
-                    f"The model reads at most context={self.context} tokens at a time.",
-                    f"items of {time} tokens",
-                    "shorten the data's items, or raise model.args.context",
-                )
-            )
-        rotary_td = self.rotary[:time]
+        """Logits of the next token at each position. Raises DataError for tokens it cannot read."""
+        _check_tokens(tokens_bt, self.context)
+        rotary_td = self.rotary[: tokens_bt.shape[1]]
         x_btc = self.dropout(self.tokens(tokens_bt))
         for block in self.blocks:
             x_btc = block(x_btc, rotary_td)
@@ -80,10 +76,10 @@ class GPT(nn.Module):
         """Each parameter's and buffer's name with its whole initial value on the CPU, from shapes alone."""
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
-                yield name, torch.ones(parameter.shape)
+                yield name, torch.ones(parameter.shape, device="cpu")
                 continue
-            std = _std(name, parameter.shape, layers=len(self.blocks))
-            yield name, torch.empty(parameter.shape).normal_(0.0, std, generator=generator_for(name))
+            value = torch.empty(parameter.shape, device="cpu")
+            yield name, value.normal_(0.0, _std(name, layers=len(self.blocks)), generator=generator_for(name))
         context, pairs, _ = self.rotary.shape
         yield "rotary", _rotary_table(context, pairs, self.rope_base)
 
@@ -155,7 +151,14 @@ class TokenTable(nn.Module):
         self.weight = nn.Parameter(torch.empty(vocab, width))
 
     def forward(self, x: Tensor, to_logits: bool = False) -> Tensor:
-        return F.linear(x, self.weight) if to_logits else F.embedding(x, self.weight)
+        if to_logits:
+            return F.linear(x, self.weight)
+        try:
+            return F.embedding(x, self.weight)
+        except IndexError:  # told on the CPU only: a GPU would have to be waited for
+            found = f"ids from {int(x.min())} to {int(x.max())} for vocab={self.weight.shape[0]}"
+            do = "raise model.args.vocab, or mend the data"
+            raise DataError(explain("Token ids are from 0 to below vocab.", found, do)) from None
 
 
 class Linear(nn.Linear):
@@ -194,15 +197,35 @@ def _rotary_table(context: int, pairs: int, base: float) -> Tensor:
     return torch.stack([angle.cos(), angle.sin()], dim=-1).float()
 
 
-def _std(name: str, shape: torch.Size, *, layers: int) -> float:
+def _std(name: str, *, layers: int) -> float:
     """GPT-2's: 0.02, and what feeds the residual stream over sqrt(2 * layers), so that its variance does not grow."""
     return 0.02 / (2 * layers) ** 0.5 if name.endswith(("out.weight", "down.weight")) else 0.02
 
 
-def _check_sizes(**sizes: int) -> None:
-    heads, width, kv_heads = sizes["heads"], sizes["width"], sizes["kv_heads"]
-    if min(sizes.values()) < 1:
-        found = ", ".join(f"{name}={size}" for name, size in sizes.items() if size < 1)
+def _check_tokens(tokens_bt: Tensor, context: int) -> None:
+    if tokens_bt.dim() != 2 or tokens_bt.dtype not in (torch.int64, torch.int32):
+        raise DataError(
+            explain(
+                "The model reads token ids [batch, time] of type int64.",
+                f"{tuple(tokens_bt.shape)} of {tokens_bt.dtype}",
+                "let each item of the data be one row of token ids",
+            )
+        )
+    if tokens_bt.shape[1] > context:
+        raise DataError(
+            explain(
+                f"The model reads at most context={context} tokens at a time.",
+                f"items of {tokens_bt.shape[1]} tokens",
+                "shorten the data's items, or raise model.args.context",
+            )
+        )
+
+
+def _check_sizes(*, heads: int, width: int, kv_heads: int, **others: int | None) -> None:
+    sizes = {"heads": heads, "width": width, "kv_heads": kv_heads, **others}
+    wrong = {n: s for n, s in sizes.items() if s is not None and not (isinstance(s, Integral) and s >= 1)}
+    if wrong:
+        found = ", ".join(f"{name}={size!r}" for name, size in wrong.items())
         do = "give positive whole numbers"
     elif width % heads or (width // heads) % 2:
         found, do = f"width={width} over heads={heads}", "choose a width that is an even multiple of heads"
@@ -211,3 +234,12 @@ def _check_sizes(**sizes: int) -> None:
     else:
         return
     raise ConfigError(explain("The sizes of gpt are to fit together.", found, do))
+
+
+def _check_shares(dropout: float, rope_base: float) -> None:
+    if not (isinstance(dropout, int | float) and 0.0 <= dropout < 1.0):
+        raise ConfigError(explain("dropout of gpt is a share.", f"dropout={dropout!r}", "choose one from 0 to below 1"))
+    if not (isinstance(rope_base, int | float) and 0.0 < rope_base < float("inf")):
+        raise ConfigError(
+            explain("rope_base of gpt is a positive number.", f"rope_base={rope_base!r}", "choose 10000.0, or larger")
+        )

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,7 @@ def build_model(make: Callable[[], Any], *, seed: int, meta: bool) -> nn.Module:
 def says_how(maker: Any) -> bool:
     """Whether a module, its class, or a partial or `functools.wraps` of its class brings `init_weights(generator_for)`.
 
+    An inherited one does not speak for a subclass with a constructor of its own, which may make more, or other values.
     Any other factory is not looked into: calling it to find out might download a model. Local, builds nothing.
     """
     while not isinstance(maker, nn.Module | type):
@@ -56,7 +57,11 @@ def says_how(maker: Any) -> bool:
             return False
     method = getattr(maker, "init_weights", None)
     # Many models have an `init_weights(self)` that fills in place: another thing under the same name.
-    return callable(method) and "generator_for" in inspect.signature(method).parameters
+    if not callable(method) or "generator_for" not in inspect.signature(method).parameters:
+        return False
+    classes = (maker if isinstance(maker, type) else type(maker)).__mro__
+    nearest = next(one for one in classes if {"__init__", "init_weights"} & vars(one).keys())
+    return "init_weights" in vars(nearest)
 
 
 def fill(module: nn.Module, generator_for: GeneratorFor, write: Write) -> None:
@@ -69,11 +74,16 @@ def fill(module: nn.Module, generator_for: GeneratorFor, write: Write) -> None:
     places.update(module.named_buffers(remove_duplicate=False))
     written: set[int] = set()
     init_weights: Any = module.init_weights
-    for name, value in init_weights(generator_for):
+    values = init_weights(generator_for)
+    if not isinstance(values, Iterable):
+        _refuse(module, f"{type(values).__qualname__}, nothing to go through", "yield (name, value), or return pairs")
+    for name, value in values:
         if name not in places:
             _refuse(
                 module, f"{name!r}, which is none of its parameters or buffers", "yield names as named_parameters()"
             )
+        if not isinstance(value, Tensor):
+            _refuse(module, f"a {type(value).__qualname__} for {name!r}", "yield tensors, on the CPU")
         if value.shape != places[name].shape:
             shapes = f"{tuple(value.shape)} for {name!r}, whose shape is {tuple(places[name].shape)}"
             _refuse(module, shapes, "yield whole values, of the global shape")
@@ -87,7 +97,8 @@ def fill(module: nn.Module, generator_for: GeneratorFor, write: Write) -> None:
 def fill_self(module: nn.Module) -> None:
     """Give `module` its initial values under torch's current seed; on the meta device there is nothing to give. Local.
 
-    For constructors: `torch.manual_seed(s)` and then building equals filling with `generators_for(s)`.
+    For constructors: `torch.manual_seed(s)` and then building equals filling with `generators_for(s)`. So two of one
+    class under one seed are alike, whatever was drawn between.
     """
     places: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
     places.update(module.named_buffers(remove_duplicate=False))
@@ -103,7 +114,7 @@ def fill_self(module: nn.Module) -> None:
     fill(module, generators_for(seed - 2**64 if seed >= 2**63 else seed), write)
 
 
-def _refuse(module: nn.Module, found: str, do: str) -> None:
+def _refuse(module: nn.Module, found: str, do: str) -> NoReturn:
     raise ConfigError(
         explain(f"{type(module).__qualname__}.init_weights yields every parameter's and buffer's value.", found, do)
     )

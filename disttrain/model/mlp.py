@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from numbers import Integral
 
 from torch import Tensor, nn
 
@@ -22,7 +23,8 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 
 
 class MLP(nn.Module):
-    """Vectors [..., inputs] to vectors [..., outputs]. Raises ConfigError for unknown activations and empty layers."""
+    """Vectors [..., inputs] to vectors [..., outputs]. Raises ConfigError for unknown activations and for widths or a
+    dropout that no layer can have."""
 
     def __init__(
         self, *, inputs: int, hidden: Sequence[int], outputs: int, activation: str = "relu", dropout: float = 0.0
@@ -36,9 +38,19 @@ class MLP(nn.Module):
                     f"choose one of {', '.join(sorted(ACTIVATIONS))}",
                 )
             )
-        widths = [inputs, *hidden, outputs]
-        if min(widths) < 1:
-            raise ConfigError(explain("mlp's layers are to have at least one unit.", f"widths {widths}", "raise them"))
+        widths = [inputs, *hidden, outputs] if isinstance(hidden, Sequence) else []
+        if not widths or not all(isinstance(width, Integral) and width > 0 for width in widths):
+            raise ConfigError(
+                explain(
+                    "mlp's layers are to have at least one unit.",
+                    f"inputs={inputs!r}, hidden={hidden!r}, outputs={outputs!r}",
+                    "give positive whole numbers, and a list of them for hidden: [64, 64]",
+                )
+            )
+        if not (isinstance(dropout, int | float) and 0.0 <= dropout < 1.0):
+            raise ConfigError(
+                explain("mlp's dropout is a share.", f"dropout={dropout!r}", "choose one from 0 to below 1")
+            )
         layers: list[nn.Module] = []
         for before, after in pairwise(widths[:-1]):
             layers += [nn.Linear(before, after), ACTIVATIONS[activation]()]

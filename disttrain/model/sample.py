@@ -1,17 +1,19 @@
 """Text from a language model, one token at a time. Enters: cli (`disttrain sample`).
 
 Owns the draw of a token. Refuses temperatures below zero and an empty prompt. Keeps no cache of keys and values: the
-window is read anew for each token, so any model of tokens [b, t] to logits [b, t, v] will do.
+window is read anew for each token, so any model of tokens [b, t] to logits [b, t, v] will do, also where they come as
+`logits` of its output or as the first of several.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from disttrain.errors import ConfigError, explain
+from disttrain.errors import ConfigError, TrainingError, explain
 
 
 @torch.no_grad()
@@ -28,7 +30,8 @@ def generate(
     """The `length` tokens that follow the prompt (without it); each sees at most the last `context` tokens.
 
     Temperature 0 takes the likeliest token. Draws are made on the CPU in float32, from `generator` (a CPU one), so that
-    equal logits give equal text on every device. The model's mode is put back afterwards. Local; raises ConfigError.
+    equal logits give equal text on every device. The model's mode is put back afterwards. Local; raises ConfigError,
+    and TrainingError for a model without logits, or with logits that are not numbers.
     """
     tokens = [int(token) for token in _flat(prompt_tokens)]
     _check(tokens, length, context, temperature, top_k)
@@ -38,9 +41,8 @@ def generate(
     try:
         for _ in range(length):
             window = torch.tensor([tokens[-context:]], dtype=torch.int64, device=device)
-            output = model(window)
-            logits = output if isinstance(output, Tensor) else output.logits
-            tokens.append(draw(logits[0, -1].float().cpu(), generator, temperature=temperature, top_k=top_k))
+            logits_v = _logits(model(window))[0, -1].float().cpu()
+            tokens.append(draw(logits_v, generator, temperature=temperature, top_k=top_k))
     finally:
         for module, training in modes:
             module.training = training
@@ -48,12 +50,39 @@ def generate(
 
 
 def draw(logits_v: Tensor, generator: torch.Generator | None, *, temperature: float, top_k: int | None) -> int:
-    """One token from logits over the vocabulary; among the `top_k` likeliest where that is given."""
+    """One token from logits over the vocabulary; among the `top_k` likeliest where that is given.
+
+    A logit of -inf is a token ruled out. Raises TrainingError for nan and inf.
+    """
+    if not logits_v.max().isfinite():
+        raise TrainingError(
+            explain("A token is drawn from finite logits.", f"a largest of {logits_v.max()}", "sample an earlier state")
+        )
     if temperature == 0.0:
         return int(logits_v.argmax())
     kept_k, tokens_k = logits_v.topk(min(top_k or len(logits_v), len(logits_v)))
-    chosen = torch.multinomial(torch.softmax(kept_k / temperature, dim=-1), 1, generator=generator)
+    # The largest is 0 before the division: a temperature near zero then makes -inf of the others, never inf - inf.
+    chosen = torch.multinomial(torch.softmax((kept_k - kept_k[0]) / temperature, dim=-1), 1, generator=generator)
     return int(tokens_k[chosen])
+
+
+def _logits(output: Any) -> Tensor:
+    if isinstance(output, Mapping):
+        output = output.get("logits")
+    elif hasattr(output, "logits"):
+        output = output.logits
+    elif isinstance(output, tuple | list) and output:
+        output = output[0]
+    if isinstance(output, Tensor) and output.dim() == 3:
+        return output
+    shape = f" of shape {tuple(output.shape)}" if isinstance(output, Tensor) else ""
+    raise TrainingError(
+        explain(
+            "Text is drawn from a model of tokens [b, t] to logits [b, t, v].",
+            f"a {type(output).__qualname__}{shape}",
+            "sample a language model",
+        )
+    )
 
 
 def _flat(tokens: Sequence[int] | Tensor) -> Iterable[int]:
