@@ -6,7 +6,7 @@ Refuses a batch without the names it needs, saying which are there. Enters: the 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -14,18 +14,23 @@ from torch import Tensor
 from disttrain.errors import TrainingError, explain
 from disttrain.objective.returned import describe
 
+PAIR = "(inputs, targets), or a mapping with 'inputs' and 'targets'"
 
-def read_pair(batch: Any, name: str) -> tuple[Any, Any]:
+
+def read_pair(batch: Any, name: str, forms: str = PAIR) -> tuple[Any, Tensor]:
     """(inputs, targets) of a pair (tuple or list: torch's collate makes lists) or of a mapping with these names."""
     if isinstance(batch, Mapping) and "inputs" in batch and "targets" in batch:
-        return batch["inputs"], batch["targets"]
-    if isinstance(batch, tuple | list) and len(batch) == 2:
-        return batch[0], batch[1]
-    refuse_batch(batch, name, "(inputs, targets), or a mapping with 'inputs' and 'targets'")
-    return None, None
+        inputs, targets = batch["inputs"], batch["targets"]
+    elif isinstance(batch, tuple | list) and len(batch) == 2:
+        inputs, targets = batch
+    else:
+        refuse_batch(batch, name, forms)
+    if not isinstance(targets, Tensor):
+        refuse_batch(targets, f"The targets of {name}: it", "(inputs, targets), where targets is a tensor")
+    return inputs, targets
 
 
-def refuse_batch(batch: Any, name: str, forms: str) -> None:
+def refuse_batch(batch: Any, name: str, forms: str) -> NoReturn:
     """Raise TrainingError naming what the batch has."""
     found = f"a mapping with {', '.join(map(repr, batch))}" if isinstance(batch, Mapping) else describe(batch)
     raise TrainingError(

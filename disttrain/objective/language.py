@@ -12,11 +12,11 @@ from typing import Any
 import torch.nn.functional as F  # noqa: N812 - its name everywhere
 from torch import Tensor
 
-from disttrain.errors import TrainingError, explain
-from disttrain.objective.batch import call_model, read_output, read_pair, refuse_batch
+from disttrain.errors import ConfigError, TrainingError, explain
+from disttrain.objective.batch import PAIR, call_model, read_output, read_pair
 from disttrain.objective.objective import Context
 
-_FORMS = "(inputs, targets), or a mapping with 'inputs' and 'targets' or with 'input_ids' and 'labels'"
+_FORMS = f"{PAIR} or with 'input_ids' and 'labels'"
 _MODEL_READS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
 
 
@@ -31,6 +31,14 @@ class NextToken:
     """
 
     def __init__(self, *, ignore_index: int = -100, bytes_per_token: float | None = 1.0) -> None:
+        if bytes_per_token is not None and not (isinstance(bytes_per_token, int | float) and bytes_per_token > 0):
+            raise ConfigError(
+                explain(
+                    "next_token's bytes_per_token is what a token stands for on average.",
+                    repr(bytes_per_token),
+                    "give a positive number, or null to leave bits_per_byte out",
+                )
+            )
         self.ignore_index = ignore_index
         self.bytes_per_token = bytes_per_token
 
@@ -41,19 +49,19 @@ class NextToken:
     def forward(self, model: Any, batch: Any) -> Any:
         if isinstance(batch, Mapping) and "input_ids" in batch:
             return call_model(model, {name: batch[name] for name in _MODEL_READS if name in batch})
-        return call_model(model, read_pair(batch, "next_token")[0])
+        return call_model(model, read_pair(batch, "next_token", _FORMS)[0])
 
     def loss(self, output: Any, batch: Any, context: Context) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         targets = self._targets(batch)
         logits = read_output(output, "next_token")
         if _shifts(batch):
             logits = logits[:, :-1]
-        if logits.shape[:-1] != targets.shape:
+        if logits.shape[:-1] != targets.shape or targets.is_floating_point():
             raise TrainingError(
                 explain(
                     "next_token needs one row of logits for each target.",
-                    f"logits {tuple(logits.shape)} for targets {tuple(targets.shape)}",
-                    "let the model return logits [batch, time, vocab] for targets [batch, time]",
+                    f"logits {tuple(logits.shape)} for targets {tuple(targets.shape)} of {targets.dtype}",
+                    "let the model return logits [batch, time, vocab] for targets [batch, time] of type int64",
                 )
             )
         logits, targets = logits.flatten(0, -2), targets.flatten().long()
@@ -67,21 +75,15 @@ class NextToken:
         if not weight:
             return {}
         nats = float(sums["total/loss"]) / weight
-        found = {"perplexity": math.exp(nats) if nats < 700.0 else math.inf}
-        if self.bytes_per_token:
+        found = {"perplexity": math.inf if nats > 700.0 else math.exp(nats)}
+        if self.bytes_per_token is not None:
             found["bits_per_byte"] = nats / math.log(2.0) / self.bytes_per_token
         if "correct" in sums:
             found["accuracy"] = float(sums["correct"]) / weight
         return found
 
     def _targets(self, batch: Any) -> Tensor:
-        targets: Tensor
-        if _shifts(batch):
-            targets = batch["labels"][:, 1:]
-        elif isinstance(batch, Mapping) and not {"inputs", "targets"} <= set(batch):
-            refuse_batch(batch, "next_token", _FORMS)
-        else:
-            targets = read_pair(batch, "next_token")[1]
+        targets: Tensor = batch["labels"][:, 1:] if _shifts(batch) else read_pair(batch, "next_token", _FORMS)[1]
         return targets
 
     def _counts(self, targets: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ Enters: strategy (one call a micro-batch), engine (summaries), parity (`couples_
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping
@@ -59,7 +60,8 @@ class Objective:
 
     def __init__(self, user: Any) -> None:
         self.user: Any = user
-        self._name = getattr(user, "__qualname__", type(user).__qualname__)
+        named = user.func if isinstance(user, functools.partial) else user
+        self._name = getattr(named, "__qualname__", type(named).__qualname__)
         self._loss = _loss_method(user)
         if isinstance(user, type) or (self._loss is None and not callable(user)):
             raise ConfigError(
@@ -70,12 +72,24 @@ class Objective:
                     "give an instance of it, or a function" if isinstance(user, type) else "give one of the two forms",
                 )
             )
-        self._forward: Callable[..., Any] = user if self._loss is None or callable(user) else user.forward
-        inspected = getattr(user, "forward", user) if self._loss or isinstance(user, nn.Module) else user
-        self._forward_takes_context = _takes_context(inspected)
-        self._loss_takes_context = self._loss is not None and _takes_context(self._loss)
+        if str(getattr(named, "__module__", None)).startswith("torch.nn."):
+            raise ConfigError(
+                explain(
+                    "An objective is called with (model, batch).",
+                    f"torch's own {self._name}, which knows neither",
+                    "take cross_entropy, mse or next_token, or a function (model, batch) that calls it with "
+                    "reduction='sum' and returns (total, weight)",
+                )
+            )
+        # A module is called, so that its hooks run; what it takes is written at its forward.
+        spoken = user.forward if self._loss is not None or isinstance(user, nn.Module) else user
+        self._forward: Callable[..., Any] = user if isinstance(user, nn.Module) else spoken
         self._weigh = _method(user, "weigh")
         self._summarize = _method(user, "summarize")
+        self._forward_takes_context = _read_signature(spoken, self._name, "model", "batch")
+        self._loss_takes_context = _read_signature(self._loss, f"{self._name}.loss", "output", "batch")
+        _read_signature(self._weigh, f"{self._name}.weigh", "batch")
+        _read_signature(self._summarize, f"{self._name}.summarize", "sums")
 
     def __repr__(self) -> str:
         return f"Objective({self._name})"
@@ -104,10 +118,6 @@ class Objective:
         One unnamed weight is the term `loss`; a mapping names the terms, and then the loss must bring the same.
         """
         return self._weights_of(batch)[0]
-
-    def terms_need_weights_first(self, batch: Any) -> bool:
-        """Whether this batch's weights must be agreed on before its backward: `weigh` names several denominators."""
-        return self.has_weigh and self._weights_of(batch)[1]
 
     def __call__(self, model: Any, batch: Any, context: Context) -> Loss:
         """Forward and loss of one batch. Local, unless the user's code is not. Raises TrainingError for a wrong return.
@@ -153,7 +163,7 @@ class Objective:
     def _weights_of(self, batch: Any) -> tuple[dict[str, Number], bool]:
         assert self._weigh is not None, "ask has_weigh first"
         weight = self._weigh(batch)
-        if isinstance(weight, Mapping):
+        if isinstance(weight, Mapping) and weight:
             return {str(t): read_weight(w, self._name, f"weigh(batch)[{t!r}]") for t, w in weight.items()}, True
         return {SINGLE: read_weight(weight, self._name, "weigh(batch)")}, False
 
@@ -185,11 +195,21 @@ def _loss_method(user: Any) -> Callable[..., Any] | None:
     return _method(user, "loss") if _method(user, "forward") is not None else None
 
 
-def _takes_context(function: Callable[..., Any]) -> bool:
+def _read_signature(function: Callable[..., Any] | None, name: str, *takes: str) -> bool:
+    """Whether `function` takes `context`. Raises ConfigError where it could not be called with what it is to take."""
     try:
-        return "context" in inspect.signature(function).parameters
+        signature = inspect.signature(function) if function is not None else None
     except (TypeError, ValueError):  # a callable written in C shows no signature, and so names no `context`
+        signature = None
+    if signature is None:
         return False
+    takes_context = "context" in signature.parameters
+    try:
+        signature.bind(*takes, **({"context": None} if takes_context else {}))
+    except TypeError as error:
+        asked = f"Objective {name} is called with ({', '.join(takes)}), and with context= where it names that."
+        raise ConfigError(explain(asked, f"{name}{signature}: {error}", "let it take exactly these")) from None
+    return takes_context
 
 
 def _scalars(kind: str, numbers: Mapping[str, Number]) -> dict[str, Tensor]:

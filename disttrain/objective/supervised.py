@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - its name everywhere
 from torch import Tensor
 
-from disttrain.errors import TrainingError, explain
+from disttrain.errors import ConfigError, TrainingError, explain
 from disttrain.objective.batch import call_model, read_output, read_pair
 
 
@@ -25,6 +25,10 @@ class CrossEntropy:
     """
 
     def __init__(self, *, ignore_index: int = -100, label_smoothing: float = 0.0) -> None:
+        if not (isinstance(label_smoothing, int | float) and 0.0 <= label_smoothing <= 1.0):
+            raise ConfigError(
+                explain("cross_entropy's label_smoothing is a share.", repr(label_smoothing), "choose one from 0 to 1")
+            )
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
 
@@ -68,7 +72,7 @@ class CrossEntropy:
 
     def _count(self, targets: Tensor) -> Tensor | float:
         if targets.is_floating_point():
-            return float(targets.numel() // targets.shape[1])
+            return float(math.prod(targets.shape[:1] + targets.shape[2:]))
         return (targets != self.ignore_index).sum()
 
 
