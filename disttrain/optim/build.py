@@ -14,13 +14,20 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from disttrain.config import check_arguments
 from disttrain.errors import ConfigError, explain
-from disttrain.optim.named import MakeOptimizer, MakeSchedule, NamedParameter
+from disttrain.optim.named import PROBE, MakeOptimizer, MakeSchedule, NamedParameter
 
 _FUSED_ON_DTENSORS = (torch.optim.Adam, torch.optim.AdamW)
 """Whose fused kernel DTensor knows (torch 2.13: `_fused_sgd_` and `_fused_adagrad_` have no sharding rule)."""
+
+_OTHER_TOGETHER = torch.optim.ASGD
+"""Whose foreach form gives other numbers (torch 2.13: by 1e-8 in float64 after twelve steps)."""
+
+_OWN_LENGTH = {"total_steps", "epochs", "steps_per_epoch"}
+"""Arguments by which a user says how long a schedule is (OneCycleLR would ignore the others beside `total_steps`)."""
 
 
 def optimizer_factory(
@@ -31,12 +38,13 @@ def optimizer_factory(
     `no_decay` are name patterns (fnmatch) of further parameters without weight decay.
     """
     check_arguments(make, ([],), args, what="optim.target")
+    _check_step(make, "optim.target")
 
     def build(named: Sequence[NamedParameter]) -> Optimizer:
         decay = args.get("weight_decay", _default(make, "weight_decay"))
         groups = decay_groups(named, decay, no_decay=no_decay, decay_vectors=decay_vectors)
-        chosen = dict(args) | ({} if {"fused", "foreach"} & set(args) else implementation(make, named))
-        optimizer = make(groups, **chosen)
+        chosen = {} if {"fused", "foreach"} & set(args) else implementation(make, named)
+        optimizer = _make(make, groups, args, "optim.args", **chosen)
         if not isinstance(optimizer, Optimizer):
             raise ConfigError(
                 explain("optim.target makes a torch.optim.Optimizer.", f"a {type(optimizer).__qualname__}", "name one")
@@ -52,7 +60,17 @@ def decay_groups(
     """Parameter groups: decayed, and not. One group where there is nothing to tell apart.
 
     DTensors and plain tensors never share a group: torch's foreach and fused kernels refuse the mixture.
+    Raises ConfigError for a pattern that no parameter's name matches.
     """
+    for pattern in no_decay:
+        if not any(one.name == PROBE or fnmatchcase(one.name, pattern) for one in named):
+            raise ConfigError(
+                explain(
+                    "optim.no_decay names trainable parameters.",
+                    f"{pattern!r}, which none of {len(named)} matches",
+                    f"name some of them: {', '.join(one.name for one in named[:20])}{', ...' if named[20:] else ''}",
+                )
+            )
     spare: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
     for one in named:
         spared = bool(decay) and (
@@ -68,14 +86,17 @@ def decay_groups(
 def implementation(make: Callable[..., Any], named: Sequence[NamedParameter]) -> dict[str, bool]:
     """`fused=True` where torch has kernels for optimizer, device, dtype and layout; else `foreach=True` likewise."""
     parameters = [one.parameter for one in named]
-    supported = all(p.is_floating_point() and p.device.type in ("cpu", "cuda", "xpu", "mps") for p in parameters)
-    if not (supported and parameters and getattr(inspect.getmodule(make), "__name__", "").startswith("torch.optim")):
+    # Adagrad's fused kernel is for these two only, though torch lets the others through to their first step.
+    devices = ("cpu", "cuda") if make is torch.optim.Adagrad else ("cpu", "cuda", "xpu", "mps")
+    supported = all(p.is_floating_point() and p.device.type in devices for p in parameters)
+    if not (supported and parameters and _is_torchs(make)):
         return {}
     cut = any(isinstance(parameter, DTensor) for parameter in parameters)
     if _default(make, "fused", missing=False) is None and (not cut or make in _FUSED_ON_DTENSORS):
         return {"fused": True}
     # On the CPU torch itself would loop over the parameters in Python.
-    return {"foreach": True} if not cut and _default(make, "foreach", missing=False) is None else {}
+    together = not cut and make is not _OTHER_TOGETHER and _default(make, "foreach", missing=False) is None
+    return {"foreach": True} if together else {}
 
 
 def schedule_factory(make: Callable[..., Any], args: Mapping[str, Any], *, total_steps: int) -> MakeSchedule:
@@ -85,10 +106,53 @@ def schedule_factory(make: Callable[..., Any], args: Mapping[str, Any], *, total
         names = inspect.signature(make).parameters
     except (TypeError, ValueError):
         names = {}  # type: ignore[assignment]
-    if "total_steps" in names and "total_steps" not in given:
+    if "total_steps" in names and not _OWN_LENGTH & set(given):
         given["total_steps"] = total_steps
     check_arguments(make, (None,), given, what="schedule.target")
-    return lambda optimizer: make(optimizer, **given)
+    _check_step(make, "schedule.target")
+
+    def build(optimizer: Optimizer) -> LRScheduler:
+        schedule = _make(make, optimizer, given, "schedule.args")
+        if not isinstance(schedule, LRScheduler):
+            found = f"a {type(schedule).__qualname__}"
+            raise ConfigError(explain("schedule.target makes a torch LRScheduler.", found, "name one"))
+        return schedule
+
+    return build
+
+
+def _make(make: Callable[..., Any], first: Any, args: Mapping[str, Any], what: str, **chosen: bool) -> Any:
+    try:
+        return make(first, **args, **chosen)
+    except (TypeError, ValueError, IndexError) as error:
+        if not _is_torchs(make):  # a user's own code speaks for itself
+            raise
+        given = ", ".join(f"{name}={value!r}" for name, value in args.items())
+        asked = f"{what} are values that {make.__name__} takes."
+        raise ConfigError(
+            explain(asked, f"{error} ({given})", "mend the value, or see torch's documentation")
+        ) from error
+
+
+def _check_step(make: Callable[..., Any], what: str) -> None:
+    """Refuse a class whose `step` needs an argument: nobody here has a closure or a metric for it."""
+    try:
+        signature = inspect.signature(make.step) if isinstance(make, type) and hasattr(make, "step") else None
+    except (TypeError, ValueError):
+        return
+    needed = [name for name, one in signature.parameters.items() if _is_needed(one)][1:] if signature else []
+    if needed:
+        found = f"{make.__qualname__}.step, which needs {', '.join(needed)}"
+        raise ConfigError(explain(f"{what} is stepped without arguments, once a step.", found, "choose another one"))
+
+
+def _is_needed(parameter: inspect.Parameter) -> bool:
+    variadic = parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return parameter.default is inspect.Parameter.empty and not variadic
+
+
+def _is_torchs(make: Callable[..., Any]) -> bool:
+    return getattr(inspect.getmodule(make), "__name__", "").startswith("torch.optim")
 
 
 def _default(make: Callable[..., Any], name: str, missing: Any = 0.0) -> Any:

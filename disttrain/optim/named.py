@@ -10,6 +10,9 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+PROBE = "?"
+"""The name of a parameter that is tried and dropped: none of a model's, so no pattern of names is held against it."""
+
 
 @dataclass(frozen=True)
 class NamedParameter:

@@ -56,12 +56,14 @@ def constant(optimizer: Optimizer, total_steps: int, warmup: int | float = 0) ->
 def linear(optimizer: Optimizer, total_steps: int, warmup: int | float = 0, end: float = 0.0) -> LambdaLR:
     """Straight down to `end` times the peak rate."""
     steps = as_steps(warmup, total_steps, "warmup")
+    _check_end(end)
     return LambdaLR(optimizer, lambda step: linear_factor(step, total=total_steps, warmup=steps, end=end))
 
 
 def cosine(optimizer: Optimizer, total_steps: int, warmup: int | float = 0, end: float = 0.0) -> LambdaLR:
     """Half a cosine down to `end` times the peak rate."""
     steps = as_steps(warmup, total_steps, "warmup")
+    _check_end(end)
     return LambdaLR(optimizer, lambda step: cosine_factor(step, total=total_steps, warmup=steps, end=end))
 
 
@@ -70,6 +72,7 @@ def warmup_stable_decay(
 ) -> LambdaLR:
     """Up, level, and down over the last `decay` steps."""
     up, down = as_steps(warmup, total_steps, "warmup"), as_steps(decay, total_steps, "decay")
+    _check_end(end)
     return LambdaLR(
         optimizer,
         lambda step: warmup_stable_decay_factor(step, total=total_steps, warmup=up, decay=down, end=end),
@@ -78,10 +81,19 @@ def warmup_stable_decay(
 
 def as_steps(amount: int | float, total: int, name: str) -> int:
     """Steps as they are, a share as steps. Raises ConfigError for what is neither. Pure."""
-    if isinstance(amount, bool) or amount < 0 or (isinstance(amount, float) and amount >= 1 and amount != int(amount)):
+    share = isinstance(amount, float) and 0 <= amount < 1
+    whole = isinstance(amount, int | float) and amount >= 0 and float(amount).is_integer()
+    if isinstance(amount, bool) or not (share or whole):
         raise ConfigError(
             explain(
                 f"schedule.args.{name} is a number of steps, or a share of the run.", repr(amount), "e.g. 100 or 0.1"
             )
         )
-    return int(amount) if isinstance(amount, int) or amount >= 1 else round(amount * total)
+    return round(amount * total) if share else int(amount)
+
+
+def _check_end(end: float) -> None:
+    if isinstance(end, bool) or not (isinstance(end, int | float) and 0 <= end < math.inf):
+        raise ConfigError(
+            explain("schedule.args.end is a share of the peak rate.", repr(end), "e.g. 0.1, or 0 to end at nothing")
+        )

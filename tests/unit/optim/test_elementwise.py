@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from disttrain.optim import optimizer_factory
 from disttrain.optim.elementwise import is_elementwise
 from disttrain.optim.named import MakeOptimizer
 
@@ -30,9 +31,16 @@ def test_torchs_elementwise_optimizers_are_seen_as_such(name: str) -> None:
     assert is_elementwise(factory(getattr(torch.optim, name), lr=0.1))
 
 
-@pytest.mark.parametrize("make", [torch.optim.Adafactor, NormedSGD])
+@pytest.mark.parametrize("make", [torch.optim.Adafactor, torch.optim.Muon, NormedSGD])
 def test_those_that_look_at_a_whole_parameter_are_found(make: Any) -> None:
     assert not is_elementwise(factory(make, lr=0.1))
+
+
+@pytest.mark.parametrize("options", [{}, {"no_decay": ["norm.*"]}, {"decay_vectors": True}], ids=str)
+def test_what_a_config_says_of_weight_decay_hides_nothing(options: dict[str, Any]) -> None:
+    args = {"lr": 0.1, "weight_decay": 0.1}
+    assert is_elementwise(optimizer_factory(torch.optim.AdamW, args, **options))
+    assert not is_elementwise(optimizer_factory(torch.optim.Adafactor, args, **options))
 
 
 def test_a_factory_bound_to_its_own_parameters_is_trusted() -> None:
