@@ -60,6 +60,14 @@ def run_micro_batches(
     sums = ledger.reduce(flags, divided=denominators is not None)
     if not all(math.isfinite(number) for number in (*sums.totals.values(), *sums.weights.values())):
         refuse_non_finite(f"totals {dict(sums.totals)} over weights {dict(sums.weights)}")
+    if min(sums.weights.values()) < 0.0:
+        raise TrainingError(
+            explain(
+                "A step's weights are numbers of samples or tokens, added up over ranks and micro-batches.",
+                f"{dict(sums.weights)}",
+                "let the objective return weights that are not negative",
+            )
+        )
     return sums
 
 

@@ -26,26 +26,27 @@ SMALL = [
     "model.args.layers=2",
     "model.args.width=32",
     "model.args.context=32",
+    "eval.sets={}",
+    "eval.every=null",
     "checkpoint.at_end=false",
 ]
-SMALL += ["data.train.args.source=${run.dir}/text", "eval.sets={}", "eval.every=null"]
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a folder `text` of real sources in it."""
-    folder = tmp_path_factory.mktemp("quick")
-    (folder / "text").mkdir()
+    """A folder of real sources."""
+    folder = tmp_path_factory.mktemp("text")
     for path in sorted((ROOT / "disttrain").rglob("*.py"))[:40]:
-        (folder / "text" / path.name).write_text(path.read_text())
+        (folder / path.name).write_text(path.read_text())
     return folder
 
 
-def cases(size: int, *, fp64: bool) -> dict[str, list[str]]:
+def cases(text: Path, size: int, *, fp64: bool) -> dict[str, list[str]]:
     """Accumulation 1 and 3, a global batch that does not divide, clipping on and off."""
     found: dict[str, list[str]] = {}
     for name in strategies_at(size, fp64=fp64):
-        base = [*SMALL, *STRATEGIES[name], *(["precision.compute=fp64"] if fp64 else [])]
+        compute = f"precision.compute={'fp64' if fp64 else 'fp32'}"
+        base = [*SMALL, f"data.train.args.source={text}", *STRATEGIES[name], compute]
         found[f"{name}/one"] = [*base, "data.micro_batch=null", "optim.clip_norm=0.5"]
         found[f"{name}/three"] = [*base, f"data.micro_batch={-(-32 // (3 * size))}", "optim.clip_norm=null"]
     return found
@@ -75,10 +76,10 @@ def reference(
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 @pytest.mark.parametrize("fp64", [False, True], ids=["fp32", "fp64"])
 def test_equals_a_plain_loop(size: int, fp64: bool, text: Path, tmp_path: Path) -> None:
-    found = run_world(size, train_all, CONFIG, text, cases(size, fp64=fp64))
+    found = run_world(size, train_all, CONFIG, tmp_path, cases(text, size, fp64=fp64))
     dtype, bound = (torch.float64, 1e-9) if fp64 else (torch.float32, 2e-5)
     first = found[0][f"{strategies_at(size)[0]}/one"]["first"]
-    dataset = ByteText(str(text / "text"), 32, "train")
+    dataset = ByteText(str(text), 32, "train")
     expected = {
         "one": reference(dataset, first, clip=0.5, dtype=dtype),
         "three": reference(dataset, first, clip=None, dtype=dtype),

@@ -88,6 +88,7 @@ def first_cause(ends: list[Ended], code: int, *words: str) -> str:
         (["objective.target=troubles:Raises"], 1, ["BoomError: the user's own words"]),
         (["objective.target=troubles:NotFinite"], 6, ["finite", "nan", "the weights have not been changed"]),
         (["objective.target=troubles:Steep", "optim.clip_norm=1"], 6, ["finite", "gradient norm", "to do"]),
+        (["objective.target=troubles:below_zero"], 6, ["-6.0", "not negative"]),
         (["objective.target=troubles:Exits"], 1, ["SystemExit"]),
         (["model.args.inputs=4"], 1, ["mat1 and mat2 shapes"]),
         (["model.target=troubles:other_weights"], 2, ["same weights on every rank", "rank 1 differs", "line.weight"]),
