@@ -21,6 +21,7 @@ from data_parts import (
     drawn,
     generator_states,
     joined,
+    keyed_seed,
     steps_of_parts,
     take,
 )
@@ -248,6 +249,18 @@ def test_a_dataset_that_can_be_cut_is_whole_for_one_part_and_knows_that_it_was()
     cut = make(Sharded((3, 5)), (1, 2), global_batch=4, on_resume="replay")
     with pytest.raises(DataError, match=r"over 1 data-parallel rank\(s\) then, over 2 now"):
         cut.load_state_dict(alone.state_dict())
+
+
+def test_a_collate_functions_draws_are_no_other_parts() -> None:
+    def noise(items: list[Tensor]) -> list[float]:
+        return [float(torch.rand(())) for _ in items]
+
+    for part in range(2):
+        batches = make(Sharded((8, 8)), (part, 2), micro_batch=2, collate=noise)
+        for place, (micro,) in enumerate(take(batches, 4)):
+            # Keyed by the first item: the part's number 2 * place, among two parts' items.
+            torch.manual_seed(keyed_seed(SEED, "collate", 0, 2 * (2 * place) + part))
+            assert micro.batch == [float(torch.rand(())), float(torch.rand(()))]
 
 
 def test_the_last_partial_step_of_shards_is_left_out_and_that_is_said(caplog: pytest.LogCaptureFixture) -> None:
