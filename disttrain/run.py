@@ -11,6 +11,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+from disttrain.config import load_to_train
 from disttrain.errors import FINISHED, INTERRUPTED, ConfigError, DisttrainError, LaunchError
 from disttrain.logs import room_logger, start_logs
 from disttrain.runtime.environment import Launch, quiet_torch, read_launch
@@ -62,10 +63,11 @@ def _tell(error: BaseException, launch: Launch | None) -> int:
 
 
 def _train(config: str, overrides: Sequence[str]) -> int:
+    loaded = load_to_train(config, overrides)  # a bad config is told before torch is loaded
     quiet_torch()
     from disttrain.engine.loop import train
 
-    run = train(config, overrides)
+    run = train(loaded)
     room_logger("run").info("%s at step %d; %s", run.state, run.step, run.folder)
     return INTERRUPTED if run.state == "preempted" else FINISHED
 

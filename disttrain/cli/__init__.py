@@ -47,7 +47,7 @@ def sample(
     path: Annotated[str, typer.Argument(metavar="RUN_OR_CHECKPOINT")],
     prompt: Annotated[str, typer.Option(help="What the text begins with.")] = "",
     length: Annotated[int, typer.Option("--bytes", min=1, help="How many bytes to write.")] = 400,
-    seed: Annotated[int, typer.Option(help="What the draws are keyed by.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="What the draws are keyed by.")] = 0,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest byte.")] = 0.8,
 ) -> None:
     """Write text with a language model over bytes."""
@@ -72,7 +72,7 @@ def main() -> None:
     """The console script: errors to stderr, their exit codes to the shell."""
     start_logs()
     try:
-        app()
+        app(prog_name="disttrain")
     except DisttrainError as error:
         print(f"error (exit {error.exit_code}): {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import inspect
-import json
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from typing import Any
 
-from disttrain.config import Config, ConfigFaultsError, Fault, load_config, render_config, resolve_target
+from disttrain.cli.json_text import json_text
+from disttrain.config import TRAINED_FROM, Config, ConfigFaultsError, Fault, load_config, render_config, resolve_target
+from disttrain.config.faults import UnknownNameError
+from disttrain.config.render import every_source, source_of
 from disttrain.config.source_search import find_faults
 from disttrain.config.target_names import section_of, targets_in
 from disttrain.errors import FINISHED, ConfigError
-
-_TRAINED_FROM = ("model", "objective", "data", "optim")
 
 
 def check_config(source: str, overrides: Sequence[str], *, as_json: bool, imports: bool) -> int:
@@ -22,13 +23,13 @@ def check_config(source: str, overrides: Sequence[str], *, as_json: bool, import
     if as_json:
         found: dict[str, Any] = {"ok": not faults, "faults": [vars(fault) for fault in faults]}
         if config is not None:
-            found |= {"config": _finite(config.to_dict()), "sources": dict(config.sources)}
-        print(json.dumps(found, allow_nan=False))
+            found |= {"config": config.to_dict(), "sources": every_source(config)}
+        print(json_text(found))
     elif faults:
         print(f"error (exit {ConfigError.exit_code}): {ConfigFaultsError(faults)}", file=sys.stderr)
     elif config is not None:
         print(render_config(config), end="")
-        missing = [name for name in _TRAINED_FROM if getattr(config, name) is None]
+        missing = [name for name in TRAINED_FROM if getattr(config, name) is None]
         if missing:
             print(
                 f"note: no section {', '.join(missing)}: enough for an own loop over Engine; disttrain.run needs it",
@@ -41,11 +42,11 @@ def _faults_of(source: str, overrides: Sequence[str], *, imports: bool) -> tuple
     try:
         config = load_config(source, overrides)
     except ConfigFaultsError as error:
-        more = find_faults(*error.unfinished) if error.unfinished is not None else []
-        return None, ConfigFaultsError([*error.faults, *more]).faults
+        return None, error.faults
     faults = find_faults(config.values(), config.sources, config.folder)
     if imports and not faults:
-        faults = _import_all(config)
+        with redirect_stdout(sys.stderr):  # what a user's module prints is no result
+            faults = _import_all(config)
     return config, ConfigFaultsError(faults).faults
 
 
@@ -54,12 +55,11 @@ def _import_all(config: Config) -> list[Fault]:
     faults = []
     for path, target, args in targets_in(config.values()):
         key = ".".join(map(str, path))
-        where = config.sources.get(key, "")
+        where = source_of(tuple(map(str, path)), config.sources)
         try:
             call = resolve_target(target, section=section_of(path), folder=config.folder)
-        except ConfigError as error:
-            _, found, do = str(error).split("\n")
-            faults.append(Fault(key, where, found.partition(": ")[2], do.partition(": ")[2]))
+        except UnknownNameError as error:
+            faults.append(Fault(key, where, f"{target!r}: {error.found}", error.do))
         except (SystemExit, Exception) as error:  # noqa: BLE001 - a user's module may raise anything
             faults.append(Fault(key, where, f"{target!r} raises {type(error).__name__}: {error}", "mend its module"))
         else:
@@ -77,12 +77,3 @@ def _unbindable(call: Any, args: Mapping[str, Any]) -> str:
     except TypeError as error:
         return str(error)
     return ""
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no number that is not finite: as text. Pure."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return str(value) if isinstance(value, float) and value - value != 0 else value

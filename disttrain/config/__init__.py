@@ -2,12 +2,13 @@
 
 from disttrain.config.faults import ConfigFaultsError, Fault
 from disttrain.config.lines import parse_value
-from disttrain.config.read import load_config
+from disttrain.config.read import TRAINED_FROM, load_config, load_to_train
 from disttrain.config.render import render_config
 from disttrain.config.schema import Config, Target
 from disttrain.config.targets import build_nested, build_target, check_arguments, prefer_folder, resolve_target
 
 __all__ = [
+    "TRAINED_FROM",
     "Config",
     "ConfigFaultsError",
     "Fault",
@@ -16,6 +17,7 @@ __all__ = [
     "build_target",
     "check_arguments",
     "load_config",
+    "load_to_train",
     "parse_value",
     "prefer_folder",
     "render_config",

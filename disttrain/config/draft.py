@@ -48,7 +48,10 @@ def begin_draft(source: str | Path | Mapping[str, Any] | Config) -> Draft:
         return draft
     path = Path(source)
     draft = Draft(f"{path}:1", path.resolve().parent)
-    _read_file(draft, path, (), Fault("", str(path), "", "name a YAML file"))
+    try:
+        _read_file(draft, path, (), Fault("", str(path), "", "name a YAML file"))
+    except ConfigFaultsError as error:  # the chain ends here; what its other files were found to say wrong stays told
+        raise ConfigFaultsError([*draft.faults, *error.faults]) from None
     return draft
 
 
@@ -68,14 +71,14 @@ def _read_file(draft: Draft, path: Path, chain: tuple[Path, ...], asked: Fault) 
     if not isinstance(document.value, Mapping):
         found = "an empty file" if document.value is None else f"a {type(document.value).__name__}, no mapping"
         do = "write sections: run, model, objective, data, optim, ..."
-        raise ConfigFaultsError([*draft.faults, Fault("", f"{path}:1", found, do)])
+        raise ConfigFaultsError([Fault("", f"{path}:1", found, do)])
     value = dict(document.value)
     base = value.pop("extends", None)
     if base is not None:
         where = f"{path}:{document.lines.get(('extends',), 1)}"
         do = "write one file's path, relative to this file"
         if not isinstance(base, str):
-            raise ConfigFaultsError([*draft.faults, Fault("extends", where, shown(base), do)])
+            raise ConfigFaultsError([Fault("extends", where, shown(base), do)])
         _read_file(draft, path.parent / base, (*chain, path.resolve()), Fault("extends", where, "", do))
     _merge(draft, value, (), lambda at: f"{path}:{document.lines.get(at, 1)}")
 
@@ -149,7 +152,7 @@ def _parse_override(draft: Draft, override: Any) -> tuple[str, Any, str] | None:
         return None
     try:
         return key, parse_value(text), "override"
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, KeyError, RecursionError) as error:
         problem = str(getattr(error, "problem", None) or error).split("\n")[0]
         found = f"{shown(text, key)}, which is not YAML: {problem}"
         draft.faults.append(Fault(key, "override", found, "write a YAML value; quote it once more if it is text"))

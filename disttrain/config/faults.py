@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from disttrain.config.values import plain
@@ -27,28 +26,30 @@ class Fault:
 
 
 class ConfigFaultsError(ConfigError):
-    """All faults of one config, in the order they stand; `faults` for programs, the message for people.
+    """All faults of one config, in the order they stand; `faults` for programs, the message for people."""
 
-    `unfinished` is (values, sources, folder) where a config got that far: what else is wrong can still be looked for.
-    """
-
-    def __init__(
-        self, faults: Sequence[Fault], unfinished: tuple[Mapping[str, Any], Mapping[str, str], Path] | None = None
-    ) -> None:
+    def __init__(self, faults: Sequence[Fault]) -> None:
         # One key, one fault: the first cause; what follows from it (a reference's missing value) would only confuse.
-        first = {(fault.key or fault): fault for fault in reversed(faults)}
+        first: dict[str | Fault, Fault] = {}
+        for fault in faults:
+            first.setdefault(fault.key or fault, fault)
         self.faults = tuple(sorted(first.values(), key=_place))
-        self.unfinished = unfinished
         number = "1 fault" if len(self.faults) == 1 else f"{len(self.faults)} faults"
         super().__init__(f"{number} in the config\n" + "\n".join(f"  {fault}" for fault in self.faults))
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a pool of processes hangs on an error that does not unpickle
+        return type(self), (self.faults,)
 
 
 class UnknownNameError(ConfigError):
     """A name that is none: its parts stay apart, for whoever knows key and line to make a Fault of."""
 
     def __init__(self, asked: str, found: str, do: str) -> None:
-        self.found, self.do = found, do
+        self.asked, self.found, self.do = asked, found, do
         super().__init__(explain(asked, found, do))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.asked, self.found, self.do)
 
 
 def dotted(path: Iterable[Any]) -> str:

@@ -12,12 +12,22 @@ from disttrain.config.faults import ConfigFaultsError, Fault, dotted
 
 KeyPath = tuple[str | int, ...]
 
-_PLAIN_TAGS = {"tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"}
+_PLAIN_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str", "int", "float", "bool", "null")}
+_MERGE_TAG = "tag:yaml.org,2002:merge"
 _EXPONENT = re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that also reads `3e-4` as a number: YAML 1.1 wants `3.0e-4`."""
+    """SafeLoader for JSON's kinds of values: `3e-4` is a number (YAML 1.1 wants `3.0e-4`), `2026-01-31` is text."""
+
+
+_Loader.yaml_constructors = {
+    tag: construct for tag, construct in yaml.SafeLoader.yaml_constructors.items() if tag in {None, *_PLAIN_TAGS}
+}
+_Loader.yaml_implicit_resolvers = {
+    first: [one for one in resolvers if one[0] in {*_PLAIN_TAGS, _MERGE_TAG}]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 class _Dumper(yaml.SafeDumper):
@@ -26,7 +36,13 @@ class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
+    def _write_text(self, text: str) -> yaml.ScalarNode:
+        """Line breaks as escapes: a key cannot span lines, and a value's comment belongs on its line."""
+        breaks = text.splitlines() not in ([], [text])
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style='"' if breaks else None)
 
+
+_Dumper.add_representer(str, _Dumper._write_text)
 for _one in (_Loader, _Dumper):
     _one.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
 
@@ -66,7 +82,7 @@ def write_value(value: Any) -> str:
     text: str = yaml.dump(
         value, Dumper=_Dumper, default_flow_style=True, width=float("inf"), allow_unicode=True, sort_keys=False
     )
-    return text.removesuffix("...\n").strip()
+    return text.removesuffix("...\n").removesuffix("\n")
 
 
 def _not_yaml(error: yaml.YAMLError, text: str, name: str) -> Fault:
@@ -88,19 +104,28 @@ class _Reader:
     def read(self, node: Any, path: KeyPath, around: tuple[int, ...]) -> Any:
         """The value of `node`; `around` are the nodes it stands in, so that no anchor can hold itself."""
         self._document.lines.setdefault(path, node.start_mark.line + 1)
-        if isinstance(node, yaml.ScalarNode):
-            return self._loader.construct_object(node, deep=True)
         if id(node) in around:
             self._fault(path, node, "an anchor that contains itself", "write the value out")
             return None
         if node.tag not in _PLAIN_TAGS:
-            self._fault(
-                path, node, f"the tag {node.tag}, which is not read", "take the tag away; code is named by target"
-            )
+            do = "take the tag away; code is named by target"
+            self._fault(path, node, f"the tag {node.tag}, which is not read", do)
+            return None
+        if isinstance(node, yaml.ScalarNode):
+            return self._scalar(node, path)
         around = (*around, id(node))
         if isinstance(node, yaml.SequenceNode):
             return [self.read(item, (*path, i), around) for i, item in enumerate(node.value)]
         return self._mapping(node, path, around)
+
+    def _scalar(self, node: yaml.ScalarNode, path: KeyPath) -> Any:
+        try:
+            return self._loader.construct_object(node, deep=True)
+        except (ValueError, KeyError) as error:  # a tag of its own on a text that does not fit it
+            self._fault(
+                path, node, f"{node.value[:40]!r}, which is no {node.tag.rpartition(':')[2]}: {error}", "mend it"
+            )
+            return None
 
     def _mapping(self, node: Any, path: KeyPath, around: tuple[int, ...]) -> dict[str, Any]:
         seen: dict[str, int] = {}

@@ -6,22 +6,47 @@ no user code.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from disttrain.config.draft import apply_overrides, begin_draft
+from disttrain.config.faults import ConfigFaultsError
 from disttrain.config.references import resolve_references
 from disttrain.config.schema import Config
+from disttrain.config.source_search import find_faults
 from disttrain.config.validate import validate
 
+TRAINED_FROM = ("model", "objective", "data", "optim")
+"""The sections that a run needs; an own loop over Engine may do without."""
 
-def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Any = ()) -> Config:
+
+def load_config(
+    source: str | Path | Mapping[str, Any] | Config,
+    overrides: Any = (),
+    *,
+    folder: Path | None = None,
+    needs: Sequence[str] = (),
+) -> Config:
     """The validated config. `overrides` are `section.key=value` texts, (key, value) pairs, or a mapping of those.
 
-    Raises ConfigFaultsError (a ConfigError) with every fault, where it stands, and what to do.
+    `folder` is where import paths resolve first, for a mapping that came from a file; `needs` are the sections that
+    must be there. Raises ConfigFaultsError (a ConfigError) with every fault, where it stands, and what to do.
     """
     draft = begin_draft(source)
+    draft.folder = folder or draft.folder
     apply_overrides(draft, overrides)
     resolve_references(draft)
-    return validate(draft)
+    return validate(draft, needs)
+
+
+def load_to_train(source: str | Path | Mapping[str, Any] | Config, overrides: Any = ()) -> Config:
+    """`load_config` for a run: the sections that it needs, and every target's file, name and arguments by its source.
+
+    Raises ConfigFaultsError.
+    """
+    config = load_config(source, overrides, needs=TRAINED_FROM)
+    faults = find_faults(config.values(), config.sources, config.folder)
+    if faults:
+        raise ConfigFaultsError(faults)
+    return config

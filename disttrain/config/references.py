@@ -48,7 +48,8 @@ def _look_up(draft: Draft, name: str, at: KeyPath, chain: tuple[str, ...]) -> An
             return default_at(name)
         except KeyError:
             known = [key for key in [*draft.sources, *known_keys()] if key.count(".") == name.count(".")]
-            draft.add_fault(at, f"${{{name}}}, which is set nowhere in this config", suggest(name, known))
+            close_by = [key for key in known if key.partition(".")[0] == name.partition(".")[0]]
+            draft.add_fault(at, f"${{{name}}}, which is set nowhere in this config", suggest(name, close_by or known))
             return None
     return _walk(draft, value, at, (*chain, name))
 

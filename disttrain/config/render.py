@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from disttrain.config.lines import write_value
@@ -27,6 +27,19 @@ def _render(value: Mapping[str, Any], path: tuple[str, ...], sources: Mapping[st
             continue
         text = write_value(item)
         lines.append(f"{pad}{key}: {text}  # {source_of(here, sources)}")
+
+
+def every_source(config: Config) -> dict[str, str]:
+    """Dotted key of every value to its source, `default` where nothing set it. Pure."""
+    return {".".join(path): source_of(path, config.sources) for path in _leaves(config.to_dict(), ())}
+
+
+def _leaves(value: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    for name, item in value.items():
+        if isinstance(item, Mapping) and item:
+            yield from _leaves(item, (*path, name))
+        else:
+            yield (*path, name)
 
 
 def source_of(path: tuple[str, ...], sources: Mapping[str, str]) -> str:

@@ -16,7 +16,7 @@ _RESERVED_AXES = ("pipeline", "context", "expert")
 
 def broken_rules(values: Mapping[str, Any]) -> Iterator[Broken]:
     """(path, what was found, what to do) of every rule that `values` break."""
-    yield from _length(_section(values, "run"), trains="data" in values and isinstance(values.get("run", {}), Mapping))
+    yield from _length(_section(values, "run"), trains=values.get("data") is not None)
     yield from _batches(_section(values, "data"))
     yield from _evaluation(_section(values, "eval"))
     yield from _mesh(_section(values, "mesh"))

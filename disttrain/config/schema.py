@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator
@@ -206,7 +207,7 @@ class Config(Section):
     @property
     def sources(self) -> Mapping[str, str]:
         """Dotted key to `file:line`, `override`, `argument` or `default`."""
-        return self._sources
+        return MappingProxyType(self._sources)
 
     @property
     def folder(self) -> Path:

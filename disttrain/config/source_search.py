@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec, PathFinder
+from importlib.util import resolve_name
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,10 @@ from disttrain.config.faults import Fault, dotted, shown, suggest
 from disttrain.config.render import source_of
 from disttrain.config.target_names import import_path, section_of, splits_of, targets_in
 from disttrain.errors import ConfigError
+
+_SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, ast.comprehension)
+_HOPS = 8
+"""How many modules may hand a name on: `torch.optim.AdamW` takes one; a circle of imports ends here."""
 
 
 def find_faults(values: Mapping[str, Any], sources: Mapping[str, str], folder: Path) -> list[Fault]:
@@ -58,13 +64,13 @@ def _look(path: str, folder: Path, args: Mapping[str, Any], section: str) -> _Wr
         if source is None or "<" in attribute:  # compiled, or a name that only a running program has
             return None
         try:
-            tree = ast.parse(source)
+            tree = _parse(source)
         except SyntaxError as error:
             return _Wrong(f"{spec.origin}:{error.lineno} does not parse: {error.msg}", "mend that line")
         known, open_ended = _names(tree)
         first, _, rest = attribute.partition(".")
         if first in known:
-            definition = known[first]
+            definition = _followed(known[first], first, spec, folder)
             return _check_args(definition, args, section) if definition is not None and not rest else None
         if open_ended or find_module(f"{module}.{first}", folder) is not None:
             return None
@@ -107,26 +113,68 @@ def _source(spec: ModuleSpec) -> str | None:
     return Path(spec.origin).read_text(encoding="utf-8", errors="replace")
 
 
+def _parse(source: str) -> ast.Module:
+    """The source's tree. Raises SyntaxError; what Python only warns of is not ours to tell."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return ast.parse(source)
+
+
 def _names(tree: ast.Module) -> tuple[dict[str, ast.stmt | None], bool]:
-    """Top-level names with their definition where there is one, and whether code may add more."""
+    """The module's names, each with its statement where it is bound only once, and whether code may add more."""
     known: dict[str, ast.stmt | None] = {}
-    open_ended = False
-    for node in ast.walk(tree):
+    direct = set(tree.body)
+    for node in _module_scope(tree):
+        found: list[str] = []
         if isinstance(node, ast.ImportFrom | ast.Import):
-            for alias in node.names:
-                open_ended = open_ended or alias.name == "*"
-                known.setdefault(alias.asname or alias.name.split(".")[0], None)
+            found = [alias.asname or alias.name.split(".")[0] for alias in node.names]
+        elif isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            found = [node.name]
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            known.setdefault(node.id, None)
-    for statement in tree.body:
-        if isinstance(statement, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            known[statement.name] = statement
-            open_ended = open_ended or statement.name == "__getattr__"
-        elif isinstance(statement, ast.If | ast.Try | ast.With):
-            for inner in ast.walk(statement):
-                if isinstance(inner, ast.ClassDef | ast.FunctionDef):
-                    known.setdefault(inner.name, None)
-    return known, open_ended
+            found = [node.id]
+        certain = node if isinstance(node, ast.stmt) and node in direct else None
+        for name in found:
+            known[name] = None if name in known else certain
+    everywhere = list(ast.walk(tree))
+    known |= {name: None for node in everywhere if isinstance(node, ast.Global) for name in node.names}
+    return known, bool({"*", "__getattr__"} & set(known)) or any(map(_adds_names, everywhere))
+
+
+def _module_scope(node: ast.AST) -> Iterator[ast.AST]:
+    """The nodes whose names are the module's: nothing inside its functions, classes and comprehensions."""
+    for child in ast.iter_child_nodes(node):
+        yield child
+        if not isinstance(child, _SCOPES):
+            yield from _module_scope(child)
+
+
+def _adds_names(node: ast.AST) -> bool:
+    """Whether this is how code adds names that its text does not show."""
+    if isinstance(node, ast.Name):
+        return node.id in ("globals", "exec")
+    return isinstance(node, ast.Attribute) and node.attr == "modules" and getattr(node.value, "id", "") == "sys"
+
+
+def _followed(statement: ast.stmt | None, name: str, spec: ModuleSpec, folder: Path) -> ast.stmt | None:
+    """The definition behind a name that its module took from another, as far as the sources show it."""
+    for _ in range(_HOPS):
+        if not isinstance(statement, ast.ImportFrom):
+            break
+        name = next(alias.name for alias in statement.names if (alias.asname or alias.name) == name)
+        package = spec.name if spec.submodule_search_locations is not None else spec.parent
+        try:
+            home = resolve_name("." * statement.level + (statement.module or ""), package)
+        except ImportError:  # above the top
+            return None
+        found = find_module(home, folder)
+        source = _source(found) if found is not None else None
+        if found is None or source is None:
+            return None
+        try:
+            statement, spec = _names(_parse(source))[0].get(name), found
+        except SyntaxError:
+            return None
+    return statement
 
 
 def _check_args(definition: ast.stmt, args: Mapping[str, Any], section: str) -> _Wrong | None:

@@ -8,6 +8,8 @@ from typing import Any
 from disttrain.config.faults import UnknownNameError, suggest
 from disttrain.config.names import NAMES
 
+_PATH = "write an import path: package.module:attribute"
+_PATH_ONLY = {"optim": "write an import path, as torch.optim.AdamW is"}
 _SECTIONS = ("model", "objective", "data", "eval", "optim", "schedule", "report")
 
 
@@ -57,7 +59,7 @@ def import_path(target: str, section: str) -> str:
         return names[target]
     asked = f"{section}.target={target!r} is to name a part."
     if ":" not in target and "." not in target:
-        do = f"{suggest(target, names)}; or write package.module:attribute"
+        do = f"{suggest(target, names)}; or write package.module:attribute" if names else _PATH_ONLY.get(section, _PATH)
         raise UnknownNameError(asked, f"no short name of the section {section!r}", do)
     module, colon, attribute = target.partition(":")
     names_in = [*module.split("."), *(attribute.split(".") if colon else [])]

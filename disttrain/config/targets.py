@@ -14,9 +14,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from disttrain.config.faults import suggest
+from disttrain.config.faults import UnknownNameError, suggest
 from disttrain.config.schema import Target
+from disttrain.config.source_search import find_module
 from disttrain.config.target_names import import_path, splits_of
+from disttrain.config.values import REDACTED
 from disttrain.errors import ConfigError, explain
 
 
@@ -40,12 +42,12 @@ def resolve_target(target: str | Callable[..., Any], *, section: str, folder: Pa
         if not _module_exists(module_name):
             continue
         found: Any = importlib.import_module(module_name)
+        if path == target:  # a short name means our own part, whatever else lies about
+            _refuse_namesake(section, target, module_name, folder)
         for part in attribute.split("."):
             if not hasattr(found, part):
                 if ":" in path or inspect.ismodule(found):
-                    known = (
-                        [name for name in vars(found) if not name.startswith("_")] if hasattr(found, "__dict__") else []
-                    )
+                    known = [name for name in getattr(found, "__dict__", {}) if not name.startswith("_")]
                     raise _absent(section, target, f"{module_name} has no {part!r}", suggest(part, known[:200]))
                 break
             found = getattr(found, part)
@@ -87,7 +89,11 @@ def build_nested(value: Any, *, section: str, folder: Path | None) -> Any:
 def check_arguments(
     call: Callable[..., Any], positional: tuple[Any, ...], args: Mapping[str, Any], *, what: str
 ) -> None:
-    """Raise ConfigError where `call(*positional, **args)` could not bind. Local; calls nothing."""
+    """Raise ConfigError where `call(*positional, **args)` could not bind, or a secret is missing. Calls nothing."""
+    lost = [name for name, value in args.items() if _lacks_secret(value)]
+    if lost:
+        found = f"{REDACTED} for {', '.join(lost)}: what is saved with a run holds no secrets"
+        raise ConfigError(explain(f"{what} is called with its args.", found, "give the value again, by an override"))
     try:
         signature = inspect.signature(call)
     except (TypeError, ValueError):  # written in C: Python cannot know its arguments before the call
@@ -95,15 +101,25 @@ def check_arguments(
     try:
         signature.bind(*positional, **args)
     except TypeError as error:
-        names = list(signature.parameters)
-        wrong = next((name for name in args if name not in names), None)
-        advice = suggest(wrong, names) if wrong is not None else f"it takes {signature}"
-        raise ConfigError(explain(f"{what} is called with its args.", str(error), advice)) from None
+        found, do = str(error), f"it takes {signature}"
+        wrong = [name for name in args if name not in signature.parameters]
+        takes_any = any(one.kind is one.VAR_KEYWORD for one in signature.parameters.values())
+        if wrong and not takes_any:
+            found, do = f"no argument {wrong[0]!r}", suggest(wrong[0], signature.parameters)
+        raise ConfigError(explain(f"{what} is called with its args.", found, do)) from None
 
 
 def shown_target(target: str | Callable[..., Any]) -> str:
     """A target as a message names it. Pure."""
     return target if isinstance(target, str) else f"{target.__module__}:{getattr(target, '__qualname__', target)}"
+
+
+def _lacks_secret(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_lacks_secret, value.values()))
+    if isinstance(value, list):
+        return any(map(_lacks_secret, value))
+    return isinstance(value, str) and REDACTED in value
 
 
 def _parameters(call: Callable[..., Any]) -> set[str]:
@@ -114,11 +130,29 @@ def _parameters(call: Callable[..., Any]) -> set[str]:
 
 
 def _module_exists(name: str) -> bool:
+    if name in sys.modules:  # __main__ and a notebook's modules have no spec
+        return True
     try:
         return importlib.util.find_spec(name) is not None
     except (ImportError, ValueError):  # a parent that is no package, or is not there
         return False
 
 
-def _absent(section: str, target: str, found: str, do: str) -> ConfigError:
-    return ConfigError(explain(f"{section}.target={target!r} is to be imported.", found, do))
+def _refuse_namesake(section: str, target: str, module: str, folder: Path | None) -> None:
+    """Python keeps one module a name: what an earlier import left there must not stand in for the config's own."""
+    if module == "__main__":
+        return
+    spec = find_module(module, folder or Path.cwd())
+    wanted = spec.origin if spec is not None and spec.has_location else None
+    loaded = getattr(sys.modules[module], "__file__", None)
+    if loaded is not None and wanted is not None and not _same_file(loaded, wanted):
+        found = f"{wanted}, but this process has loaded {loaded} under that name"
+        raise _absent(section, target, found, "rename one of the two, or use a process of its own")
+
+
+def _same_file(one: str, other: str) -> bool:
+    return Path(one).resolve().with_suffix("") == Path(other).resolve().with_suffix("")
+
+
+def _absent(section: str, target: str, found: str, do: str) -> UnknownNameError:
+    return UnknownNameError(f"{section}.target={target!r} is to be imported.", found, do)

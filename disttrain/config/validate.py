@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -15,6 +15,7 @@ from disttrain.config.paths import known_keys, locate
 from disttrain.config.rules import broken_rules
 from disttrain.config.schema import Config
 from disttrain.config.section import PARTS
+from disttrain.config.source_search import find_faults
 from disttrain.config.strategies import BUILT_IN, strategy_entry
 from disttrain.config.target_names import import_path, section_of, targets_in
 
@@ -34,11 +35,17 @@ _ADVICE = {
 }
 
 
-def validate(draft: Draft) -> Config:
-    """The draft as a Config. Raises ConfigFaultsError with every fault of the draft."""
+def validate(draft: Draft, needs: Sequence[str] = ()) -> Config:
+    """The draft as a Config. Raises ConfigFaultsError with every fault of the draft, and those of its targets' sources.
+
+    `needs` are the sections that must be there.
+    """
     config: Config | None = None
     for broken in broken_rules(draft.value):
         draft.add_fault(*broken)
+    for section in needs:
+        if draft.value.get(section) is None:
+            draft.add_fault((section,), "no such section", f"add the section {section!r}; an own loop may do without")
     strategy = draft.value.get("strategy")
     if isinstance(strategy, Mapping):
         _check_strategies(draft, strategy)
@@ -48,7 +55,7 @@ def validate(draft: Draft) -> Config:
         _translate_all(draft, error, (), Config)
     _check_names(draft)
     if draft.faults or config is None:
-        raise ConfigFaultsError(draft.faults, (draft.value, draft.sources, draft.folder))
+        raise ConfigFaultsError([*draft.faults, *find_faults(draft.value, draft.sources, draft.folder)])
     return config.placed(draft.sources, draft.folder)
 
 
@@ -117,8 +124,9 @@ def _advice(kind: str, path: KeyPath, known: list[str], value: Any, error: Any) 
         near = nearest(str(value), re.findall(r"'([^']*)'", expected))
         return f"did you mean {near!r}? write {expected}" if near is not None else f"write {expected}"
     if kind == "string_type":
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        return f"quote it: {str(value)!r}" if number else "write text"
+        if isinstance(value, bool):
+            return "quote it: YAML reads yes, no, on and off as true and false"
+        return f"quote it: {str(value)!r}" if isinstance(value, int | float) else "write text"
     if kind in ("model_type", "model_attributes_type") and isinstance(value, str) and path[:1] != ("run",):
         return f"write a mapping; a target is {{target: {value}}}"
     if kind.endswith(("_type", "_parsing")) or kind in _ADVICE:

@@ -6,7 +6,7 @@ import dataclasses
 import datetime
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 REDACTED = "(redacted)"
@@ -17,42 +17,67 @@ _SECRET_WORDS |= {"auth", "authorization", "bearer"}
 _KEY_OF = {"api", "access", "private", "signing", "encryption"}
 # a tokenizer's own: `pad_token: "<pad>"` is no secret
 _TEXT_TOKENS = {"pad", "eos", "bos", "unk", "sep", "cls", "mask", "image", "audio", "video", "stop", "start", "end"}
+_TOKENIZER_WORD = re.compile(r"[<\[].*[>\]]")
 _URL = re.compile(r"(\w+://)[^/\s]*@")
 _ASSIGNED = re.compile(r"(?i)\b(\w*(?:api_?key|token(?!s|iz)|passw(?:or)?d|secret)\w*=)[^\s&]+")
 _BEARER = re.compile(r"(?i)\b(bearer\s+)\S+")
+_LONG_ENOUGH = 8
+"""A shorter secret is not looked for in other texts: it would be found in innocent ones."""
 
 
-def is_secret(key: str) -> bool:
-    """Whether a key's name says that its value is a secret: words count, not letters (`tokens`, `tokenizer`). Pure."""
+def is_secret(key: str, value: Any = "") -> bool:
+    """Whether a key's name says that its value is a secret: words count, not letters (`tokens`, `tokenizer`). Pure.
+
+    Under a key that ends in `token`, a number is a count and `<|end|>` or `[PAD]` a tokenizer's own word.
+    """
     words = [word.lower() for word in _WORDS.findall(key)]
     if _SECRET_WORDS & set(words):
         return True
     pairs = list(zip(["", *words], words, strict=False))
     if any(before in _KEY_OF and word in ("key", "keys") for before, word in pairs):
         return True
-    return bool(words) and words[-1] == "token" and pairs[-1][0] not in _TEXT_TOKENS
+    if not words or words[-1] != "token" or pairs[-1][0] in _TEXT_TOKENS or isinstance(value, int | float):
+        return False
+    return not (isinstance(value, str) and _TOKENIZER_WORD.fullmatch(value))
 
 
 def plain(value: Any, *, redact: bool, key: str = "") -> Any:
-    """JSON values only; with `redact`, nothing under a secret's key and no credentials inside a text. Pure."""
-    return _plain(value, redact, redact and is_secret(key))
+    """JSON values only; with `redact`, nothing under a secret's key, that text nowhere else, no credentials. Pure."""
+    secret = redact and is_secret(key, value)
+    hidden = sorted(set(_secrets(value, secret)), key=lambda text: (-len(text), text)) if redact else None
+    return _plain(value, hidden, secret)
 
 
-def _plain(value: Any, redact: bool, secret: bool) -> Any:
+def _secrets(value: Any, secret: bool) -> Iterator[str]:
+    """The texts under secrets' keys: a reference may have brought them elsewhere."""
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _secrets(item, secret or is_secret(str(name), item))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _secrets(item, secret)
+    elif secret and isinstance(value, str) and len(value) >= _LONG_ENOUGH:
+        yield value
+
+
+def _plain(value: Any, hidden: Sequence[str] | None, secret: bool) -> Any:
+    """`hidden` are texts to take out wherever they stand; None takes nothing out."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
+        redact = hidden is not None
         return {
-            str(name): _plain(item, redact, secret or (redact and is_secret(str(name)))) for name, item in value.items()
+            str(name): _plain(item, hidden, secret or (redact and is_secret(str(name), item)))
+            for name, item in value.items()
         }
     if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(item, redact, secret) for item in value]
+        return [_plain(item, hidden, secret) for item in value]
     if value is None or isinstance(value, bool) or value == "":
         return value
     if secret:
         return REDACTED
     if isinstance(value, str):
-        return _without_credentials(value) if redact else value
+        return value if hidden is None else _without_credentials(value, hidden)
     if isinstance(value, int | float):
         return value
     if isinstance(value, datetime.date):
@@ -60,7 +85,9 @@ def _plain(value: Any, redact: bool, secret: bool) -> Any:
     return _name_of(value)
 
 
-def _without_credentials(text: str) -> str:
+def _without_credentials(text: str, hidden: Sequence[str]) -> str:
+    for one in hidden:
+        text = text.replace(one, REDACTED)
     text = _URL.sub(rf"\1{REDACTED}@", text)
     return _BEARER.sub(rf"\1{REDACTED}", _ASSIGNED.sub(rf"\1{REDACTED}", text))
 

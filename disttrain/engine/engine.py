@@ -62,6 +62,7 @@ class Engine:
         self._tracked: dict[str, Any] = {}
         self._total_steps: int | None = self.config.run.steps
         self._dataset: Any = None
+        self._datasets: dict[str, Any] = {}
         self._saved_at = -1
         self._stopped = False
         self._begun = False
@@ -155,6 +156,7 @@ class Engine:
         self,
         dataset: Any = None,
         *,
+        name: str = "train",
         global_batch: int | None = None,
         micro_batch: int | None = None,
         **options: Any,
@@ -162,10 +164,17 @@ class Engine:
         """Lists of this rank's micro-batches, one per optimizer step, on the device; the config's where not given.
 
         The first call of `next` resumes the run, if there is a checkpoint to resume from: prepare and track before it.
+        A second dataset takes a `name` of its own, under which its position is kept.
         """
         data = self.config.data
         if dataset is None:
             dataset = self._train_dataset()
+        if self._datasets.setdefault(name, dataset) is not dataset:
+            raise ConfigError(
+                explain(
+                    f"batches(name={name!r})", "another dataset under that name", "pass name=, one for each dataset"
+                )
+            )
         self._dataset = dataset
         sizes = self._batch_sizes(global_batch, micro_batch)
         settings: dict[str, Any] = {}
@@ -190,9 +199,9 @@ class Engine:
             error = caught
         self._group.agree(error, "preparing the data")
         assert batches is not None
-        return self._steps(batches)
+        return self._steps(batches, name)
 
-    def _steps(self, batches: Batches) -> Iterator[StepBatch]:
+    def _steps(self, batches: Batches, name: str) -> Iterator[StepBatch]:
         if not self._begun:
             self.resume()
             self._begun = True
@@ -200,8 +209,8 @@ class Engine:
                 self.progress.steps = int(self.record.earlier["step"])  # there may be no checkpoint of it to resume
                 return
             self.record.started(self.progress, self._total_steps, self._prepared)
-        if self.progress.position is not None:
-            batches.load_state_dict(self.progress.position)
+        if name in self.progress.positions:
+            batches.load_state_dict(self.progress.positions[name])
         try:
             if self.finished():
                 return
@@ -214,9 +223,9 @@ class Engine:
                     return
                 for place, micro in enumerate(step):
                     step[place] = to_device(micro, self.device)
-                self.progress.position = step.position
+                self.progress.positions[name] = step.position
                 self.progress.samples += step.samples
-                self.progress.tokens += step.samples * int(getattr(self._dataset, "tokens_per_sample", 0) or 0)
+                self.progress.tokens += step.samples * int(getattr(self._datasets[name], "tokens_per_sample", 0) or 0)
                 yield step
         finally:
             batches.close()

@@ -37,7 +37,8 @@ def open_newest(path: str | Path) -> Checkpoint:
 
 def config_of(checkpoint: Checkpoint) -> Config:
     """The config that a checkpoint was written under; import paths resolve as they did then. Local."""
-    return load_config(checkpoint.document["config"])
+    folder = checkpoint.document.get("folder")
+    return load_config(checkpoint.document["config"], folder=Path(folder) if folder else None)
 
 
 def load(path: str | Path, *, name: str = "model", make_model: Callable[[], nn.Module] | None = None) -> nn.Module:

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from disttrain.config import Config, ConfigFaultsError, load_config
-from disttrain.config.source_search import find_faults
+from disttrain.config import Config, load_to_train
 from disttrain.engine.engine import Engine
-from disttrain.errors import ConfigError, explain
 
 
 @dataclass(frozen=True)
@@ -29,15 +27,8 @@ def train(config: Config | Mapping[str, Any] | str | Path, overrides: Any = (), 
     `overrides` are `section.key=value` texts or a mapping; keyword arguments replace whole sections
     (`train(config, run={"steps": 10, ...})`) or, with double underscores, single keys (`run__steps=10`).
     """
-    loaded = load_config(config, [*_listed(overrides), *_listed({k.replace("__", "."): v for k, v in more.items()})])
-    missing = [name for name in ("model", "objective", "data", "optim") if getattr(loaded, name) is None]
-    if missing:
-        raise ConfigError(
-            explain("A config to train from.", f"no section {', '.join(missing)}", "add it; an own loop uses Engine")
-        )
-    faults = find_faults(loaded.to_dict(redact=False), loaded.sources, loaded.folder)
-    if faults:
-        raise ConfigFaultsError(faults)
+    given = [*_listed(overrides), *_listed({key.replace("__", "."): value for key, value in more.items()})]
+    loaded = load_to_train(config, given)
     with Engine(loaded) as engine:
         engine.prepare("model")
         batches = engine.batches()

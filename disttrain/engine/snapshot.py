@@ -26,13 +26,13 @@ from disttrain.strategy import AbstractStrategy, Prepared, World
 
 @dataclass
 class Progress:
-    """Where a run stands, in numbers that no mesh changes."""
+    """Where a run stands, in numbers that no mesh changes; `positions` are those in the data, by the data's name."""
 
     steps: int = 0
     samples: int = 0
     tokens: int = 0
     skipped: int = 0
-    position: dict[str, Any] | None = None
+    positions: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ def save(parts: Parts, root: Path, progress: Progress) -> Path:
         document = {
             "progress": {**vars(progress)},
             "config": parts.config.to_dict(),
+            "folder": str(parts.config.folder),
             "optim": {name: optimizer_document(prepared) for name, prepared in parts.prepared.items()},
             "user": users,
             "writer": {"strategy": parts.config.strategy.name, "mesh": vars(parts.world.mesh.sizes)},

@@ -28,7 +28,9 @@ def choose_device(asked: str, launch: Launch, threads: int | None = None) -> Dev
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if asked == "cpu" or (asked == "auto" and found == 0):
         return Device(torch.device("cpu"), "gloo", share)
-    if launch.local_rank >= found:
+    # srun --gpus-per-task=1 shows each task the one GPU that is its own.
+    index = 0 if launch.launcher == "srun" and found == 1 else launch.local_rank
+    if index >= found:
         raise LaunchError(
             explain(
                 f"run.device={asked} gives each of {launch.local_world_size} processes on this node a GPU of its own.",
@@ -38,7 +40,7 @@ def choose_device(asked: str, launch: Launch, threads: int | None = None) -> Dev
                 else "set run.device=cpu, or see why torch.cuda.is_available() is false",
             )
         )
-    return Device(torch.device("cuda", launch.local_rank), "cpu:gloo,cuda:nccl", share)
+    return Device(torch.device("cuda", index), "cpu:gloo,cuda:nccl", share)
 
 
 def apply_device(device: Device) -> None:

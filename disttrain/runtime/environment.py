@@ -145,14 +145,14 @@ def quiet_torch() -> None:
 
 
 def wished_threads(launch: Launch, environ: Mapping[str, str] | None = None) -> int | None:
-    """The user's OMP_NUM_THREADS, if it is theirs: torchrun sets 1 where nothing is set, and that is no wish. Local.
+    """The user's OMP_NUM_THREADS, if it is theirs. Local.
 
-    Of a list (OpenMP's one number a nesting level) the first counts.
+    torchrun sets 1 where nothing is set, accelerate launch the host's cores: no wish of a user. Of a list (OpenMP's one
+    number a nesting level) the first counts.
     """
     text = (os.environ if environ is None else environ).get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    if not text.isdecimal() or int(text) < 1:
-        return None
-    return None if text == "1" and launch.launcher in ("torchrun", "accelerate launch") else int(text)
+    launchers_own = launch.launcher == "accelerate launch" or (launch.launcher == "torchrun" and text == "1")
+    return int(text) if text.isdecimal() and int(text) >= 1 and not launchers_own else None
 
 
 def cpu_quota() -> int:

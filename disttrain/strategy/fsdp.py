@@ -144,9 +144,11 @@ class FSDP(AbstractStrategy):
         free_whole(prepared.model)
 
     def shards(self, prepared: Prepared, stored: Mapping[str, Any] | None = None) -> list[Shard]:
+        free_whole(prepared.model)  # a forward without a backward, an evaluation or a teacher's, left it gathered
         return sharded_shards(prepared, stored, rank=self.world.group.rank, size=self.world.group.size)
 
     def whole(self, prepared: Prepared) -> Iterator[tuple[str, Tensor]]:
+        free_whole(prepared.model)
         return whole_tensors(prepared.model)
 
 

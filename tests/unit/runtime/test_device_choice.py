@@ -41,6 +41,15 @@ def test_each_rank_has_a_gpu_of_its_own() -> None:
         choose_device("auto", Launch("torchrun", found, found, found + 1, found + 1))
 
 
+def test_a_task_that_srun_shows_one_gpu_takes_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    task = Launch("srun", rank=3, local_rank=3, world_size=8, local_world_size=4)
+    assert choose_device("auto", task).device == torch.device("cuda", 0)
+    with pytest.raises(LaunchError, match="1 usable CUDA"):
+        choose_device("auto", PAIR)
+
+
 def test_threads_are_the_configs_or_the_users_or_a_fair_share(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert choose_device("cpu", PAIR, threads=5).threads == 5

@@ -175,6 +175,8 @@ def test_the_environment_of_this_process_is_what_is_read(monkeypatch: pytest.Mon
         # torchrun writes 1 where nothing is set: that is nobody's wish.
         ("1", "torchrun", None),
         ("1", "accelerate launch", None),
+        # accelerate launch writes the host's cores, whatever the container's share of them.
+        ("64", "accelerate launch", None),
         ("0", "srun", None),
         ("-2", "srun", None),
         ("", "srun", None),

@@ -1,0 +1,314 @@
+"""Where a target is looked for, equally by `check` (its source alone) and by a run (an import); what is built of it."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from disttrain.config import (
+    Fault,
+    Target,
+    build_nested,
+    build_target,
+    check_arguments,
+    load_config,
+    render_config,
+    resolve_target,
+)
+from disttrain.config.source_search import find_faults
+from disttrain.errors import ConfigError
+
+PLACES = ("folder", "working", "installed")
+
+
+@pytest.fixture
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Path]]:
+    """Three folders, in the order in which modules are looked for; whatever tests import from them is forgotten."""
+    before = set(sys.modules)
+    for name in PLACES:
+        (tmp_path / name).mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path / "installed"))
+    monkeypatch.chdir(tmp_path / "working")
+    yield lambda name: tmp_path / name
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+def by_source(target: str, args: dict[str, Any], folder: Path) -> list[Fault]:
+    """What `check` says, from the source alone."""
+    return find_faults({"data": {"train": {"target": target, "args": args}}}, {}, folder)
+
+
+def by_import(target: str, args: dict[str, Any], folder: Path) -> Any:
+    """What a run builds."""
+    return build_target(Target(target=target, args=args), section="data", folder=folder)
+
+
+@pytest.mark.parametrize(
+    "present", [c for n in (1, 2, 3) for c in itertools.combinations(PLACES, n)], ids=lambda c: "-".join(c)
+)
+def test_the_first_of_folder_working_directory_and_installed_wins_for_check_and_run(
+    places: Callable[[str], Path], present: tuple[str, ...]
+) -> None:
+    # Each place's module takes an argument of its own name: so both say which of them they looked at.
+    for place in present:
+        (places(place) / "placed.py").write_text(f"def make(in_{place}):\n    return in_{place}\n")
+    winner = next(place for place in PLACES if place in present)
+    assert by_source("placed:make", {f"in_{winner}": 5}, places("folder")) == []
+    assert by_import("placed:make", {f"in_{winner}": 5}, places("folder")) == 5
+    for other in set(PLACES) - {winner}:
+        (fault,) = by_source("placed:make", {f"in_{winner}": 5, f"in_{other}": 5}, places("folder"))
+        assert fault.key == f"data.train.args.in_{other}"
+        with pytest.raises(ConfigError, match=f"in_{other}"):
+            by_import("placed:make", {f"in_{winner}": 5, f"in_{other}": 5}, places("folder"))
+
+
+PACKAGE = {
+    "parts/__init__.py": "from .inner import Net as Renamed\nfrom parts.inner import *\nVALUE = 3\n",
+    "parts/inner.py": (
+        "class Net:\n"
+        "    Half = None\n"
+        "    def __init__(self, width, *, depth=1): self.args = (width, depth)\n"
+        "    @classmethod\n"
+        "    def build(cls, width): return cls(width, depth=9)\n"
+        "class Outer:\n"
+        "    class Nested:\n"
+        "        def __init__(self, a=0): self.a = a\n"
+    ),
+}
+
+
+def write_package(folder: Path) -> None:
+    for name, text in PACKAGE.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("target", "args", "expected"),
+    [
+        ("parts.inner:Net", {"width": 2}, (2, 1)),
+        ("parts.inner.Net", {"width": 2, "depth": 3}, (2, 3)),
+        ("parts:Net", {"width": 2}, (2, 1)),
+        ("parts.Renamed", {"width": 2}, (2, 1)),
+        ("parts.inner:Net.build", {"width": 2}, (2, 9)),
+        ("parts.inner.Net.build", {"width": 2}, (2, 9)),
+    ],
+)
+def test_every_way_to_write_a_path_finds_the_same_thing(
+    places: Callable[[str], Path], target: str, args: dict[str, Any], expected: tuple[int, int]
+) -> None:
+    write_package(places("folder"))
+    assert by_source(target, args, places("folder")) == []
+    assert by_import(target, args, places("folder")).args == expected
+
+
+@pytest.mark.parametrize(
+    ("target", "args", "found", "do"),
+    [
+        ("nowhere.inner:Net", {}, "no module 'nowhere.inner'", "mend the path"),
+        ("nowhere.Net", {}, "no module 'nowhere'", "mend the path"),
+        ("parts.iner:Net", {}, "no module 'parts.iner'", "mend the path"),
+        ("parts.inner:Nett", {}, "has no 'Nett'", "did you mean 'Net'?"),
+        ("parts.inner.Nett", {}, "has no 'Nett'", "did you mean 'Net'?"),
+        ("parts.inner:Net", {"widht": 2}, "'widht'", "did you mean 'width'?"),
+        ("parts.Renamed", {"width": 1, "widht": 2}, "'widht'", "did you mean 'width'?"),
+        ("parts.inner:Net", {}, "width", ""),
+    ],
+)
+def test_check_and_run_refuse_the_same_targets(
+    places: Callable[[str], Path], target: str, args: dict[str, Any], found: str, do: str
+) -> None:
+    write_package(places("folder"))
+    (fault,) = by_source(target, args, places("folder"))
+    assert found in fault.found and do in fault.do
+    with pytest.raises(ConfigError) as caught:
+        by_import(target, args, places("folder"))
+    assert found in str(caught.value) and do in str(caught.value)
+
+
+def test_what_is_there_and_cannot_be_called_is_refused_at_import(places: Callable[[str], Path]) -> None:
+    write_package(places("folder"))
+    with pytest.raises(ConfigError, match="a int, which cannot be called"):
+        by_import("parts:VALUE", {}, places("folder"))
+    with pytest.raises(ConfigError, match=r"parts.inner has no 'Nope'"):
+        by_import("parts.inner:Net.Nope", {}, places("folder"))
+
+
+def test_the_source_is_read_and_never_run(places: Callable[[str], Path]) -> None:
+    (places("folder") / "explosive.py").write_text("raise SystemExit('user code ran')\ndef make(a): ...\n")
+    assert by_source("explosive:make", {"a": 1}, places("folder")) == []
+    (places("folder") / "torn.py").write_text("def make(a):\n    return (\n")
+    (fault,) = by_source("torn:make", {"a": 1}, places("folder"))
+    assert "torn.py:2 does not parse" in fault.found
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "globals().update(make=lambda **args: args)",
+        "exec('def make(**args): return args')",
+        "import sys\nsetattr(sys.modules[__name__], 'make', dict)",
+        "def __getattr__(name): return dict",
+        "from collections import *\nfrom builtins import *\nmake = 0\ndel make\ndef __getattr__(name): return dict",
+        "def make(b): return {}\nmake = dict",
+        "from functools import partial\ndef make(b): return {}\nmake = partial(dict, c=1)",
+        "def wrap(f): return dict\n@wrap\ndef make(b): ...",
+        "if True:\n    def make(**args): return args\nelse:\n    def make(b): ...",
+        "try:\n    from nowhere_at_all import make\nexcept ImportError:\n    make = dict",
+        "class M(type):\n  def __call__(cls, **a): return a\nclass make(metaclass=M):\n  def __init__(self, b): ...",
+        "def define():\n    global make\n    make = dict\ndefine()",
+        "class Base:\n    def __init__(self, a): ...\nclass make(Base): ...",
+        "for make in (dict,): pass",
+        "with open(__file__) as make: pass\nmake = dict",
+    ],
+)
+def test_what_the_source_alone_cannot_tell_is_left_to_the_run(places: Callable[[str], Path], source: str) -> None:
+    (places("folder") / "dynamic.py").write_text(source + "\n")
+    assert by_source("dynamic:make", {"a": 1}, places("folder")) == []
+    by_import("dynamic:make", {"a": 1}, places("folder"))
+
+
+def test_names_inside_functions_and_classes_are_no_names_of_the_module(places: Callable[[str], Path]) -> None:
+    source = "def main():\n    Net = 3\nclass Other:\n    Net = 4\nalso = [Net for Net in ()]\n"
+    (places("folder") / "locals_only.py").write_text(source)
+    (fault,) = by_source("locals_only:Net", {}, places("folder"))
+    assert "has no 'Net'" in fault.found and fault.do == "known: Other, also, main"
+
+
+@pytest.mark.parametrize("key", ["weight_decy", "lrr"])
+def test_a_misspelt_argument_of_an_installed_class_is_seen_through_its_packages_reexport(key: str) -> None:
+    values = {"optim": {"target": "torch.optim.AdamW", "args": {"lr": 0.1, key: 0.1}}}
+    (fault,) = find_faults(values, {f"optim.args.{key}": "c.yaml:9"}, Path.cwd())
+    assert (fault.key, fault.where) == (f"optim.args.{key}", "c.yaml:9")
+    assert "did you mean 'weight_decay'?" in fault.do or "did you mean 'lr'?" in fault.do
+    good = {"optim": {"target": "torch.optim.AdamW", "args": {"lr": 0.1, "betas": [0.9, 0.95], "fused": True}}}
+    assert find_faults(good, {}, Path.cwd()) == []
+
+
+def test_reexports_that_go_in_a_circle_are_not_followed_for_ever(places: Callable[[str], Path]) -> None:
+    (places("folder") / "one.py").write_text("from two import make\n")
+    (places("folder") / "two.py").write_text("from one import make\n")
+    (places("folder") / "three.py").write_text("from ..above import make\n")
+    assert by_source("one:make", {"a": 1}, places("folder")) == []
+    assert by_source("three:make", {"a": 1}, places("folder")) == []
+
+
+def test_two_modules_of_one_name_in_one_process_are_never_mixed_up(places: Callable[[str], Path]) -> None:
+    for number, place in enumerate(("folder", "working")):
+        (places(place) / "namesake.py").write_text(f"def make(): return {number}\n")
+    assert by_import("namesake:make", {}, places("folder")) == 0
+    assert by_import("namesake:make", {}, places("folder")) == 0
+    with pytest.raises(ConfigError) as caught:
+        by_import("namesake:make", {}, places("working"))
+    assert f"{places('working')}/namesake.py, but this process has loaded {places('folder')}" in str(caught.value)
+
+
+def test_a_users_module_named_as_one_of_pythons_is_refused_and_not_swapped(places: Callable[[str], Path]) -> None:
+    (places("folder") / "itertools.py").write_text("def make(): ...\n")
+    (places("folder") / "random.py").write_text("def make(): ...\n")
+    with pytest.raises(ConfigError, match=r"random\.py, but this process has loaded"):
+        by_import("random:make", {}, places("folder"))
+
+
+def test_a_short_name_is_our_own_part_in_any_folder(places: Callable[[str], Path]) -> None:
+    import disttrain.optim.schedules as ours
+
+    (places("folder") / "disttrain" / "optim").mkdir(parents=True)
+    for inside in ("disttrain", "disttrain/optim"):
+        (places("folder") / inside / "__init__.py").touch()
+    (places("folder") / "disttrain" / "optim" / "schedules.py").write_text("def cosine(optimizer): ...\n")
+    assert resolve_target("cosine", section="schedule", folder=places("folder")) is ours.cosine
+
+
+def test_what_the_running_script_defines_is_found_by_name() -> None:
+    sys.modules["__main__"].made_for_a_test = lambda: 7  # type: ignore[attr-defined]
+    try:
+        assert resolve_target("__main__:made_for_a_test", section="data", folder=None)() == 7
+        assert by_source("__main__:made_for_a_test", {}, Path.cwd()) == []
+    finally:
+        del sys.modules["__main__"].made_for_a_test  # type: ignore[attr-defined]
+
+
+def test_mappings_with_a_target_are_built_first_wherever_they_stand() -> None:
+    args = {
+        "inner": {"target": "types:SimpleNamespace", "args": {"deep": {"target": "types:SimpleNamespace"}, "x": 1}},
+        "list": [{"target": "builtins:complex", "args": {"real": 2, "imag": 3}}, 4],
+        "plain": {"a": {"target": "fractions:Fraction", "args": {"numerator": 1, "denominator": 3}}},
+        "no_part": {"target": 3, "args": 4, "others": 5},
+    }
+    found = build_target(Target(target="types:SimpleNamespace", args=args), section="model", folder=None)
+    assert found.inner == SimpleNamespace(deep=SimpleNamespace(), x=1)
+    assert found.list == [complex(2, 3), 4]
+    assert float(found.plain["a"]) == 1 / 3
+    assert found.no_part == {"target": 3, "args": 4, "others": 5}
+    assert args["list"][0] == {"target": "builtins:complex", "args": {"real": 2, "imag": 3}}, "the config stays"
+    again = build_nested(args, section="model", folder=None)
+    assert again["inner"] is not found.inner, "each building makes a part of its own"
+
+
+def test_a_nested_fault_is_told_with_the_way_to_it(places: Callable[[str], Path]) -> None:
+    write_package(places("folder"))
+    inner = {"target": "parts.inner:Net", "args": {"width": {"target": "parts.inner:Nett"}, "dpth": 1}}
+    faults = by_source("builtins:dict", {"list": [0, inner]}, places("folder"))
+    assert [fault.key for fault in faults] == [
+        "data.train.args.list.1.args.dpth",
+        "data.train.args.list.1.args.width.target",
+    ]
+
+
+def make_pair(first: int, second: int = 0, *, context: Any = None) -> tuple[int, int, Any]:
+    """A callable that a Python user hands over."""
+    return first, second, context
+
+
+def test_a_callable_is_a_target_from_python() -> None:
+    config = load_config({"schedule": {"target": make_pair, "args": {"first": 1}}})
+    assert config.schedule is not None
+    assert build_target(config.schedule, section="schedule", folder=None) == (1, 0, None)
+    assert find_faults(config.values(), config.sources, config.folder) == []
+    assert f"target: {__name__}:make_pair" in render_config(config)
+    dynamic = type("Dynamic", (), {})  # its name is no name of its module: only the object itself can be trusted
+    config = load_config({"schedule": {"target": dynamic}})
+    assert find_faults(config.values(), config.sources, config.folder) == []
+
+
+def test_what_is_offered_is_passed_where_it_is_asked_for_and_args_win() -> None:
+    target = Target(target=make_pair, args={"first": 1})
+    offered = {"context": "offered", "unwanted": 1}
+    assert build_target(target, section="data", folder=None, offered=offered) == (1, 0, "offered")
+    named = Target(target=make_pair, args={"first": 1, "context": "own"})
+    assert build_target(named, section="data", folder=None, offered=offered) == (1, 0, "own")
+    assert build_target(Target(target=make_pair), 8, section="data", folder=None) == (8, 0, None)
+
+
+@pytest.mark.parametrize(
+    ("args", "found", "do"),
+    [
+        ({"first": 1, "secnd": 2}, "no argument 'secnd'", "did you mean 'second'?"),
+        ({"frist": 1}, "no argument 'frist'", "did you mean 'first'?"),
+        ({}, "first", "it takes (first: "),
+        ({"first": 1, "zzz": 2}, "zzz", "known: context, first, second"),
+        ({"first": "(redacted)"}, "(redacted) for first", "give the value again"),
+        ({"first": 1, "second": {"url": ["x://(redacted)@y"]}}, "(redacted) for second", "give the value again"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_told_before_the_call(args: dict[str, Any], found: str, do: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_arguments(make_pair, (), args, what="data.train.target")
+    assert str(caught.value).startswith("data.train.target is called with its args.")
+    assert found in str(caught.value) and do in str(caught.value)
+    check_arguments(make_pair, (), {"first": 1, "second": 2}, what="")
+
+
+def test_what_the_callable_raises_is_the_users_own_and_comes_through() -> None:
+    with pytest.raises(ZeroDivisionError):
+        args = {"numerator": 1, "denominator": 0}
+        build_target(Target(target="fractions:Fraction", args=args), section="data", folder=None)
