@@ -35,7 +35,7 @@ _SCALARS = (
     | _TEXTS
     | _TRICKY
 )
-_KEYS = _TEXTS | _TRICKY
+_KEYS = (_TEXTS | _TRICKY).filter(lambda key: key != "target")  # which makes its mapping a part to build
 _VALUES = st.recursive(
     _SCALARS,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_KEYS, inner, max_size=3),
