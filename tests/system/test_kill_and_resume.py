@@ -30,7 +30,10 @@ data:
   train:   {target: byte_text, args: {source: text, context: 16}}
   global_batch: 32
   micro_batch: 4
-eval:      {every: 4, micro_batch: 64, sets: {held_out: {target: byte_text, args: {source: text, context: 16, split: eval}}}}
+eval:
+  every: 4
+  micro_batch: 64
+  sets:    {held_out: {target: byte_text, args: {source: text, context: 16, split: eval}}}
 optim:     {target: torch.optim.AdamW, args: {lr: 3.0e-3, weight_decay: 0.1}, clip_norm: 1.0}
 schedule:  {target: cosine, args: {warmup: 4}}
 checkpoint: {every: 4, keep_last: 2}
