@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import faulthandler
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 
@@ -51,15 +52,24 @@ def _tell(error: BaseException, launch: Launch | None) -> int:
         print(f"error (exit {cause.exit_code}): {cause.text}", file=sys.stderr, flush=True)
         return int(cause.exit_code)
     if isinstance(error, DisttrainError):
-        # Before the group exists all ranks find the same: each node's first process says it, and every launch error.
-        if cause is not None or launch is None or launch.local_rank == 0 or isinstance(error, LaunchError):
+        if cause is not None or isinstance(error, LaunchError) or _speaks(launch):
             notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
             print(f"error (exit {error.exit_code}): {error}{notes}", file=sys.stderr, flush=True)
         return error.exit_code
-    if cause is not None or launch is None or launch.local_rank == 0:
+    if cause is not None or _speaks(launch):
         traceback.print_exception(error)
         sys.stderr.flush()
     return 1
+
+
+def _speaks(launch: Launch | None) -> bool:
+    """Before the group exists most faults are found by all ranks alike: each node's first process says it.
+
+    The others wait, and speak where nobody ended them meanwhile: then the fault is theirs alone.
+    """
+    if launch is not None and launch.local_rank > 0:
+        time.sleep(2.0)
+    return True
 
 
 def _train(config: str, overrides: Sequence[str]) -> int:

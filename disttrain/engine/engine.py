@@ -6,6 +6,8 @@ Every public method is collective (all ranks call it, in the same order) unless 
 
 from __future__ import annotations
 
+import atexit
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -19,6 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from disttrain.config import Config, load_config
 from disttrain.data import Batches, MicroBatch, StepBatch, align_batches
 from disttrain.engine import build, snapshot
+from disttrain.engine.buffers import share_buffers
 from disttrain.engine.evaluation import evaluate_set
 from disttrain.engine.record import Record
 from disttrain.engine.snapshot import Parts, Progress
@@ -28,7 +31,7 @@ from disttrain.logs import room_logger
 from disttrain.objective import Objective
 from disttrain.optim.named import MakeOptimizer
 from disttrain.resilience import Interrupts
-from disttrain.runtime.seeds import derive_seed
+from disttrain.runtime.seeds import derive_seed, seed_all
 from disttrain.strategy import Ingredients, Prepared, StepOutcome, StepSums
 from disttrain.strategy.construction import check_same_everywhere
 
@@ -36,7 +39,7 @@ _log = room_logger("engine")
 
 
 class Engine:
-    """Built from a config, a mapping or a path. Use as a context manager, or call `close` at the end.
+    """Built from a config, a mapping or a path. Use as a context manager; without, the script's end finishes the run.
 
     Raises ConfigError, LaunchError before any process group exists; CheckpointError where the folder holds another run.
     """
@@ -57,15 +60,15 @@ class Engine:
         self.progress = Progress()
         self._prepared: dict[str, Prepared] = {}
         self._objectives: dict[str, Objective] = {}
+        self._used: dict[str, Objective] = {}
         self._pending: dict[str, StepSums] = {}
-        self._outcome: StepOutcome | None = None
         self._tracked: dict[str, Any] = {}
         self._total_steps: int | None = self.config.run.steps
-        self._dataset: Any = None
         self._datasets: dict[str, Any] = {}
         self._saved_at = -1
         self._stopped = False
         self._begun = False
+        self._unlogged = False
         self._ended: str | None = None
 
     # ------------------------------------------------------------------ who and where
@@ -163,8 +166,10 @@ class Engine:
     ) -> Iterator[StepBatch]:
         """Lists of this rank's micro-batches, one per optimizer step, on the device; the config's where not given.
 
-        The first call of `next` resumes the run, if there is a checkpoint to resume from: prepare and track before it.
-        A second dataset takes a `name` of its own, under which its position is kept.
+        Endless: `should_stop` ends the loop. The first call of `next` resumes the run, if there is a checkpoint to
+        resume from: prepare and track before it. Each `next` sets torch's, numpy's and Python's generators from (seed,
+        step, this rank's part of the data), so that a script's own draws are the same after a resume. A second dataset
+        takes a `name` of its own, under which its position is kept.
         """
         data = self.config.data
         if dataset is None:
@@ -175,8 +180,7 @@ class Engine:
                     f"batches(name={name!r})", "another dataset under that name", "pass name=, one for each dataset"
                 )
             )
-        self._dataset = dataset
-        sizes = self._batch_sizes(global_batch, micro_batch)
+        sizes = self._batch_sizes(global_batch, micro_batch, dataset)
         settings: dict[str, Any] = {}
         if data is not None:
             settings = {"shuffle": data.shuffle, "last": data.last, "workers": data.workers, "prefetch": data.prefetch}
@@ -202,13 +206,7 @@ class Engine:
         return self._steps(batches, name)
 
     def _steps(self, batches: Batches, name: str) -> Iterator[StepBatch]:
-        if not self._begun:
-            self.resume()
-            self._begun = True
-            if self.was_finished:
-                self.progress.steps = int(self.record.earlier["step"])  # there may be no checkpoint of it to resume
-                return
-            self.record.started(self.progress, self._total_steps, self._prepared)
+        self.resume()
         if name in self.progress.positions:
             batches.load_state_dict(self.progress.positions[name])
         try:
@@ -226,12 +224,23 @@ class Engine:
                 self.progress.positions[name] = step.position
                 self.progress.samples += step.samples
                 self.progress.tokens += step.samples * int(getattr(self._datasets[name], "tokens_per_sample", 0) or 0)
+                seed_all(
+                    derive_seed(self.world.seed, "loop", self.progress.steps, self.world.mesh.part[0]), self.device
+                )
                 yield step
+                if self._unlogged:
+                    raise ConfigError(
+                        explain("The loop takes its next batch.", "engine.step, and no engine.log after it", "call it")
+                    )
         finally:
             batches.close()
 
     def micro_batches(self, batches: Sequence[Any]) -> list[MicroBatch]:
-        """A step's list from batches that a script made itself; ranks that bring fewer replay their last."""
+        """A step's list from batches that a script made itself; ranks that bring fewer replay their last.
+
+        A loop without `batches` calls `resume` before it computes anything.
+        """
+        self.resume()
         counts = self._group.gather_all(len(batches))
         return [to_device(micro, self.device) for micro in align_batches(batches, counts, self.world.mesh.part[0])]
 
@@ -251,9 +260,15 @@ class Engine:
                     "pass make_optimizer to prepare",
                 )
             )
+        if not micro_batches or not all(isinstance(micro, MicroBatch) for micro in micro_batches):
+            found = ", ".join(sorted({type(micro).__name__ for micro in micro_batches})) or "an empty list"
+            do = f"take it from engine.batches(), or pass engine.micro_batches([...]) to accumulate({name!r}, ...)"
+            raise ConfigError(explain("A step's list of micro-batches.", found, do))
         flags = (1.0 if self._interrupts.requested else 0.0,)
+        used = self._objective(name, objective)
         with self._others_frozen(name):
-            sums = self.strategy.accumulate(prepared, micro_batches, self._objective(name, objective), flags)
+            sums = self.strategy.accumulate(prepared, micro_batches, used, flags)
+        self._used[name] = used
         self._stopped = self._stopped or sums.flags[0] > 0
         self._pending[name] = sums if name not in self._pending else self._pending[name].plus(sums)
         return sums
@@ -270,12 +285,14 @@ class Engine:
             raise ConfigError(explain(f"step({name!r})", "nothing accumulated", "call accumulate or backward before"))
         sums = self._pending.pop(name)
         clip = self.config.optim.clip_norm if self.config.optim is not None else None
-        due = self.record.due(self.progress.steps + 1, self._total_steps)
-        outcome = self.strategy.step(prepared, sums, clip_norm=clip, want_norm=due)
+        upcoming = self.progress.steps + 1
+        # Where it will be saved a gradient that is not finite is found before it reaches the weights.
+        want_norm = self.record.due(upcoming, self._total_steps) or self._falls_on("checkpoint", upcoming)
+        outcome = self.strategy.step(prepared, sums, clip_norm=clip, want_norm=want_norm)
         if not outcome.applied:
             self.progress.skipped += 1
-        self._outcome = outcome
-        self.record.stepped(name, sums, outcome, prepared)
+        self.record.stepped(name, sums, outcome, prepared, self._used[name])
+        self._unlogged = True
         return outcome
 
     def log(self, **values: float) -> None:
@@ -284,15 +301,19 @@ class Engine:
         Local, and free of device syncs on steps that are not reported.
         """
         self.progress.steps += 1
-        self.record.ended(self.progress, self._total_steps, values, self._objectives)
+        self._unlogged = False
+        self.record.ended(self.progress, self._total_steps, values)
 
     def due(self, what: str) -> bool:
         """Whether `eval` or `checkpoint` falls on the step that just ended. Local."""
+        return self._falls_on(what, self.progress.steps)
+
+    def _falls_on(self, what: str, step: int) -> bool:
         every = {
             "eval": self.config.eval.every if self.config.eval else None,
             "checkpoint": self.config.checkpoint.every,
         }[what]
-        return bool(every) and self.progress.steps % int(every or 1) == 0
+        return bool(every) and step % int(every or 1) == 0
 
     def should_stop(self) -> bool:
         """Save if a checkpoint is due; True once the run's steps are done or a stop was asked for on any rank."""
@@ -324,8 +345,12 @@ class Engine:
     def evaluate(
         self, sets: Mapping[str, Any] | None = None, *, name: str = "model", objective: Any = None
     ) -> dict[str, float]:
-        """Loss and metrics over each set, every sample counted once; returns and reports `eval/SET/NAME`."""
+        """Loss and metrics over each set, every sample counted once; returns and reports `eval/SET/NAME`.
+
+        With rank 0's buffers on every rank, which keep them.
+        """
         prepared = self._find(name)
+        share_buffers(prepared)
         values: dict[str, float] = {}
         for key, dataset in (sets if sets is not None else self.evaluation_sets()).items():
             found = evaluate_set(
@@ -368,18 +393,34 @@ class Engine:
         return path
 
     def resume(self) -> bool:
-        """Continue from the run's own newest whole checkpoint, else from `checkpoint.resume`'s path; True if it did."""
-        found = self.record.find_checkpoint(self._parts())
-        if found is None:
-            return False
-        self.progress = snapshot.restore(self._parts(), found)
-        self._saved_at = self.progress.steps
-        self.record.resumed(self.progress, found.path)
-        return True
+        """Begin: continue from the run's own newest whole checkpoint, else from `checkpoint.resume`'s path.
+
+        True if there was one. The first batch does it where a script did not; prepare and track before it.
+        """
+        if not self._begun:
+            found = self.record.find_checkpoint(self._parts())
+            if found is not None:
+                self.progress = snapshot.restore(self._parts(), found)
+                self._saved_at = self.progress.steps
+                self.record.resumed(self.progress, found.path)
+            self._begun = True
+            atexit.register(self._leave)
+            if self.was_finished:
+                self.progress.steps = int(self.record.earlier["step"])  # there may be no checkpoint of it to resume
+            else:
+                self.record.started(self.progress, self._total_steps, self._prepared)
+        return self._saved_at >= 0
 
     def load(self, path: str | Path) -> None:
-        """Everything from the newest whole checkpoint of a run's folder, or from one checkpoint."""
-        self.progress = snapshot.restore(self._parts(), self.record.open_checkpoint(self._parts(), Path(path)))
+        """Everything from a run's newest whole checkpoint, or from the one named; before the loop begins."""
+        if self._begun:
+            raise ConfigError(
+                explain(f"load({str(path)!r})", "a loop that has begun", "load before the first batch, in a new Engine")
+            )
+        found = self.record.open_checkpoint(self._parts(), Path(path))
+        self.progress = snapshot.restore(self._parts(), found)
+        if found.path.parent.resolve() == self.record.folder.checkpoints.resolve():
+            self._saved_at = self.progress.steps
 
     def load_weights(self, name: str, path: str | Path) -> None:
         """Only the weights of one model, from a run's folder or a checkpoint."""
@@ -409,6 +450,7 @@ class Engine:
 
     def close(self) -> None:
         """Let go of the process group, signal handlers and files."""
+        atexit.unregister(self._leave)
         self._interrupts.__exit__(None, None, None)
         self.record.close()
         self.strategy.close()
@@ -427,6 +469,10 @@ class Engine:
             self.close()
 
     # ------------------------------------------------------------------ within
+
+    def _leave(self) -> None:
+        """The interpreter ends, and nobody closed this engine: a script without `with`, or one that failed."""
+        self.__exit__(None, getattr(sys, "last_value", None), None)
 
     def _finish_or_fail(self) -> None:
         try:
@@ -449,10 +495,19 @@ class Engine:
             if name not in self._objectives:
                 self._objectives[name] = build.objective_of(self.config)
             return self._objectives[name]
-        if isinstance(objective, Objective):
-            return objective
         known = self._objectives.get(name)
-        return known if known is not None and known.user is objective else Objective(objective)
+        if known is not None and objective in (known, known.user):
+            return known
+        found = objective if isinstance(objective, Objective) else Objective(objective)
+        if found.module is not None and any(parameter.requires_grad for parameter in found.module.parameters()):
+            raise ConfigError(
+                explain(
+                    f"accumulate({name!r}, ...) with an objective that has parameters to train.",
+                    f"{found!r}, which was not prepared with the model: nothing would train them",
+                    f"pass it to prepare({name!r}, ..., objective=...)",
+                )
+            )
+        return found
 
     @contextmanager
     def _others_frozen(self, name: str) -> Iterator[None]:
@@ -464,7 +519,7 @@ class Engine:
             yield
 
     def _train_dataset(self) -> Any:
-        if self._dataset is None:
+        if "train" not in self._datasets:
             if self.config.data is None:
                 raise ConfigError(explain("The config's data.train is needed.", "no section data", "add it"))
             dataset, error = None, None
@@ -473,19 +528,21 @@ class Engine:
             except Exception as caught:  # noqa: BLE001 - told to every rank, then raised as it is
                 error = caught
             self._group.agree(error, "building data.train")
-            self._dataset = dataset
-        return self._dataset
+            self._datasets["train"] = dataset
+        return self._datasets["train"]
 
-    def _batch_sizes(self, global_batch: int | None = None, micro_batch: int | None = None) -> tuple[int, int]:
+    def _batch_sizes(
+        self, global_batch: int | None = None, micro_batch: int | None = None, dataset: Any = None
+    ) -> tuple[int, int]:
+        """Samples of a step and of a micro-batch; the run's length too, where epochs or tokens say it."""
         data, parts = self.config.data, self.world.mesh.part[1]
-        if data is not None and (global_batch is None or self._total_steps is None):
-            dataset = self._train_dataset()
-            if global_batch is None:
-                global_batch = build.samples_of(data.global_batch, dataset=dataset, key="data.global_batch")
+        if data is not None and global_batch is None:
+            dataset = self._train_dataset() if dataset is None else dataset
+            global_batch = build.samples_of(data.global_batch, dataset=dataset, key="data.global_batch")
             if micro_batch is None and data.micro_batch is not None:
                 micro_batch = build.samples_of(data.micro_batch, dataset=dataset, key="data.micro_batch")
-            if self._total_steps is None:
-                self._total_steps = build.total_steps_of(self.config, dataset=dataset, global_batch=global_batch)
+        if self._total_steps is None and dataset is not None:
+            self._total_steps = build.total_steps_of(self.config, dataset=dataset, global_batch=global_batch)
         if global_batch is None:
             raise ConfigError(explain("A global batch.", "none", "pass global_batch= or set data.global_batch"))
         if global_batch < parts:

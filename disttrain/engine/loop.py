@@ -50,4 +50,6 @@ def train(config: Config | Mapping[str, Any] | str | Path, overrides: Any = (), 
 
 
 def _listed(overrides: Any) -> list[Any]:
+    if isinstance(overrides, str):
+        return [overrides]
     return list(overrides.items()) if isinstance(overrides, Mapping) else list(overrides)

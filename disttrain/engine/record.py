@@ -46,7 +46,8 @@ class Record:
         self._main = group.rank == 0
         self._every = config.report.every
         self._measures: dict[str, Any] = {}
-        self._steps: dict[str, tuple[StepSums, StepOutcome, Prepared]] = {}
+        self._steps: dict[str, tuple[StepSums, StepOutcome, Prepared, Objective]] = {}
+        self._first = ""
         self.evaluated_at = -1
         error = None
         earlier: Mapping[str, Any] = {}
@@ -55,13 +56,18 @@ class Record:
                 earlier = self._join()
             except (DisttrainError, OSError) as caught:
                 error = caught
-        group.agree(error, "opening the run's folder")
+        try:
+            group.agree(error, "opening the run's folder")
+        except BaseException:
+            self.folder.unlock()
+            raise
         self.earlier: Mapping[str, Any] = group.broadcast(earlier)
         self._reporter: Reporter | None = None
         self._rate: Rate | None = None
 
     def _join(self) -> Mapping[str, Any]:
-        """Rank 0: make the folder or recognise the run in it; returns the status found there."""
+        """Rank 0: make the folder its own or recognise the run in it; returns the status found there."""
+        self.folder.lock()
         if not self.folder.config.exists():
             return {}
         theirs = self._read_config()
@@ -96,6 +102,7 @@ class Record:
     def started(self, progress: Progress, total_steps: int | None, prepared: Mapping[str, Prepared]) -> None:
         """Write config and status, cut what an unsaved past left in the metrics, start the clock."""
         error = None
+        self._first = next((name for name, one in prepared.items() if one.named), "")
         try:
             if self._main:
                 self._start(progress, total_steps)
@@ -116,7 +123,6 @@ class Record:
         self._rate.start(samples=progress.samples, tokens=progress.tokens, step=progress.steps)
 
     def _start(self, progress: Progress, total_steps: int | None) -> None:
-        self.folder.path.mkdir(parents=True, exist_ok=True)
         remove_stale_staging(self.folder.checkpoints)
         moved = self.folder.trim_metrics(progress.steps)
         self.folder.write_config(render_config(self._config))
@@ -162,30 +168,25 @@ class Record:
         with self._rate.loading():
             yield
 
-    def stepped(self, name: str, sums: StepSums, outcome: StepOutcome, prepared: Prepared) -> None:
-        """Keep what this step may be asked for. Local."""
-        self._steps[name] = (sums, outcome, prepared)
-
-    def ended(
-        self,
-        progress: Progress,
-        total_steps: int | None,
-        values: Mapping[str, float],
-        objectives: Mapping[str, Objective],
+    def stepped(
+        self, name: str, sums: StepSums, outcome: StepOutcome, prepared: Prepared, objective: Objective
     ) -> None:
+        """Keep what this step may be asked for. Local."""
+        self._steps[name] = (sums, outcome, prepared, objective)
+
+    def ended(self, progress: Progress, total_steps: int | None, values: Mapping[str, float]) -> None:
         """End of a step. Local; does nothing but count on steps that are not reported."""
-        assert self._reporter is not None and self._rate is not None, "a step ended before batches() was entered"
+        stepped, self._steps = self._steps, {}
+        if self._reporter is None or self._rate is None:  # the run was finished before
+            return
         self._reporter.advance(progress.steps)
         if not self.due(progress.steps, total_steps):
             return
         line: dict[str, Any] = {"step": progress.steps, "samples": progress.samples, "tokens": progress.tokens}
-        for name, (sums, outcome, prepared) in self._steps.items():
-            # The first prepared model speaks without a prefix, so that a run of one model has plain names.
-            prefix = "" if name == next(iter(self._steps)) else f"{name}/"
-            objective = objectives.get(name)
-            found = {"loss": sums.loss}
-            if objective is not None:
-                found |= objective.summarize(sums.sums, sums.totals, sums.weights)
+        for name, (sums, outcome, prepared, objective) in stepped.items():
+            # The first model that trains speaks without a prefix, so that a run of one model has plain names.
+            prefix = "" if name == self._first else f"{name}/"
+            found = {"loss": sums.loss} | objective.summarize(sums.sums, sums.totals, sums.weights)
             line |= {f"{prefix}{key}": value for key, value in found.items()}
             if prepared.optimizer is not None:
                 line[f"{prefix}lr"] = outcome.lr
@@ -284,3 +285,4 @@ class Record:
         """Let go of files and trackers. Local."""
         if self._reporter is not None:
             self._reporter.close()
+        self.folder.unlock()

@@ -5,13 +5,16 @@ All functions are collective. Raises CheckpointError on every rank where one ran
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from disttrain.checkpoint import Checkpoint, Shard, save_checkpoint
 from disttrain.config import Config
+from disttrain.engine.buffers import share_buffers
 from disttrain.engine.state import (
     optimizer_document,
     refuse_another_run,
@@ -20,7 +23,7 @@ from disttrain.engine.state import (
     tracked_shards,
     tracked_tensor_names,
 )
-from disttrain.errors import CheckpointError, explain
+from disttrain.errors import CheckpointError, DisttrainError, TrainingError, explain
 from disttrain.strategy import AbstractStrategy, Prepared, World
 
 
@@ -52,11 +55,14 @@ def save(parts: Parts, root: Path, progress: Progress) -> Path:
     replica = (group.rank, group.size)
     shards: list[Shard] = []
     users: dict[str, Any] = {}
-    error: CheckpointError | None = None
+    error: DisttrainError | None = None
     document: dict[str, Any] = {}
+    for prepared in parts.prepared.values():
+        share_buffers(prepared)
     try:
         for prepared in parts.prepared.values():
             shards += parts.strategy.shards(prepared)
+            _refuse_non_finite(prepared, shards)
         for name, tracked in parts.tracked.items():
             more, users[name] = tracked_shards(name, tracked, replica)
             shards += more
@@ -68,10 +74,25 @@ def save(parts: Parts, root: Path, progress: Progress) -> Path:
             "user": users,
             "writer": {"strategy": parts.config.strategy.name, "mesh": vars(parts.world.mesh.sizes)},
         }
-    except CheckpointError as caught:
+    except DisttrainError as caught:
         error = caught
     group.agree(error, "collecting the checkpoint")
     return save_checkpoint(root, progress.steps, shards, document, group)
+
+
+def _refuse_non_finite(prepared: Prepared, shards: Sequence[Shard]) -> None:
+    """A checkpoint of weights that are not finite would be the end of every resume."""
+    trained = {f"model/{prepared.name}/{one.name}" for one in prepared.named}
+    for shard in shards:
+        if shard.name in trained and not bool(torch.isfinite(shard.tensor).all()):
+            raise TrainingError(
+                explain(
+                    "The weights that are saved are to be finite.",
+                    f"{shard.name} is not; nothing was saved",
+                    "go on from the checkpoint before: lower the learning rate, clip gradients (optim.clip_norm), "
+                    "or set report.every=1, which looks at every step's gradient before it is applied",
+                )
+            )
 
 
 def restore(parts: Parts, checkpoint: Checkpoint) -> Progress:

@@ -6,9 +6,12 @@ caller sees to it that one process writes. Refuses with CheckpointError, naming 
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import math
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -16,6 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from disttrain.errors import CheckpointError, explain
+from disttrain.logs import room_logger
+
+_log = room_logger("report")
 
 
 class RunFolder:
@@ -32,7 +38,44 @@ class RunFolder:
         self.incidents = self.path / "incidents"
         self.loss_png = self.path / "loss.png"
 
+        self._lock: int | None = None
+
     # ------------------------------------------------------------------ writing
+
+    def lock(self, wait_s: float = 30.0) -> None:
+        """Make the folder, and this process the only one that writes to it, until `unlock` or the process's end.
+
+        Waits for one that is just ending, as after a restart. Raises CheckpointError where another run goes on in it.
+        """
+        file = self.path / ".lock"
+        with _writing(file):
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        deadline = time.monotonic() + wait_s
+        while True:
+            try:
+                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a process's own: a forked worker has no part
+                break
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    _log.warning("%s cannot be locked here (%s): see that one run at a time writes to it", file, error)
+                    break
+                if time.monotonic() >= deadline:
+                    os.close(descriptor)
+                    raise CheckpointError(
+                        explain(
+                            f"{self.path} is written by one run at a time.",
+                            f"another process that holds {file.name}, after waiting {wait_s:.0f} s",
+                            "wait for it or stop it, or set another run.name",
+                        )
+                    ) from None
+            time.sleep(0.2)
+        self._lock = descriptor
+
+    def unlock(self) -> None:
+        """Let others write to the folder. Any number of times."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def append_metrics(self, values: Mapping[str, Any]) -> None:
         """One line in metrics.jsonl. A number that JSON lacks is written as null and named under `nonfinite`."""
