@@ -138,7 +138,7 @@ class Checkpoint:
                 for title, names in [("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen)]
                 if names
             ]
-            do = "use the model and optimizer it was saved from" + ("" if misshapen else ", or load with strict off")
+            do = "use the model and optimizer it was saved from"
             raise CheckpointError(explain(f"{self.path} does not fit what is to be loaded.", "; ".join(found), do))
         return Differences(tuple(missing), tuple(unexpected))
 

@@ -66,8 +66,8 @@ def _context_over_bytes(model: nn.Module, path: str) -> int:
 def evaluate_run(*, path: str, overrides: Sequence[str], as_json: bool) -> None:
     """Every evaluation set of the run's config, alone, to stdout. Writes nothing, to the run least of all."""
     from disttrain.config import load_config
-    from disttrain.engine import Engine
-    from disttrain.engine.loading import config_of, open_newest
+    from disttrain.engine import Engine, build
+    from disttrain.engine.loading import config_of, load_for_evaluation, open_newest
 
     checkpoint = open_newest(path)
     config = config_of(checkpoint)
@@ -76,8 +76,10 @@ def evaluate_run(*, path: str, overrides: Sequence[str], as_json: bool) -> None:
         if config.model is not None:
             alone.append("model.weights=null")  # the checkpoint has them; those it began with may be gone
         with Engine(load_config(config, [*alone, *overrides])) as engine:
-            engine.prepare("model")
-            engine.load(checkpoint.path)
+            # Without an optimizer: the run's own may have come from Python, and none is needed.
+            objective = build.objective_of(engine.config)
+            engine.prepare("model", build.model_factory(engine.config), objective=objective)
+            load_for_evaluation(engine._parts(), "model", checkpoint)
             values = engine.evaluate()
     if not values:
         raise ConfigError(

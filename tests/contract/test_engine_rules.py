@@ -181,7 +181,8 @@ class Poison(nn.Module):
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
     user = user_module()
-    with pytest.raises(TrainingError, match=r"not finite|to be finite"), engine_in(tmp_path, "report.every=9") as engine:
+    finite = pytest.raises(TrainingError, match=r"not finite|to be finite")
+    with finite, engine_in(tmp_path, "report.every=9") as engine:
         engine.prepare("model", Poison, sgd)
         for step in engine.batches(user.Augmented(20), global_batch=5):
             engine.accumulate("model", step, user.squares)
