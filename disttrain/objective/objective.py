@@ -180,7 +180,7 @@ class Objective:
                     "return the same names from both, or one summed total and one weight",
                 )
             )
-        # In weigh's order, which all ranks share: totals and weights are added up by position.
+        # In the order of weigh(batch), whatever the loss names first.
         return {term: read_total(total[term], self._name, f"total[{term!r}]") for term in known}
 
 

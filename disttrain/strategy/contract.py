@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from disttrain.checkpoint import Shard
 from disttrain.data import MicroBatch
+from disttrain.errors import ConfigError, explain
 from disttrain.objective import Objective
 from disttrain.optim.named import MakeOptimizer, MakeSchedule, NamedParameter
 from disttrain.runtime import Device, Group, Mesh, MeshSizes
@@ -46,6 +47,15 @@ class World:
         return torch.autocast(self.device.type, dtype=self.autocast)
 
 
+@dataclass(frozen=True)
+class LoadingNumber:
+    """`tensor` becomes the Python number `state[key]` once it was written into."""
+
+    state: dict[str, Any]
+    key: str
+    tensor: Tensor
+
+
 @dataclass
 class Prepared:
     """One named model, ready to train.
@@ -53,7 +63,8 @@ class Prepared:
     `model` is what users call: their own module, changed in place at most. `named` lists the trainable parameters,
     each tensor once, those of a trainable objective under `objective.`. `wrapped` is the strategy's own.
     `members` names the parameters of each of the optimizer's groups, in the order of both. `updates` counts calls of
-    `step`, skipped ones too: it keys the randomness of micro-batches.
+    `step`, skipped ones too, and `accumulations` those of `accumulate` since the last: they key the randomness of
+    micro-batches. `loading` holds optimizer state that is a Python number while a checkpoint is written into tensors.
     """
 
     name: str
@@ -65,6 +76,8 @@ class Prepared:
     schedule: LRScheduler | None = None
     wrapped: Any = None
     updates: int = 0
+    accumulations: int = 0
+    loading: list[LoadingNumber] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -92,13 +105,23 @@ class StepSums:
         return sum(abs(weight) for weight in self.weights.values())
 
     def plus(self, more: StepSums) -> StepSums:
-        """The sums of two accumulations before one step. Raises ValueError where one was divided already."""
+        """The sums of two accumulations before one step; `sums` that only one of them brings stay as they are.
+
+        Raises ConfigError for a loss of several terms: each was divided by one accumulation's weight already.
+        """
         if set(self.totals) != set(more.totals) or len(self.totals) > 1:
-            raise ValueError("a loss of several terms takes one accumulate before a step")
+            raise ConfigError(
+                explain(
+                    "Two accumulations before one step share one weight, that of their one term.",
+                    f"the terms {', '.join(self.totals)}, then {', '.join(more.totals)}",
+                    "accumulate a loss of several terms once a step, or return one total and one weight",
+                )
+            )
+        shared = set(self.sums) & set(more.sums)
         return StepSums(
             {term: total + more.totals[term] for term, total in self.totals.items()},
             {term: weight + more.weights[term] for term, weight in self.weights.items()},
-            {name: value + more.sums[name] for name, value in self.sums.items()},
+            {**self.sums, **more.sums, **{name: self.sums[name] + more.sums[name] for name in shared}},
             tuple(a + b for a, b in zip(self.flags, more.flags, strict=True)),
             self.denominator + more.denominator,
         )
@@ -174,8 +197,11 @@ class AbstractStrategy(ABC):
             for parameter in trainable:
                 parameter.requires_grad_(True)
 
-    def loaded(self, prepared: Prepared) -> None:  # noqa: B027 - most strategies compute with the very tensors they save
+    def loaded(self, prepared: Prepared) -> None:
         """After this rank's shards were written into: bring up to date whatever is derived from them."""
+        for number in prepared.loading:
+            number.state[number.key] = number.tensor.item()
+        prepared.loading.clear()
 
     @abstractmethod
     def whole(self, prepared: Prepared) -> Iterator[tuple[str, Tensor]]:

@@ -95,21 +95,35 @@ class DeepSpeed(AbstractStrategy):
             engine.set_gradient_accumulation_boundary(last)
             yield
 
-        return run_micro_batches(
-            self.world,
-            prepared,
-            micro_batches,
-            objective,
-            flags,
-            call=lambda objective, batch, context: Loss(*engine(objective, batch, context)),
-            backward=lambda total: engine.backward(total * world_size),
-            communicating=communicating,
-        )
+        with self._added_to_before(prepared):
+            return run_micro_batches(
+                self.world,
+                prepared,
+                micro_batches,
+                objective,
+                flags,
+                call=lambda objective, batch, context: Loss(*engine(objective, batch, context)),
+                backward=lambda total: engine.backward(total * world_size),
+                communicating=communicating,
+            )
+
+    @contextmanager
+    def _added_to_before(self, prepared: Prepared) -> Iterator[None]:
+        """Stages 1 and 2 put an accumulation's gradients in the place of the one's before; stage 3 adds them up."""
+        zero = prepared.wrapped.optimizer
+        if prepared.accumulations == 0 or hasattr(zero, "fp32_partitioned_groups_flat"):
+            yield
+            return
+        before = {group: [part.clone() for part in parts] for group, parts in zero.averaged_gradients.items()}
+        yield
+        for group, parts in before.items():
+            torch._foreach_add_(zero.averaged_gradients[group], parts)
 
     def step(self, prepared: Prepared, sums: StepSums, *, clip_norm: float | None, want_norm: bool) -> StepOutcome:
         engine = prepared.wrapped
         zero = engine.optimizer
         prepared.updates += 1
+        prepared.accumulations = 0
         rate = float(zero.optimizer.param_groups[0]["lr"])
         if sums.weight == 0.0:
             zero.zero_grad()
@@ -142,6 +156,7 @@ class DeepSpeed(AbstractStrategy):
         return partition_shards(prepared, stored, rank=group.rank, size=group.size)
 
     def loaded(self, prepared: Prepared) -> None:
+        super().loaded(prepared)
         if prepared.wrapped is not None:
             spread_loaded(prepared)
 

@@ -2,8 +2,8 @@
 
 Order of wrapping: repeated blocks first, each a group of its own, then the model with all that is left (embeddings,
 heads, tied weights: one group, so that a tie never crosses groups), then the optimizer over the shards.
-0-d parameters, which FSDP2 cannot cut, and those of a trainable objective stay whole on every rank; their gradients are
-added up in one flat all-reduce.
+0-d and empty parameters, which FSDP2 cannot cut, and those of a trainable objective stay whole on every rank; their
+gradients are added up in one flat all-reduce.
 """
 
 from __future__ import annotations
@@ -55,12 +55,15 @@ class FSDP(AbstractStrategy):
 
     def _shard(self, model: nn.Module) -> None:
         mesh = self.world.mesh.device_mesh["shard"]
-        scalars = {parameter for parameter in model.parameters() if parameter.dim() == 0}
+        for parameter in model.parameters():
+            # FSDP2 refuses other layouts (channels_last, a transposed tensor), which change no value.
+            parameter.data = parameter.data.contiguous()
+        uncut = {parameter for parameter in model.parameters() if parameter.dim() == 0 or parameter.numel() == 0}
         blocks = choose_blocks(model, self.options.blocks)
         for _, block in blocks:
-            ignored = scalars & set(block.parameters())
+            ignored = uncut & set(block.parameters())
             fully_shard(block, mesh=mesh, reshard_after_forward=self.options.reshard, ignored_params=ignored or None)
-        root = fully_shard(model, mesh=mesh, reshard_after_forward=False, ignored_params=scalars or None)
+        root = fully_shard(model, mesh=mesh, reshard_after_forward=False, ignored_params=uncut or None)
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 # Not recursive (torch 2.13): missed on one module, the norm is 5-7 % wrong and AdamW hides it.
@@ -90,21 +93,26 @@ class FSDP(AbstractStrategy):
             root.set_is_last_backward(last)
             yield
 
-        sums = run_micro_batches(
-            self.world,
-            prepared,
-            micro_batches,
-            objective,
-            flags,
-            call=lambda objective, batch, context: objective(prepared.model, batch, context),
-            communicating=communicating,
-        )
-        self._reduce_whole(prepared)
-        return sums
+        with self._whole_reduced(prepared):
+            return run_micro_batches(
+                self.world,
+                prepared,
+                micro_batches,
+                objective,
+                flags,
+                call=lambda objective, batch, context: objective(prepared.model, batch, context),
+                communicating=communicating,
+            )
 
-    def _reduce_whole(self, prepared: Prepared) -> None:
-        """Add up the gradients of what is held whole, in one all-reduce."""
+    @contextmanager
+    def _whole_reduced(self, prepared: Prepared) -> Iterator[None]:
+        """Add up the gradients of what is held whole, in one all-reduce. Those of an accumulation before, which are
+        added up already, stand aside meanwhile."""
         whole = [named.parameter for named in prepared.named if not isinstance(named.parameter, DTensor)]
+        before = [parameter.grad for parameter in whole]
+        for parameter in whole:
+            parameter.grad = None
+        yield
         if not whole:
             return
         for parameter in whole:
@@ -117,6 +125,9 @@ class FSDP(AbstractStrategy):
         for gradient in gradients:
             gradient.copy_(flat[at : at + gradient.numel()].view_as(gradient))
             at += gradient.numel()
+        for gradient, earlier in zip(gradients, before, strict=True):
+            if earlier is not None:
+                gradient.add_(earlier)
 
     def step(self, prepared: Prepared, sums: StepSums, *, clip_norm: float | None, want_norm: bool) -> StepOutcome:
         def square(gradients: Gradients) -> Tensor:
@@ -141,6 +152,7 @@ class FSDP(AbstractStrategy):
             free_whole(prepared.model)
 
     def loaded(self, prepared: Prepared) -> None:
+        super().loaded(prepared)
         free_whole(prepared.model)
 
     def shards(self, prepared: Prepared, stored: Mapping[str, Any] | None = None) -> list[Shard]:

@@ -1,8 +1,9 @@
 """Canonical boxes of what torch optimizers and modules hold: replicated tensors whole, DTensors by their local box.
 
 Names are `KIND/OWNER/NAME`: `model/OWNER/blocks.0.weight`, `objective/OWNER/...`, and optimizer state as
-`optim/OWNER/PARAMETER:KEY`. State shaped like its parameter shares its box, scalars are 0-d tensors, anything else is
-opaque: kept by ranks that hold the parameter whole, refused where it is cut.
+`optim/OWNER/PARAMETER:KEY`. State shaped like its parameter shares its box, scalars are 0-d tensors, other tensors are
+opaque: kept by ranks that hold the parameter whole, refused where it is cut. A Python number is a 0-d tensor in the
+file, `KEY:number`, and a number again in the optimizer. Refuses state that is neither tensor nor number.
 """
 
 from __future__ import annotations
@@ -17,9 +18,14 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from disttrain.checkpoint import Box, Shard, whole_shard
 from disttrain.errors import CheckpointError, explain
-from disttrain.strategy.contract import Prepared
+from disttrain.strategy.contract import LoadingNumber, Prepared
 
 Replica = tuple[int, int]
+
+NUMBER = ":number"
+"""Ends the name of state that is a Python number: a 0-d tensor may have the same dtype."""
+
+_DTYPES = {bool: torch.bool, int: torch.int64, float: torch.float64}
 
 
 def replicated_shards(prepared: Prepared, stored: Mapping[str, Any] | None, *, replica: Replica) -> list[Shard]:
@@ -70,6 +76,7 @@ def _tensors(prepared: Prepared, stored: Mapping[str, Any] | None) -> Iterator[t
         state = prepared.optimizer.state[named.parameter]
         if stored is not None:
             _create_state(state, named.parameter, prefix, stored)
+        yield from number_tensors(prepared, state, prefix, stored)
         for key, value in state.items():
             if isinstance(value, Tensor):
                 if isinstance(named.parameter, DTensor) and not isinstance(value, DTensor) and value.dim() > 0:
@@ -87,7 +94,7 @@ def _unique(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _create_state(state: dict[str, Any], parameter: nn.Parameter, prefix: str, stored: Mapping[str, Any]) -> None:
     """Make room for stored state, in the parameter's own layout where the shapes agree."""
     for name, info in stored.items():
-        if not name.startswith(prefix) or name.removeprefix(prefix) in state:
+        if not name.startswith(prefix) or name.endswith(NUMBER) or name.removeprefix(prefix) in state:
             continue
         key = name.removeprefix(prefix)
         if tuple(info.shape) == tuple(parameter.shape) and parameter.dim() > 0:
@@ -99,6 +106,31 @@ def _create_state(state: dict[str, Any], parameter: nn.Parameter, prefix: str, s
             refuse_opaque(name, torch.empty(info.shape, device="meta"))
         else:
             state[key] = torch.zeros(info.shape, dtype=info.dtype, device=parameter.device)
+
+
+def number_tensors(
+    prepared: Prepared, state: dict[str, Any], prefix: str, stored: Mapping[str, Any] | None
+) -> Iterator[tuple[str, Tensor]]:
+    """Name and 0-d tensor of each Python number in an optimizer's state of one parameter: its value, or where the
+    stored one is written to until `AbstractStrategy.loaded`. Raises CheckpointError for what no tensor can hold."""
+    if stored is not None:
+        for name in [name for name in stored if name.startswith(prefix) and name.endswith(NUMBER)]:
+            place = torch.zeros((), dtype=stored[name].dtype)
+            prepared.loading.append(LoadingNumber(state, name.removeprefix(prefix).removesuffix(NUMBER), place))
+            yield name, place
+        return
+    for key, value in state.items():
+        if isinstance(value, Tensor):
+            continue
+        if type(value) not in _DTYPES:
+            raise CheckpointError(
+                explain(
+                    f"Optimizer state {prefix + key!r} is to be saved.",
+                    f"a {type(value).__qualname__}",
+                    "keep tensors and Python numbers in the optimizer's state",
+                )
+            )
+        yield prefix + key + NUMBER, torch.tensor(value, dtype=_DTYPES[type(value)])
 
 
 def refuse_opaque(name: str, tensor: Tensor) -> None:

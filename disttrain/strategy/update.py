@@ -26,6 +26,7 @@ def torch_step(
     if prepared.optimizer is None:
         raise ValueError(f"{prepared.name!r} was prepared without an optimizer: it cannot step")
     prepared.updates += 1
+    prepared.accumulations = 0
     rate = float(prepared.optimizer.param_groups[0]["lr"])
     if sums.weight == 0.0:
         prepared.optimizer.zero_grad(set_to_none=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from disttrain.checkpoint import Box, Shard, flat_range_to_boxes, whole_shard
 from disttrain.strategy.contract import Prepared
-from disttrain.strategy.state import refuse_opaque
+from disttrain.strategy.state import NUMBER, number_tensors, refuse_opaque
 
 
 @dataclass(frozen=True)
@@ -118,11 +118,13 @@ def _optimizer_shards(
     state = zero.optimizer.state[found.flat]
     for name, info in (stored or {}).items():
         key = name.removeprefix(prefix)
-        if name.startswith(prefix) and key not in state:
+        if name.startswith(prefix) and not name.endswith(NUMBER) and key not in state:
             if info.shape and tuple(info.shape) != shape:
                 refuse_opaque(name, torch.empty(info.shape, device="meta"))
             like = found.flat if info.shape else torch.zeros(())
             state[key] = torch.zeros_like(like, dtype=info.dtype, requires_grad=False)
+    for name, number in number_tensors(prepared, state, prefix, stored):
+        yield whole_shard(name, number, (rank, size))
     for key, value in state.items():
         if not isinstance(value, Tensor):
             continue

@@ -1,0 +1,173 @@
+"""Parts that users bring and that are unlike torch's own: optimizers with numbers for state, odd layouts, counters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from contract.engine_runs import QUIET, STRATEGIES, worst
+from torch import Tensor, nn
+from world import run_world
+
+import disttrain
+from disttrain.errors import CheckpointError, ConfigError
+
+SEED, STEPS, RATE = 3, 6, 0.1
+
+
+class OldAdam(torch.optim.Optimizer):
+    """Its step is a Python int, its rate's decay a float, its first step a bool: as before torch 1.12."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": RATE})
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                if not state:
+                    state.update(step=0, decay=1.0, begun=False, mean=torch.zeros_like(parameter))
+                assert (type(state["step"]), type(state["decay"]), type(state["begun"])) == (int, float, bool)
+                assert state["begun"] is (state["step"] > 0)
+                state.update(step=state["step"] + 1, decay=state["decay"] * 0.9, begun=True)
+                state["mean"].mul_(0.9).add_(parameter.grad, alpha=0.1)
+                parameter.add_(state["mean"] / (1 - state["decay"]), alpha=-group["lr"])
+
+
+class Hoarder(OldAdam):
+    def step(self) -> None:  # type: ignore[override]
+        super().step()
+        for state in self.state.values():
+            state["history"] = [1, 2]
+
+
+def net() -> nn.Module:
+    return nn.Linear(4, 1)
+
+
+def batches(step: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return [torch.randn(2, 4, generator=generator) for _ in range(3)]
+
+
+def squares(model: Any, x: Tensor) -> Any:
+    return (model(x) - x.sum(1, keepdim=True)).square().sum(), len(x)
+
+
+def plain(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[float]:
+    """Every step on all three batches at once."""
+    losses = []
+    for step in range(STEPS):
+        total, weight = squares(model, torch.cat(batches(step)))
+        optimizer.zero_grad()
+        (total / weight).backward()
+        optimizer.step()
+        losses.append(total.item() / weight)
+    return losses
+
+
+def train(folder: Path, name: str, make_model: Any, make: Any, stops: Sequence[int]) -> list[float]:
+    """Losses up to each stop; the engine is built anew after it, from the checkpoint that it left."""
+    losses = []
+    for stop in stops:
+        config = {"run": {"name": "strange", "dir": str(folder), "seed": SEED, "steps": STEPS, "timeout_s": 60}}
+        with disttrain.Engine(config, [*QUIET, *STRATEGIES[name]]) as engine:
+            engine.prepare("model", make_model, make)
+            engine.resume()
+            while engine.progress.steps < stop:
+                mine = batches(engine.progress.steps)[engine.rank :: engine.world_size]
+                losses.append(engine.accumulate("model", engine.micro_batches(mine), squares).loss)
+                engine.step("model")
+                engine.log()
+            engine.save()
+    return losses
+
+
+def built(make_model: Any) -> nn.Module:
+    torch.manual_seed(SEED)
+    return make_model()
+
+
+def test_numbers_in_an_optimizers_state_go_on_as_numbers_under_any_strategy(tmp_path: Path) -> None:
+    model = built(net)
+    expected = plain(model, OldAdam(model.parameters()))
+    losses: list[float] = []
+    for stop, (name, size) in enumerate((("ddp", 2), ("zero2", 2), ("fsdp", 3), ("none", 1)), start=1):
+        losses += run_world(size, train, tmp_path, name, net, OldAdam, [stop])[0]
+    assert worst(losses, expected[:4]) < 2e-5  # the order of float32 sums
+
+
+def test_other_state_is_refused_by_name_when_it_is_saved(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"optim/model/weight:history(.|\n)*a list"):
+        train(tmp_path, "none", net, Hoarder, [1])
+
+
+class Odd(nn.Module):
+    """A transposed weight, a kernel in channels_last and an empty parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Conv2d(3, 4, 2).to(memory_format=torch.channels_last)
+        self.mix = nn.Parameter(torch.randn(5, 4).t())
+        self.nothing = nn.Parameter(torch.zeros(0, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        image = x[:, :3, None, None].expand(-1, -1, 2, 2)
+        return (self.kernel(image)[:, :, 0, 0] @ self.mix).mean(1, keepdim=True) + self.nothing.sum()
+
+
+def sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
+
+
+def test_fsdp_takes_parameters_of_any_layout_and_size(tmp_path: Path) -> None:
+    model = built(Odd)
+    expected = plain(model, sgd(model.parameters()))
+    found = run_world(3, train, tmp_path, "fsdp", Odd, sgd, [2, STEPS])[0]
+    assert worst(found, expected) < 2e-5  # the order of float32 sums
+
+
+def test_sparse_gradients_are_refused_in_words(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Flatten(0), nn.Embedding(3, 1, sparse=True), nn.Unflatten(0, (-1, 4)))
+
+    def objective(model: Any, x: Tensor) -> Any:
+        return model((x > 0).long()).sum(), len(x)
+
+    config = {"run": {"name": "sparse", "dir": str(tmp_path), "steps": 1}, "strategy": {"name": "none"}}
+    with disttrain.Engine(config, QUIET) as engine:
+        engine.prepare("model", make, sgd)
+        engine.accumulate("model", engine.micro_batches(batches(0)), objective)
+        with pytest.raises(ConfigError, match=r"a sparse gradient of '1.weight' of 'model'"):
+            engine.step("model")
+
+
+class Counting(nn.Module):
+    """Trained, and counts in a buffer how many batches it saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.offset = nn.Parameter(torch.zeros(1))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, model: Any, x: Tensor) -> Any:
+        self.seen += 1
+        return (model(x) + self.offset).square().sum(), len(x)
+
+
+def count(folder: Path) -> int:
+    config = {"run": {"name": "count", "dir": str(folder), "seed": SEED, "steps": 1}, "strategy": {"name": "ddp"}}
+    objective = Counting()
+    with disttrain.Engine(config, QUIET) as engine:
+        engine.prepare("model", net, sgd, objective=objective)
+        mine = batches(0)[engine.rank :: engine.world_size]
+        engine.accumulate("model", engine.micro_batches(mine), objective)
+        return int(objective.seen)
+
+
+def test_a_replay_leaves_no_trace_in_the_trained_objective(tmp_path: Path) -> None:
+    assert run_world(2, count, tmp_path) == [2, 1]  # three batches: the second rank replays one
