@@ -13,7 +13,8 @@ from disttrain.data import EvaluationBatches
 from disttrain.engine.transfer import to_device
 from disttrain.objective import Objective
 from disttrain.strategy import Prepared, World
-from disttrain.strategy.arithmetic import Ledger, seed_micro_batch
+from disttrain.strategy.arithmetic import seed_micro_batch
+from disttrain.strategy.ledger import Ledger
 
 
 def evaluate_set(
@@ -24,13 +25,14 @@ def evaluate_set(
     batches = EvaluationBatches(
         dataset, seed=world.seed, micro_batch=micro_batch, part=world.mesh.part, collate=collate
     )
+    prepared.trail.begin()
     with torch.no_grad(), evaluating(prepared.model, prepared.objective):
         for micro in batches:
             context = seed_micro_batch(world, prepared, micro, training=False)
             with world.computing():
                 loss = objective(prepared.model, to_device(micro, world.device).batch, context)
             ledger.add(loss, real=micro.real)
-    sums = ledger.reduce()
+    sums = ledger.reduce(trail=prepared.trail)
     return {"loss": sums.loss} | objective.summarize(sums.sums, sums.totals, sums.weights)
 
 

@@ -8,13 +8,10 @@ Refuses losses that are not finite, before they can reach a weight.
 from __future__ import annotations
 
 import math
-import random
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -22,15 +19,13 @@ from torch import Tensor
 from disttrain.data import MicroBatch
 from disttrain.errors import ConfigError, TrainingError, explain
 from disttrain.objective import Context, Loss, Objective
-from disttrain.runtime.seeds import derive_seed, seed_torch
+from disttrain.runtime.seeds import derive_seed, seed_all
 from disttrain.strategy.contract import Prepared, StepSums, World
+from disttrain.strategy.ledger import Ledger
 
-Call = Callable[[Objective, Any, Context], Loss]
+Wrapper = Callable[[Objective, Any, Context], tuple[Any, Any, Any]]
 Backward = Callable[[Tensor], None]
 Last = Callable[[bool], AbstractContextManager[Any]]
-
-_ROOM = 64
-"""Numbers in the step's one all-reduce, whatever the objective returns: enough for most, and no slower than one."""
 
 
 def run_micro_batches(
@@ -40,18 +35,23 @@ def run_micro_batches(
     objective: Objective,
     flags: Sequence[float],
     *,
-    call: Call,
+    through: Wrapper | None = None,
     backward: Backward = Tensor.backward,
     communicating: Last = lambda last: nullcontext(),
 ) -> StepSums:
-    """The plain loop. `call` runs the forward, `communicating(last)` surrounds forward and backward of each."""
+    """The plain loop. The forward runs `through` a wrapper of `ObjectiveCall`, or else the objective on the model;
+    `communicating(last)` surrounds forward and backward of each micro-batch."""
     denominators = _agree_on_weights(world, micro_batches, objective)
+    prepared.trail.begin()
     ledger = Ledger(world.device)
     for place, micro in enumerate(micro_batches):
         context = seed_micro_batch(world, prepared, micro)
         with communicating(place == len(micro_batches) - 1), _replay(prepared, micro.real):
             with world.computing():
-                loss = call(objective, micro.batch, context)
+                if through is None:
+                    loss = objective(prepared.model, micro.batch, context)
+                else:
+                    loss = Loss(*through(objective, micro.batch, context))
             total = _one_total(loss, denominators)
             if not total.requires_grad:
                 raise TrainingError(
@@ -64,7 +64,7 @@ def run_micro_batches(
             backward(total if micro.real else total * 0.0)
         ledger.add(loss, real=micro.real)
     prepared.accumulations += 1
-    sums = ledger.reduce(flags, divided=denominators is not None)
+    sums = ledger.reduce(flags, divided=denominators is not None, trail=prepared.trail)
     if not all(math.isfinite(number) for number in (*sums.totals.values(), *sums.weights.values())):
         refuse_non_finite(f"totals {dict(sums.totals)} over weights {dict(sums.weights)}")
     if min(sums.weights.values()) < 0.0:
@@ -83,9 +83,7 @@ def seed_micro_batch(world: World, prepared: Prepared, micro: MicroBatch, *, tra
     dropout is then equal at any world size. A step's second accumulation draws anew. Local."""
     again = (prepared.accumulations,) if training and prepared.accumulations else ()
     key = derive_seed(world.seed, "step" if training else "eval", prepared.name, prepared.updates, micro.index, *again)
-    seed_torch(key, world.device)
-    np.random.seed(key % 2**32)  # as LayerDrop draws; 6 microseconds measured, with Python's
-    random.seed(key)
+    seed_all(key, world.device)
     return Context(
         step=prepared.updates,
         training=training,
@@ -129,90 +127,6 @@ def _replay(prepared: Prepared, real: bool) -> Iterator[None]:
     with torch.no_grad():
         for buffer, value in kept:
             buffer.copy_(value)
-
-
-class Ledger:
-    """Adds up one rank's real micro-batches, then all ranks' by name, in one all-reduce of one float64 vector."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._totals: dict[str, Tensor] = {}
-        self._weights: dict[str, Tensor] = {}
-        self._sums: dict[str, Tensor] = {}
-
-    def add(self, loss: Loss, *, real: bool) -> None:
-        for into, values in ((self._totals, loss.totals), (self._weights, loss.weights), (self._sums, loss.sums)):
-            for name, value in values.items():
-                kept = (
-                    value.detach() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
-                ).double()
-                kept = kept if real else torch.zeros_like(kept)
-                into[name] = into[name] + kept if name in into else kept
-
-    def reduce(self, flags: Sequence[float] = (), *, divided: bool = False) -> StepSums:
-        """Collective: all ranks' sums, by name. Raises TrainingError on every rank where their names differ."""
-        totals, weights, sums = (dict(sorted(group.items())) for group in (self._totals, self._weights, self._sums))
-        layout = Layout(len(flags), (*totals,), (*weights,), tuple((name, (*sums[name].shape,)) for name in sums))
-        numbers = iter(_add_up(layout, flags, [*totals.values(), *weights.values(), *sums.values()], self._device))
-        raised = tuple(next(numbers) for _ in flags)
-        total = {name: next(numbers) for name in totals}
-        weight = {name: next(numbers) for name in weights}
-        own = {
-            name: torch.tensor([next(numbers) for _ in range(value.numel())], dtype=torch.float64).reshape(value.shape)
-            for name, value in sums.items()
-        }
-        return StepSums(total, weight, own, raised, 1.0 if divided else next(iter(weight.values())))
-
-
-class Layout(NamedTuple):
-    """What a rank's numbers are, in their order: flags, totals and weights by term, sums by name and shape."""
-
-    flags: int
-    totals: tuple[str, ...]
-    weights: tuple[str, ...]
-    sums: tuple[tuple[str, tuple[int, ...]], ...]
-
-
-def _add_up(layout: Layout, flags: Sequence[float], values: Sequence[Tensor], device: torch.device) -> list[float]:
-    """Every rank's flags and values added up, flat, in one all-reduce of `_ROOM` numbers; what does not fit takes a
-    second. Ranks of other layouts meet in it too, and raise TrainingError together.
-
-    The first two numbers are a digest d of the layout and its square: n * sum(d^2) = (sum d)^2 only where all n agree
-    (Cauchy-Schwarz). 20 bits keep both sums exact in float64 for up to 8192 ranks.
-    """
-    digest = zlib.crc32(repr(layout).encode()) >> 12
-    head = torch.tensor([digest, digest**2, *flags], dtype=torch.float64, device=device)
-    flat = torch.cat([head, *(value.to(device).reshape(-1) for value in values)])
-    sent = min(flat.numel(), _ROOM)
-    vector = torch.cat([flat[:sent], flat.new_zeros(_ROOM - sent)])
-    dist.all_reduce(vector)
-    numbers: list[float] = vector.tolist()
-    if dist.get_world_size() * int(numbers[1]) != int(numbers[0]) ** 2:
-        _refuse_other_layouts(layout)
-    if flat.numel() > _ROOM:
-        rest = flat[_ROOM:]
-        dist.all_reduce(rest)
-        numbers += rest.tolist()
-    return numbers[2 : flat.numel()]
-
-
-def _refuse_other_layouts(layout: Layout) -> None:
-    """Collective: raise TrainingError on every rank where two ranks' numbers differ in name or shape."""
-    layouts: list[Layout] = [layout] * dist.get_world_size()
-    dist.all_gather_object(layouts, layout)
-    for rank, other in enumerate(layouts):
-        if other != layouts[0]:
-            told = [
-                ", ".join([*one.weights, *(f"{name} {list(shape)}" for name, shape in one.sums)])
-                for one in (layouts[0], other)
-            ]
-            raise TrainingError(
-                explain(
-                    "The objective is to return the same terms and sums, of the same shapes, on every rank.",
-                    f"{told[0]} on rank 0, and {told[1]} on rank {rank}",
-                    "return every term and sum for every batch, with zeros where there is nothing to add",
-                )
-            )
 
 
 def refuse_non_finite(found: str) -> None:

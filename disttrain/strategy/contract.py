@@ -25,6 +25,7 @@ from disttrain.errors import ConfigError, explain
 from disttrain.objective import Objective
 from disttrain.optim.named import MakeOptimizer, MakeSchedule, NamedParameter
 from disttrain.runtime import Device, Group, Mesh, MeshSizes
+from disttrain.strategy.trail import Trail
 
 MakeModel = Callable[[], nn.Module]
 
@@ -65,6 +66,7 @@ class Prepared:
     `members` names the parameters of each of the optimizer's groups, in the order of both. `updates` counts calls of
     `step`, skipped ones too, and `accumulations` those of `accumulate` since the last: they key the randomness of
     micro-batches. `loading` holds optimizer state that is a Python number while a checkpoint is written into tensors.
+    `trail` is this rank's way through an accumulation or an evaluation.
     """
 
     name: str
@@ -78,6 +80,7 @@ class Prepared:
     updates: int = 0
     accumulations: int = 0
     loading: list[LoadingNumber] = field(default_factory=list)
+    trail: Trail = field(default_factory=Trail)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from disttrain.checkpoint import Shard
 from disttrain.data import MicroBatch
-from disttrain.objective import Loss, Objective
+from disttrain.objective import Objective
 from disttrain.strategy.arithmetic import run_micro_batches
 from disttrain.strategy.call import ObjectiveCall
 from disttrain.strategy.construction import build_on_host, equip, name_parameters
@@ -57,15 +57,8 @@ class DDP(AbstractStrategy):
         def communicating(last: bool) -> AbstractContextManager[Any]:
             return nullcontext() if last else ddp.no_sync()
 
-        return run_micro_batches(
-            self.world,
-            prepared,
-            micro_batches,
-            objective,
-            flags,
-            call=lambda objective, batch, context: Loss(*ddp(objective, batch, context)),
-            communicating=communicating,
-        )
+        step = self.world, prepared, micro_batches, objective, flags
+        return run_micro_batches(*step, through=ddp, communicating=communicating)
 
     def step(self, prepared: Prepared, sums: StepSums, *, clip_norm: float | None, want_norm: bool) -> StepOutcome:
         # DDP divides by the world size; the sum is what the arithmetic wants.

@@ -23,13 +23,14 @@ from torch import Tensor, nn
 from disttrain.checkpoint import Shard
 from disttrain.data import MicroBatch
 from disttrain.errors import ConfigError, explain
-from disttrain.objective import Loss, Objective
+from disttrain.objective import Objective
 from disttrain.optim.elementwise import is_elementwise
 from disttrain.runtime import Device, MeshSizes, export_for_libraries, read_launch
 from disttrain.strategy.arithmetic import refuse_non_finite, run_micro_batches
 from disttrain.strategy.call import ObjectiveCall
 from disttrain.strategy.construction import build_on_host, equip, name_parameters
 from disttrain.strategy.contract import AbstractStrategy, Ingredients, Prepared, StepOutcome, StepSums, World
+from disttrain.strategy.reached import agree_on_reached
 from disttrain.strategy.state import replicated_shards
 from disttrain.strategy.zero_partitions import partition_shards, spread_loaded
 
@@ -95,17 +96,14 @@ class DeepSpeed(AbstractStrategy):
             engine.set_gradient_accumulation_boundary(last)
             yield
 
+        def backward(total: Tensor) -> None:
+            if world_size > 1:
+                agree_on_reached(total, prepared.named)
+            engine.backward(total * world_size)
+
+        step = self.world, prepared, micro_batches, objective, flags
         with self._added_to_before(prepared):
-            return run_micro_batches(
-                self.world,
-                prepared,
-                micro_batches,
-                objective,
-                flags,
-                call=lambda objective, batch, context: Loss(*engine(objective, batch, context)),
-                backward=lambda total: engine.backward(total * world_size),
-                communicating=communicating,
-            )
+            return run_micro_batches(*step, through=engine, backward=backward, communicating=communicating)
 
     @contextmanager
     def _added_to_before(self, prepared: Prepared) -> Iterator[None]:
@@ -229,4 +227,7 @@ def _import_deepspeed(device: torch.device) -> Any:
             )
         ) from error
     importlib.import_module("deepspeed.utils.logging").logger.setLevel(logging.WARNING)
+    # No op is compiled at first use: the one that would be serves inference on a CPU only, takes a compiler, up to a
+    # minute, and a lock file for whose removal every later run waits if a kill leaves it behind.
+    vars(importlib.import_module("deepspeed.ops")).setdefault("__compatible_ops__", {})
     return module

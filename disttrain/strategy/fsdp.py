@@ -43,17 +43,21 @@ class FSDP(AbstractStrategy):
         if says_how(ingredients.make_model):
             model = build_model(ingredients.make_model, seed=self.world.seed, meta=True)
             cast(model, self.world.dtype)
-            self._shard(model)
+            blocks = self._shard(model)
             self._fill(model)
         else:
             model = build_on_host(self.world, ingredients)
-            self._shard(model)
+            blocks = self._shard(model)
             model.to(self.world.device)
         prepared = Prepared(ingredients.name, model, ingredients.objective)
         equip(prepared, ingredients, name_parameters(model, ingredients.objective))
+        for name, block in blocks:
+            # Blocks are gathered when they are called: a rank that calls another one would get a mixture of both.
+            block.register_forward_pre_hook(lambda module, args, name=name: prepared.trail.note(name))
         return prepared
 
-    def _shard(self, model: nn.Module) -> None:
+    def _shard(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        """Shard in place; returns the blocks that became groups of their own."""
         mesh = self.world.mesh.device_mesh["shard"]
         for parameter in model.parameters():
             # FSDP2 refuses other layouts (channels_last, a transposed tensor), which change no value.
@@ -73,6 +77,7 @@ class FSDP(AbstractStrategy):
         if hasattr(root, "set_reduce_scatter_unused_params"):
             root.set_reduce_scatter_unused_params(True)
         _log.info("fsdp: %d block(s) sharded each on its own, the rest as one group", len(blocks))
+        return blocks
 
     def _fill(self, model: nn.Module) -> None:
         """Shard by shard: a rank holds one whole tensor at a time, and keeps its own part of it."""
@@ -94,15 +99,7 @@ class FSDP(AbstractStrategy):
             yield
 
         with self._whole_reduced(prepared):
-            return run_micro_batches(
-                self.world,
-                prepared,
-                micro_batches,
-                objective,
-                flags,
-                call=lambda objective, batch, context: objective(prepared.model, batch, context),
-                communicating=communicating,
-            )
+            return run_micro_batches(self.world, prepared, micro_batches, objective, flags, communicating=communicating)
 
     @contextmanager
     def _whole_reduced(self, prepared: Prepared) -> Iterator[None]:

@@ -43,14 +43,7 @@ class NoStrategy(AbstractStrategy):
     def accumulate(
         self, prepared: Prepared, micro_batches: Sequence[MicroBatch], objective: Objective, flags: Sequence[float] = ()
     ) -> StepSums:
-        return run_micro_batches(
-            self.world,
-            prepared,
-            micro_batches,
-            objective,
-            flags,
-            call=lambda objective, batch, context: objective(prepared.model, batch, context),
-        )
+        return run_micro_batches(self.world, prepared, micro_batches, objective, flags)
 
     def step(self, prepared: Prepared, sums: StepSums, *, clip_norm: float | None, want_norm: bool) -> StepOutcome:
         return torch_step(prepared, sums, clip_norm=clip_norm, want_norm=want_norm)

@@ -1,0 +1,52 @@
+"""Which parameters a backward will reach, read from its graph before it runs, and whether that is so on all ranks.
+
+DeepSpeed reduces gradients in the order in which they come, bucket by bucket: ranks that reach other parameters hang,
+abort in C++, or add up one parameter's gradient with another's.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from disttrain.errors import TrainingError
+from disttrain.optim.named import NamedParameter
+from disttrain.strategy.trail import other_trails
+
+
+def agree_on_reached(total: Tensor, named: Sequence[NamedParameter]) -> None:
+    """Collective, one small all-reduce. Raises TrainingError on every rank where they reach other parameters."""
+    found = reached(total)
+    names = [one.name for one in named if id(one.parameter) in found]
+    digest = zlib.crc32(repr(names).encode())
+    ends = torch.tensor([digest, -digest])  # on the host: the device is not waited for
+    dist.all_reduce(ends, dist.ReduceOp.MAX)
+    if ends[0] == -ends[1]:
+        return
+    everyone: list[list[str]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(everyone, names)
+    rank = next(rank for rank, other in enumerate(everyone) if other != everyone[0])
+    raise TrainingError(other_trails(everyone[0], rank, everyone[rank]))
+
+
+def reached(total: Tensor) -> set[int]:
+    """The `id` of every leaf that a backward from `total` accumulates into. Local; a walk over the graph's nodes."""
+    leaves: set[int] = set()
+    stack = [total.grad_fn]
+    visited = set(stack)
+    while stack:
+        node = stack.pop()
+        if node is None:
+            continue
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            leaves.add(id(variable))
+        for following, _ in node.next_functions:
+            if following not in visited:
+                visited.add(following)
+                stack.append(following)
+    return leaves
