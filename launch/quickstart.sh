@@ -6,6 +6,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/environment.sh
 make_environment all
 
+checked=$(disttrain check configs/quickstart.yaml "$@" --json) || { disttrain check configs/quickstart.yaml "$@"; exit 2; }
+run=$(python -c 'import json, sys; run = json.load(sys.stdin)["config"]["run"]; print(run["dir"] + "/" + run["name"])' <<<"$checked")
 bash launch/torchrun.sh configs/quickstart.yaml "$@"
-disttrain report runs/quickstart
-disttrain sample runs/quickstart
+disttrain report "$run"
+disttrain sample "$run"
+echo "the curve as a picture: $run/loss.png"

@@ -50,12 +50,13 @@ def _context_over_bytes(model: nn.Module, path: str) -> int:
     """How much the model reads at once. Raises ConfigError for one that is no language model over bytes."""
     import torch
 
+    from disttrain.model import logits_of
+
     found = f"a {type(model).__qualname__}, which does not say its context"
     context = getattr(model, "context", None)
     if isinstance(context, int):
         with torch.no_grad():
-            output = model(torch.zeros(1, 1, dtype=torch.int64))
-        vocab = getattr(output, "logits", output).shape[-1]
+            vocab = logits_of(model(torch.zeros(1, 1, dtype=torch.int64))).shape[-1]
         if vocab == _BYTES:
             return context
         found = f"a {type(model).__qualname__} over {vocab} tokens, which only its tokenizer can turn into text"
@@ -67,7 +68,7 @@ def evaluate_run(*, path: str, overrides: Sequence[str], as_json: bool) -> None:
     """Every evaluation set of the run's config, alone, to stdout. Writes nothing, to the run least of all."""
     from disttrain.config import load_config
     from disttrain.engine import Engine, build
-    from disttrain.engine.loading import config_of, load_for_evaluation, open_newest
+    from disttrain.engine.loading import config_of, open_newest
 
     checkpoint = open_newest(path)
     config = config_of(checkpoint)
@@ -79,7 +80,7 @@ def evaluate_run(*, path: str, overrides: Sequence[str], as_json: bool) -> None:
             # Without an optimizer: the run's own may have come from Python, and none is needed.
             objective = build.objective_of(engine.config)
             engine.prepare("model", build.model_factory(engine.config), objective=objective)
-            load_for_evaluation(engine._parts(), "model", checkpoint)
+            engine.load_for_evaluation("model", checkpoint.path)
             values = engine.evaluate()
     if not values:
         raise ConfigError(

@@ -1,6 +1,6 @@
 """Data: order, plan, fetching, positions. Knows parts, not ranks. Enters: strategy (micro-batches), engine."""
 
-from disttrain.data.batches import Batches
+from disttrain.data.batches import Batches, is_lost_worker, lost_worker
 from disttrain.data.byte_text import ByteText
 from disttrain.data.evaluation import EvaluationBatches
 from disttrain.data.order import Order
@@ -14,5 +14,7 @@ __all__ = [
     "Order",
     "StepBatch",
     "align_batches",
+    "is_lost_worker",
+    "lost_worker",
     "plan_step",
 ]

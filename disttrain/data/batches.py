@@ -241,19 +241,31 @@ def _next(fetched: Iterator[Any], name: str) -> Any:
     try:
         found = next(fetched)
     except RuntimeError as error:
-        # What user code raises in a worker comes through as "Caught ... in DataLoader worker process N", and is theirs.
-        if not str(error).startswith("DataLoader worker (pid"):
+        if not is_lost_worker(error):
             raise
-        raise DataError(
-            explain(
-                f"data.workers processes fetch the items of {name}.",
-                str(error).split("\n")[0],
-                "see what killed it (memory, a crash in user code), or set data.workers=0 to see its error here",
-            )
-        ) from error
+        raise lost_worker(error, name) from error
     if isinstance(found, DataError):
         raise found
     return found
+
+
+def is_lost_worker(error: BaseException) -> bool:
+    """Whether a data worker died, which torch raises from a signal handler in whatever code runs just then. Pure.
+
+    What user code raises in a worker comes through as "Caught ... in DataLoader worker process N", and is theirs.
+    """
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
+
+
+def lost_worker(error: BaseException, name: str = "the data") -> DataError:
+    """What to tell of it; `name` is the dataset's, where that is known. Pure."""
+    return DataError(
+        explain(
+            f"data.workers processes fetch the items of {name}.",
+            str(error).split("\n")[0],
+            "see what killed it (memory, a crash in user code), or set data.workers=0 to see its error here",
+        )
+    )
 
 
 def _end_workers(fetched: Iterator[Any]) -> None:

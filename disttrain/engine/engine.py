@@ -22,20 +22,18 @@ from disttrain.config import Config, load_config
 from disttrain.data import Batches, MicroBatch, StepBatch, align_batches
 from disttrain.engine import build, snapshot
 from disttrain.engine.buffers import share_buffers
+from disttrain.engine.datasets import Datasets
 from disttrain.engine.evaluation import evaluate_set
 from disttrain.engine.record import Record
 from disttrain.engine.snapshot import Parts, Progress
 from disttrain.engine.transfer import to_device
 from disttrain.errors import ConfigError, explain
-from disttrain.logs import room_logger
 from disttrain.objective import Objective
 from disttrain.optim.named import MakeOptimizer
 from disttrain.resilience import Interrupts
 from disttrain.runtime.seeds import derive_seed, seed_all
 from disttrain.strategy import Ingredients, Prepared, StepOutcome, StepSums
 from disttrain.strategy.construction import check_same_everywhere
-
-_log = room_logger("engine")
 
 
 class Engine:
@@ -63,8 +61,7 @@ class Engine:
         self._used: dict[str, Objective] = {}
         self._pending: dict[str, StepSums] = {}
         self._tracked: dict[str, Any] = {}
-        self._total_steps: int | None = self.config.run.steps
-        self._datasets: dict[str, Any] = {}
+        self._datasets = Datasets(self.config, self.world)
         self._saved_at = -1
         self._stopped = False
         self._begun = False
@@ -96,7 +93,7 @@ class Engine:
     @property
     def total_steps(self) -> int | None:
         """Optimizer steps of the whole run, None where an own loop decides. Local."""
-        return self._total_steps
+        return self._datasets.total_steps
 
     # ------------------------------------------------------------------ parts
 
@@ -130,12 +127,12 @@ class Engine:
 
     def _configured(self, name: str, objective: Any) -> Ingredients:
         config = self.config
-        self._batch_sizes()
+        self._datasets.train()  # says how long the run is, where epochs or tokens do
         make_schedule = None
         if config.schedule is not None:
-            if self._total_steps is None:
+            if self.total_steps is None:
                 raise ConfigError(explain("A schedule needs to know the run's steps.", "none", "set run.steps"))
-            make_schedule = build.schedule_factory_of(config, self._total_steps)
+            make_schedule = build.schedule_factory_of(config, self.total_steps)
         return Ingredients(
             name,
             build.model_factory(config),
@@ -171,38 +168,7 @@ class Engine:
         step, this rank's part of the data), so that a script's own draws are the same after a resume. A second dataset
         takes a `name` of its own, under which its position is kept.
         """
-        data = self.config.data
-        if dataset is None:
-            dataset = self._train_dataset()
-        if self._datasets.setdefault(name, dataset) is not dataset:
-            raise ConfigError(
-                explain(
-                    f"batches(name={name!r})", "another dataset under that name", "pass name=, one for each dataset"
-                )
-            )
-        sizes = self._batch_sizes(global_batch, micro_batch, dataset)
-        settings: dict[str, Any] = {}
-        if data is not None:
-            settings = {"shuffle": data.shuffle, "last": data.last, "workers": data.workers, "prefetch": data.prefetch}
-            settings["on_resume"] = data.on_resume
-            if data.collate is not None:
-                settings["collate"] = build.build_callable(data.collate, "data", self.config.folder, takes=1)
-        settings |= options
-        batches, error = None, None
-        try:
-            batches = Batches(
-                dataset,
-                seed=self.config.run.seed,
-                global_batch=sizes[0],
-                micro_batch=sizes[1],
-                part=self.world.mesh.part,
-                agree=self._group.minimum,
-                **settings,
-            )
-        except Exception as caught:  # noqa: BLE001 - told to every rank, then raised as it is
-            error = caught
-        self._group.agree(error, "preparing the data")
-        assert batches is not None
+        batches = self._datasets.batches(name, dataset, global_batch, micro_batch, options)
         return self._steps(batches, name)
 
     def _steps(self, batches: Batches, name: str) -> Iterator[StepBatch]:
@@ -223,7 +189,7 @@ class Engine:
                     step[place] = to_device(micro, self.device)
                 self.progress.positions[name] = step.position
                 self.progress.samples += step.samples
-                self.progress.tokens += step.samples * int(getattr(self._datasets[name], "tokens_per_sample", 0) or 0)
+                self.progress.tokens += step.samples * self._datasets.tokens_per_sample(name)
                 seed_all(
                     derive_seed(self.world.seed, "loop", self.progress.steps, self.world.mesh.part[0]), self.device
                 )
@@ -287,7 +253,7 @@ class Engine:
         clip = self.config.optim.clip_norm if self.config.optim is not None else None
         upcoming = self.progress.steps + 1
         # Where it will be saved a gradient that is not finite is found before it reaches the weights.
-        want_norm = self.record.due(upcoming, self._total_steps) or self._falls_on("checkpoint", upcoming)
+        want_norm = self.record.due(upcoming, self.total_steps) or self._falls_on("checkpoint", upcoming)
         outcome = self.strategy.step(prepared, sums, clip_norm=clip, want_norm=want_norm)
         if not outcome.applied:
             self.progress.skipped += 1
@@ -302,7 +268,7 @@ class Engine:
         """
         self.progress.steps += 1
         self._unlogged = False
-        self.record.ended(self.progress, self._total_steps, values)
+        self.record.ended(self.progress, self.total_steps, values)
 
     def due(self, what: str) -> bool:
         """Whether `eval` or `checkpoint` falls on the step that just ended. Local."""
@@ -323,12 +289,12 @@ class Engine:
 
     def finished(self) -> bool:
         """Whether the run's steps are done. Local."""
-        return self._total_steps is not None and self.progress.steps >= self._total_steps
+        return self.total_steps is not None and self.progress.steps >= self.total_steps
 
     @property
     def was_finished(self) -> bool:
         """Whether this run had come to its end before this process began. Local."""
-        return self._begun and self.record.was_finished(self._total_steps)
+        return self._begun and self.record.was_finished(self.total_steps)
 
     @property
     def interrupted(self) -> bool:
@@ -352,14 +318,14 @@ class Engine:
         prepared = self._find(name)
         share_buffers(prepared)
         values: dict[str, float] = {}
-        for key, dataset in (sets if sets is not None else self.evaluation_sets()).items():
+        for key, dataset in (sets if sets is not None else self._datasets.evaluation_sets).items():
             found = evaluate_set(
                 self.world,
                 prepared,
                 self._objective(name, objective),
                 dataset,
-                micro_batch=self._evaluation_micro_batch(),
-                collate=self._collate(),
+                micro_batch=self._datasets.evaluation_micro_batch(),
+                collate=self._datasets.collate(),
             )
             values |= {f"eval/{key}/{measure}": value for measure, value in found.items()}
         self.record.evaluated(self.progress, values)
@@ -368,15 +334,6 @@ class Engine:
     def evaluated(self) -> bool:
         """Whether this very step has been evaluated. Local."""
         return self.record.evaluated_at == self.progress.steps
-
-    def evaluation_sets(self) -> dict[str, Any]:
-        """The config's evaluation sets, built once. Local."""
-        if not hasattr(self, "_sets"):
-            self._sets = {
-                key: build.dataset_of(self.config, target)
-                for key, target in (self.config.eval.sets.items() if self.config.eval else ())
-            }
-        return self._sets
 
     # ------------------------------------------------------------------ state
 
@@ -392,13 +349,13 @@ class Engine:
         self._saved_at = self.progress.steps
         return path
 
-    def resume(self) -> bool:
+    def resume(self) -> None:
         """Begin: continue from the run's own newest whole checkpoint, else from `checkpoint.resume`'s path.
 
-        True if there was one. The first batch does it where a script did not; prepare and track before it.
+        The first batch does it where a script did not; prepare and track before it. Idempotent.
         """
         if not self._begun:
-            found = self.record.find_checkpoint(self._parts())
+            found = self.record.find_checkpoint()
             if found is not None:
                 self.progress = snapshot.restore(self._parts(), found)
                 self._saved_at = self.progress.steps
@@ -408,8 +365,7 @@ class Engine:
             if self.was_finished:
                 self.progress.steps = int(self.record.earlier["step"])  # there may be no checkpoint of it to resume
             else:
-                self.record.started(self.progress, self._total_steps, self._prepared)
-        return self._saved_at >= 0
+                self.record.started(self.progress, self.total_steps, self._prepared)
 
     def load(self, path: str | Path) -> None:
         """Everything from a run's newest whole checkpoint, or from the one named; before the loop begins."""
@@ -417,14 +373,18 @@ class Engine:
             raise ConfigError(
                 explain(f"load({str(path)!r})", "a loop that has begun", "load before the first batch, in a new Engine")
             )
-        found = self.record.open_checkpoint(self._parts(), Path(path))
+        found = self.record.open_checkpoint(path)
         self.progress = snapshot.restore(self._parts(), found)
         if found.path.parent.resolve() == self.record.folder.checkpoints.resolve():
             self._saved_at = self.progress.steps
 
     def load_weights(self, name: str, path: str | Path) -> None:
         """Only the weights of one model, from a run's folder or a checkpoint."""
-        snapshot.load_weights(self._parts(), name, self.record.open_checkpoint(self._parts(), Path(path)))
+        snapshot.load_weights(self._parts(), name, self.record.open_checkpoint(path))
+
+    def load_for_evaluation(self, name: str, path: str | Path) -> None:
+        """What an evaluation of one model needs: its weights, its objective's, and where its draws stand."""
+        snapshot.load_for_evaluation(self._parts(), name, self.record.open_checkpoint(path))
 
     def full_weights(self, name: str = "model") -> dict[str, Tensor]:
         """Every parameter and persistent buffer whole, on the CPU of every rank."""
@@ -472,7 +432,7 @@ class Engine:
 
     def _leave(self) -> None:
         """The interpreter ends, and nobody closed this engine: a script without `with`, or one that failed."""
-        self.__exit__(None, getattr(sys, "last_value", None), None)
+        self.__exit__(None, getattr(sys, "last_value", None) if self._ended is None else None, None)
 
     def _finish_or_fail(self) -> None:
         try:
@@ -517,54 +477,6 @@ class Engine:
                 if other != name and prepared.named:
                     stack.enter_context(self.strategy.frozen(prepared))
             yield
-
-    def _train_dataset(self) -> Any:
-        if "train" not in self._datasets:
-            if self.config.data is None:
-                raise ConfigError(explain("The config's data.train is needed.", "no section data", "add it"))
-            dataset, error = None, None
-            try:
-                dataset = build.dataset_of(self.config, self.config.data.train)
-            except Exception as caught:  # noqa: BLE001 - told to every rank, then raised as it is
-                error = caught
-            self._group.agree(error, "building data.train")
-            self._datasets["train"] = dataset
-        return self._datasets["train"]
-
-    def _batch_sizes(
-        self, global_batch: int | None = None, micro_batch: int | None = None, dataset: Any = None
-    ) -> tuple[int, int]:
-        """Samples of a step and of a micro-batch; the run's length too, where epochs or tokens say it."""
-        data, parts = self.config.data, self.world.mesh.part[1]
-        if data is not None and global_batch is None:
-            dataset = self._train_dataset() if dataset is None else dataset
-            global_batch = build.samples_of(data.global_batch, dataset=dataset, key="data.global_batch")
-            if micro_batch is None and data.micro_batch is not None:
-                micro_batch = build.samples_of(data.micro_batch, dataset=dataset, key="data.micro_batch")
-        if self._total_steps is None and dataset is not None:
-            self._total_steps = build.total_steps_of(self.config, dataset=dataset, global_batch=global_batch)
-        if global_batch is None:
-            raise ConfigError(explain("A global batch.", "none", "pass global_batch= or set data.global_batch"))
-        if global_batch < parts:
-            raise ConfigError(
-                explain(
-                    f"A global batch of {global_batch} is to be spread over the data-parallel ranks.",
-                    f"{parts} of them",
-                    "enlarge the global batch, or start fewer processes",
-                )
-            )
-        return global_batch, min(micro_batch or -(-global_batch // parts), global_batch)
-
-    def _evaluation_micro_batch(self) -> int:
-        if self.config.eval is not None and self.config.eval.micro_batch is not None:
-            return self.config.eval.micro_batch
-        return self._batch_sizes()[1] if self.config.data is not None else 1
-
-    def _collate(self) -> Any:
-        data = self.config.data
-        if data is None or data.collate is None:
-            return None
-        return build.build_callable(data.collate, "data", self.config.folder, takes=1)
 
 
 def _plain(make: Callable[[list[nn.Parameter]], Optimizer]) -> MakeOptimizer:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from disttrain.errors import DataError, DisttrainError, LaunchError, explain
+from disttrain.data import is_lost_worker, lost_worker
+from disttrain.errors import DisttrainError, LaunchError, explain
 from disttrain.runtime import Group, OtherRankError
 
 _WAIT_S = 2.0
@@ -47,16 +48,8 @@ def settle(group: Group, error: BaseException) -> Failure:
                 "run the same command again: it continues from the last checkpoint",
             )
         )
-    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid"):
-        # torch raises it from a signal handler, in whatever code runs just then.
-        replaced = True
-        error = DataError(
-            explain(
-                "data.workers processes fetch the items.",
-                str(error).split("\n")[0],
-                "see what killed it (memory, a crash in user code), or set data.workers=0 to see its error here",
-            )
-        )
+    if is_lost_worker(error):
+        replaced, error = True, lost_worker(error)
     code = error.exit_code if isinstance(error, DisttrainError) else 130 if isinstance(error, KeyboardInterrupt) else 1
     text = f"{type(error).__name__}: {error}"
     if group.tell_failure(f"{code}:{text}"):

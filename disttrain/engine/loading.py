@@ -1,7 +1,4 @@
-"""`disttrain.load`: a trained model on one process, from any strategy's checkpoint, without a process group.
-
-Also what an evaluation alone needs of a checkpoint: weights, and neither optimizer, schedule nor other models.
-"""
+"""`disttrain.load`: a trained model on one process, from any strategy's checkpoint, without a process group."""
 
 from __future__ import annotations
 
@@ -13,8 +10,7 @@ from torch import nn
 from disttrain.checkpoint import Checkpoint, Shard, SoleRank, newest_whole, whole_shard
 from disttrain.config import Config, load_config
 from disttrain.engine import build
-from disttrain.engine.snapshot import Parts, others_than
-from disttrain.engine.state import refuse_another_run
+from disttrain.engine.snapshot import others_than, refuse_unknown
 from disttrain.errors import CheckpointError, explain
 from disttrain.model import build_model
 from disttrain.runtime.seeds import restored_generators
@@ -53,7 +49,7 @@ def load(path: str | Path, *, name: str = "model", make_model: Callable[[], nn.M
     names or shapes differ.
     """
     checkpoint = open_newest(path)
-    _refuse_unknown(checkpoint, name)
+    refuse_unknown(checkpoint, name)
     if make_model is None:
         config = config_of(checkpoint)
         if config.model is None:
@@ -65,33 +61,6 @@ def load(path: str | Path, *, name: str = "model", make_model: Callable[[], nn.M
         model = build_model(make_model, seed=0, meta=False)
     checkpoint.load_into(_shards(model, name), ignore=others_than(checkpoint, name))
     return model.eval()
-
-
-def load_for_evaluation(parts: Parts, name: str, checkpoint: Checkpoint) -> None:
-    """Weights and updates of one prepared model and of its objective, whatever else the checkpoint holds. Local.
-
-    Raises CheckpointError where it is another run's, or names or shapes differ.
-    """
-    refuse_another_run(str(checkpoint.path), checkpoint.document["config"], parts.config.to_dict())
-    _refuse_unknown(checkpoint, name)
-    prepared = parts.prepared[name]
-    shards = parts.strategy.shards(prepared)
-    wanted = {shard.name for shard in shards}
-    checkpoint.load_into(shards, ignore=others_than(checkpoint, name) - wanted)
-    prepared.updates = int(checkpoint.document["optim"][name]["updates"])  # an objective's draws are keyed by it
-    parts.strategy.loaded(prepared)
-
-
-def _refuse_unknown(checkpoint: Checkpoint, name: str) -> None:
-    known = list(checkpoint.document.get("optim", ()))
-    if known and name not in known:
-        raise CheckpointError(
-            explain(
-                f"The model {name!r} of {checkpoint.path} is to be loaded.",
-                f"models prepared as {', '.join(known)}",
-                f"name one of them: disttrain.load(path, name={known[0]!r})",
-            )
-        )
 
 
 def _shards(model: nn.Module, name: str) -> list[Shard]:

@@ -27,7 +27,7 @@ from disttrain.engine.failure import Failure, settle
 from disttrain.engine.loading import open_newest
 from disttrain.engine.snapshot import Parts, Progress
 from disttrain.engine.state import refuse_another_run
-from disttrain.errors import CheckpointError, DisttrainError, explain
+from disttrain.errors import CheckpointError, explain
 from disttrain.logs import room_logger
 from disttrain.objective import Objective
 from disttrain.report import Rate, Reporter, RunFolder, summarize_run
@@ -45,19 +45,11 @@ class Record:
         self._config, self._plan, self._group = config, plan, group
         self._main = group.rank == 0
         self._every = config.report.every
-        self._measures: dict[str, Any] = {}
         self._steps: dict[str, tuple[StepSums, StepOutcome, Prepared, Objective]] = {}
         self._first = ""
         self.evaluated_at = -1
-        error = None
-        earlier: Mapping[str, Any] = {}
-        if self._main:
-            try:
-                earlier = self._join()
-            except (DisttrainError, OSError) as caught:
-                error = caught
         try:
-            group.agree(error, "opening the run's folder")
+            earlier = group.together(lambda: self._join() if self._main else {}, "opening the run's folder")
         except BaseException:
             self.folder.unlock()
             raise
@@ -101,26 +93,27 @@ class Record:
 
     def started(self, progress: Progress, total_steps: int | None, prepared: Mapping[str, Prepared]) -> None:
         """Write config and status, cut what an unsaved past left in the metrics, start the clock."""
-        error = None
         self._first = next((name for name, one in prepared.items() if one.named), "")
-        try:
-            if self._main:
-                self._start(progress, total_steps)
-            self._reporter = Reporter(
-                self.folder if self._main else None,
-                trackers=self._trackers() if self._main else (),
-                total_steps=total_steps,
-                progress=self._config.report.progress,
-                plot=self._config.report.plot,
-                stream=sys.stderr,
-            )
-            self._reporter.start(progress.steps, self._describe(prepared))
-        except (DisttrainError, OSError) as caught:
-            error = caught
-        self._group.agree(error, "opening the run's folder")
+        self._reporter = self._group.together(
+            lambda: self._open_reporter(progress, total_steps, prepared), "opening the run's folder"
+        )
         parameters = sum(named.shape.numel() for one in prepared.values() for named in one.named)
         self._rate = Rate(device=self._plan.device.device, parameters=parameters, world_size=self._group.size)
         self._rate.start(samples=progress.samples, tokens=progress.tokens, step=progress.steps)
+
+    def _open_reporter(self, progress: Progress, total_steps: int | None, prepared: Mapping[str, Prepared]) -> Reporter:
+        if self._main:
+            self._start(progress, total_steps)
+        reporter = Reporter(
+            self.folder if self._main else None,
+            trackers=self._trackers() if self._main else (),
+            total_steps=total_steps,
+            progress=self._config.report.progress,
+            plot=self._config.report.plot,
+            stream=sys.stderr,
+        )
+        reporter.start(progress.steps, self._describe(prepared))
+        return reporter
 
     def _start(self, progress: Progress, total_steps: int | None) -> None:
         remove_stale_staging(self.folder.checkpoints)
@@ -216,7 +209,7 @@ class Record:
                 self._reporter.checkpoint(progress.steps, path)
         return path
 
-    def find_checkpoint(self, parts: Parts) -> Checkpoint | None:
+    def find_checkpoint(self) -> Checkpoint | None:
         """The run's own newest whole checkpoint, else that of `checkpoint.resume=PATH`, else None."""
         found, rejected = newest_whole(self.folder.checkpoints, self._group)
         for path, reason in rejected if self._main else ():
@@ -224,19 +217,12 @@ class Record:
             _log.warning("%s is not whole and was set aside as %s: %s", path.name, aside.name, reason)
             self.folder.append_ledger("checkpoint_rejected", path=str(path), reason=reason)
         if found is None and self._config.checkpoint.resume not in ("auto", "never"):
-            return self.open_checkpoint(parts, Path(self._config.checkpoint.resume))
+            return self.open_checkpoint(self._config.checkpoint.resume)
         return found
 
-    def open_checkpoint(self, parts: Parts, path: Path) -> Checkpoint:
+    def open_checkpoint(self, path: str | Path) -> Checkpoint:
         """A checkpoint from elsewhere, on every rank."""
-        found, error = None, None
-        try:
-            found = open_newest(path)
-        except CheckpointError as caught:
-            error = caught
-        parts.world.group.agree(error, f"opening {path}")
-        assert found is not None
-        return found
+        return self._group.together(lambda: open_newest(path), f"opening {path}")
 
     def resumed(self, progress: Progress, path: Path) -> None:
         """Say where the run goes on. Local."""

@@ -5,7 +5,7 @@ All functions are collective. Raises CheckpointError on every rank where one ran
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from disttrain.engine.state import (
     tracked_shards,
     tracked_tensor_names,
 )
-from disttrain.errors import CheckpointError, DisttrainError, TrainingError, explain
+from disttrain.errors import CheckpointError, TrainingError, explain
 from disttrain.strategy import AbstractStrategy, Prepared, World
 
 
@@ -51,38 +51,43 @@ class Parts:
 
 def save(parts: Parts, root: Path, progress: Progress) -> Path:
     """Write and commit the checkpoint of this step; returns its folder."""
-    group = parts.world.group
-    replica = (group.rank, group.size)
-    shards: list[Shard] = []
-    users: dict[str, Any] = {}
-    error: DisttrainError | None = None
-    document: dict[str, Any] = {}
     for prepared in parts.prepared.values():
         share_buffers(prepared)
-    try:
-        for prepared in parts.prepared.values():
-            shards += parts.strategy.shards(prepared)
-            _refuse_non_finite(prepared, shards)
-        for name, tracked in parts.tracked.items():
-            more, users[name] = tracked_shards(name, tracked, replica)
-            shards += more
-        document = {
-            "progress": {**vars(progress)},
-            "config": parts.config.to_dict(),
-            "folder": str(parts.config.folder),
-            "optim": {name: optimizer_document(prepared) for name, prepared in parts.prepared.items()},
-            "user": users,
-            "writer": {"strategy": parts.config.strategy.name, "mesh": vars(parts.world.mesh.sizes)},
-        }
-    except DisttrainError as caught:
-        error = caught
-    group.agree(error, "collecting the checkpoint")
+    group = parts.world.group
+    shards, document = group.together(lambda: _collect(parts, progress), "collecting the checkpoint")
     return save_checkpoint(root, progress.steps, shards, document, group)
+
+
+def _collect(parts: Parts, progress: Progress) -> tuple[list[Shard], dict[str, Any]]:
+    """What this rank brings, and the document. Local."""
+    replica = (parts.world.group.rank, parts.world.group.size)
+    shards: list[Shard] = []
+    users: dict[str, Any] = {}
+    for prepared in parts.prepared.values():
+        own = parts.strategy.shards(prepared)
+        _refuse_non_finite(prepared, own)
+        shards += own
+    for name, tracked in parts.tracked.items():
+        more, users[name] = tracked_shards(name, tracked, replica)
+        shards += more
+    return shards, {
+        "progress": {**vars(progress)},
+        "config": parts.config.to_dict(),
+        "folder": str(parts.config.folder),
+        "optim": {name: optimizer_document(prepared) for name, prepared in parts.prepared.items()},
+        "user": users,
+        "writer": {"strategy": parts.config.strategy.name, "mesh": vars(parts.world.mesh.sizes)},
+    }
 
 
 def _refuse_non_finite(prepared: Prepared, shards: Sequence[Shard]) -> None:
     """A checkpoint of weights that are not finite would be the end of every resume."""
-    trained = {f"model/{prepared.name}/{one.name}" for one in prepared.named}
+    trained = {
+        f"{kind}/{prepared.name}/{name}"
+        for kind, module in (("model", prepared.model), ("objective", prepared.objective))
+        for name, parameter in (module.named_parameters() if module is not None else ())
+        if parameter.requires_grad
+    }
     for shard in shards:
         if shard.name in trained and not bool(torch.isfinite(shard.tensor).all()):
             raise TrainingError(
@@ -97,19 +102,27 @@ def _refuse_non_finite(prepared: Prepared, shards: Sequence[Shard]) -> None:
 
 def restore(parts: Parts, checkpoint: Checkpoint) -> Progress:
     """Put everything back into parts that are prepared already; nothing is kept of a checkpoint that does not fit."""
-    error: BaseException | None = None
-    try:
-        refuse_another_run(str(checkpoint.path), checkpoint.document["config"], parts.config.to_dict())
-        _restore(parts, checkpoint)
-    except (CheckpointError, OSError, KeyError, ValueError) as caught:
-        error = caught if isinstance(caught, CheckpointError) else _unreadable(checkpoint, caught)
-    parts.world.group.agree(error, "loading the checkpoint")
+    parts.world.group.together(lambda: _restore(parts, checkpoint), "loading the checkpoint")
     for prepared in parts.prepared.values():
         parts.strategy.loaded(prepared)
     return Progress(**checkpoint.document["progress"])
 
 
 def _restore(parts: Parts, checkpoint: Checkpoint) -> None:
+    refuse_another_run(str(checkpoint.path), checkpoint.document["config"], parts.config.to_dict())
+    try:
+        _put_back(parts, checkpoint)
+    except (OSError, KeyError, ValueError) as error:
+        raise CheckpointError(
+            explain(
+                f"{checkpoint.path} is to be loaded.",
+                f"{type(error).__name__}: {error}",
+                "remove or repair it: the run then goes on from the one before",
+            )
+        ) from error
+
+
+def _put_back(parts: Parts, checkpoint: Checkpoint) -> None:
     document = checkpoint.document
     missing = [name for name in parts.prepared if name not in document["optim"]]
     if missing:
@@ -148,21 +161,39 @@ def others_than(checkpoint: Checkpoint, name: str) -> set[str]:
 
 def load_weights(parts: Parts, name: str, checkpoint: Checkpoint) -> None:
     """Only the model's own tensors, from a checkpoint of any strategy."""
-    error: BaseException | None = None
-    try:
-        shards = [shard for shard in parts.strategy.shards(parts.prepared[name]) if shard.name.startswith("model/")]
-        checkpoint.load_into(shards, ignore=others_than(checkpoint, name))
-    except (CheckpointError, OSError) as caught:
-        error = caught
-    parts.world.group.agree(error, "loading weights")
-    parts.strategy.loaded(parts.prepared[name])
+    _load(parts, name, checkpoint, lambda shard: shard.name.startswith("model/"))
 
 
-def _unreadable(checkpoint: Checkpoint, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        explain(
-            f"{checkpoint.path} is to be loaded.",
-            f"{type(error).__name__}: {error}",
-            "remove or repair it: the run then goes on from the one before",
+def load_for_evaluation(parts: Parts, name: str, checkpoint: Checkpoint) -> None:
+    """Weights and updates of one prepared model and of its objective, whatever else the checkpoint holds.
+
+    Raises CheckpointError where it is another run's, or names or shapes differ.
+    """
+    refuse_another_run(str(checkpoint.path), checkpoint.document["config"], parts.config.to_dict())
+    refuse_unknown(checkpoint, name)
+    _load(parts, name, checkpoint, lambda shard: True)
+    parts.prepared[name].updates = int(checkpoint.document["optim"][name]["updates"])  # what draws are keyed by
+
+
+def refuse_unknown(checkpoint: Checkpoint, name: str) -> None:
+    """Raise CheckpointError where the checkpoint knows no prepared model of that name. Local."""
+    known = list(checkpoint.document.get("optim", ()))
+    if known and name not in known:
+        raise CheckpointError(
+            explain(
+                f"The model {name!r} of {checkpoint.path} is to be loaded.",
+                f"models prepared as {', '.join(known)}",
+                f"name one of them: disttrain.load(path, name={known[0]!r})",
+            )
         )
-    )
+
+
+def _load(parts: Parts, name: str, checkpoint: Checkpoint, wanted: Callable[[Shard], bool]) -> None:
+    prepared = parts.prepared[name]
+
+    def fill() -> None:
+        shards = [shard for shard in parts.strategy.shards(prepared) if wanted(shard)]
+        checkpoint.load_into(shards, ignore=others_than(checkpoint, name) - {shard.name for shard in shards})
+
+    parts.world.group.together(fill, "loading weights")
+    parts.strategy.loaded(prepared)

@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from disttrain.checkpoint import Box, Shard, whole_shard
+from disttrain.checkpoint import Shard, whole_shard
 from disttrain.errors import CheckpointError, explain
 from disttrain.strategy import Prepared
-from disttrain.strategy.state import copy_part
+from disttrain.strategy.state import copy_part, local_shard
 
 IDENTITY = (
     "run.seed",
@@ -194,23 +193,12 @@ def tracked_shards(name: str, tracked: Any, replica: tuple[int, int]) -> tuple[l
     def leaf(value: Any, path: str) -> Any:
         if not isinstance(value, Tensor):
             return _plain(value, path)
-        shards.append(_part(path, value) if isinstance(value, DTensor) else whole_shard(path, value.detach(), replica))
+        shards.append(
+            local_shard(path, value) if isinstance(value, DTensor) else whole_shard(path, value.detach(), replica)
+        )
         return {"$tensor": path}
 
     return shards, _document(tracked.state_dict(), f"user/{name}", leaf)
-
-
-def _part(path: str, tensor: DTensor) -> Shard:
-    """This rank's box; where the mesh holds copies of it, which of them this is. CheckpointError for a partial sum."""
-    mesh, index, count = tensor.device_mesh, 0, 1
-    for size, place, placement in zip(mesh.shape, mesh.get_coordinate() or (), tensor.placements, strict=True):
-        if placement.is_partial():
-            _refuse(path, "a DTensor of sums that are not added up")
-        if placement.is_replicate():
-            index, count = index * size + place, count * size
-    sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, mesh, tensor.placements)
-    box = Box(tuple(offsets), tuple(sizes))
-    return Shard(path, tuple(tensor.shape), box, tensor.to_local().detach(), (index, count))
 
 
 def restore_tracked(tracked: Any, document: Any, tensors: Mapping[str, Tensor]) -> None:

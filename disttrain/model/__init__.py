@@ -3,6 +3,6 @@
 from disttrain.model.gpt import GPT
 from disttrain.model.initialize import build_model, fill, fill_self, says_how
 from disttrain.model.mlp import MLP
-from disttrain.model.sample import generate
+from disttrain.model.sample import generate, logits_of
 
-__all__ = ["GPT", "MLP", "build_model", "fill", "fill_self", "generate", "says_how"]
+__all__ = ["GPT", "MLP", "build_model", "fill", "fill_self", "generate", "logits_of", "says_how"]

@@ -41,7 +41,7 @@ def generate(
     try:
         for _ in range(length):
             window = torch.tensor([tokens[-context:]], dtype=torch.int64, device=device)
-            logits_v = _logits(model(window))[0, -1].float().cpu()
+            logits_v = logits_of(model(window))[0, -1].float().cpu()
             tokens.append(draw(logits_v, generator, temperature=temperature, top_k=top_k))
     finally:
         for module, training in modes:
@@ -66,7 +66,8 @@ def draw(logits_v: Tensor, generator: torch.Generator | None, *, temperature: fl
     return int(tokens_k[chosen])
 
 
-def _logits(output: Any) -> Tensor:
+def logits_of(output: Any) -> Tensor:
+    """Logits [b, t, v] of a model's output: itself, its `logits`, or the first of several. Raises TrainingError."""
     if isinstance(output, Mapping):
         output = output.get("logits")
     elif hasattr(output, "logits"):

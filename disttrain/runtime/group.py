@@ -8,8 +8,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,8 @@ from torch.distributed.rendezvous import rendezvous
 from disttrain.errors import DisttrainError, LaunchError, explain
 from disttrain.runtime.device import Device
 from disttrain.runtime.environment import Launch
+
+T = TypeVar("T")
 
 _FAILURE, _KNOWN_TO = "first_failure", "failure_known_to"
 _STAY_S = 5.0
@@ -101,6 +104,16 @@ class Group:
         if failures:
             rank, (kind, text, code) = failures[0]
             raise OtherRankError(f"{what} failed on rank {rank}: {kind}: {text}", code)
+
+    def together(self, act: Callable[[], T], what: str) -> T:
+        """Each rank's own `act()`; where one rank's raises, all raise, the first cause named."""
+        try:
+            value = act()
+        except Exception as error:
+            self.agree(error, what)
+            raise
+        self.agree(None, what)
+        return value
 
     def tell_failure(self, text: str) -> bool:
         """Leave the first cause where the other ranks find it. Local; True if this rank was the first."""

@@ -40,10 +40,25 @@ def sharded_shards(prepared: Prepared, stored: Mapping[str, Any] | None, *, rank
         if not isinstance(tensor, DTensor):
             shards.append(whole_shard(name, tensor.detach(), (rank, size)))
             continue
-        sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-        local = tensor.to_local().detach()
-        shards.append(Shard(name, tuple(tensor.shape), Box(tuple(offsets), tuple(sizes)), local))
+        shards.append(local_shard(name, tensor))
     return shards
+
+
+def local_shard(name: str, tensor: DTensor) -> Shard:
+    """This rank's box of a DTensor, and which of its copies it is where the mesh holds several. Local.
+
+    Raises CheckpointError for sums that are not added up yet.
+    """
+    mesh, index, count = tensor.device_mesh, 0, 1
+    for size, place, placement in zip(mesh.shape, mesh.get_coordinate() or (), tensor.placements, strict=True):
+        if placement.is_partial():
+            found, do = "a DTensor of sums that are not added up", "redistribute it first"
+            raise CheckpointError(explain(f"{name} is to be saved.", found, do))
+        if placement.is_replicate():
+            index, count = index * size + place, count * size
+    sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, mesh, tensor.placements)
+    box = Box(tuple(offsets), tuple(sizes))
+    return Shard(name, tuple(tensor.shape), box, tensor.to_local().detach(), (index, count))
 
 
 def copy_part(place: Tensor, value: Tensor) -> None:

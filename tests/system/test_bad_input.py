@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -169,17 +167,6 @@ def test_a_damaged_folder_is_named_or_the_run_goes_on_from_what_is_whole(damage:
     assert "step-00000004 is not whole and was set aside" in ends[0].said
     assert "continues at step 2" in ends[0].said
     assert (mine / "checkpoints" / "rejected-step-00000004-1").is_dir()
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    place = tmp_path / "small"
-    place.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", place], capture_output=True, text=True)
-    if made.returncode:
-        pytest.skip(f"a tmpfs cannot be mounted here: {made.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", place], check=True)
 
 
 def test_a_full_disk_while_saving_keeps_what_was_committed(small_disk: Path) -> None:

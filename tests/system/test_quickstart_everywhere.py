@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from contract.engine_runs import STRATEGIES, strategies_at, worst
+from contract.engine_runs import STRATEGIES, worst
 from contract.test_quickstart_parity import SEED, reference
 from launched import column, only_run, plain, torchrun
 
@@ -29,11 +29,11 @@ def expected() -> tuple[list[float], list[float]]:
     return reference(ByteText("python-stdlib", 128, "train"), weights, layers=4, clip=1.0, dtype=torch.float32)
 
 
-def compare(run: Path, expected: tuple[list[float], list[float]], name: str) -> None:
-    losses, norms = (list(column(run, key).values()) for key in ("loss", "grad_norm"))
-    print(f"{name}: loss {worst(losses, expected[0]):.1e}, gradient norm {worst(norms, expected[1]):.1e}")
-    assert worst(losses, expected[0]) < 2e-5
-    assert worst(norms, expected[1]) < 2e-5
+def difference(run: Path, expected: tuple[list[float], list[float]], name: str) -> float:
+    """The largest relative difference of losses and gradient norms over the steps; printed, for docs/parity.md."""
+    loss, norm = (worst(list(column(run, key).values()), expected[k]) for k, key in enumerate(("loss", "grad_norm")))
+    print(f"{name}: loss {loss:.1e}, gradient norm {norm:.1e}")
+    return max(loss, norm)
 
 
 @pytest.mark.parametrize("micro_batch", [16, 4])
@@ -42,12 +42,11 @@ def compare(run: Path, expected: tuple[list[float], list[float]], name: str) -> 
 def test_under_torchrun(
     name: str, size: int, micro_batch: int, expected: tuple[list[float], list[float]], tmp_path: Path
 ) -> None:
-    assert name in strategies_at(size)
     options = (*OPTIONS, *STRATEGIES[name], f"data.micro_batch={micro_batch}", f"run.dir={tmp_path}")
     torchrun(size, "configs/quickstart.yaml", *options, timeout_s=600)
-    compare(only_run(tmp_path), expected, f"{name} at {size} rank(s), micro-batch {micro_batch}")
+    assert difference(only_run(tmp_path), expected, f"{name} at {size} rank(s), micro-batch {micro_batch}") < 2e-5
 
 
 def test_under_plain_python(expected: tuple[list[float], list[float]], tmp_path: Path) -> None:
     plain("configs/quickstart.yaml", *OPTIONS, "strategy.name=none", f"run.dir={tmp_path}", timeout_s=600)
-    compare(only_run(tmp_path), expected, "none")
+    assert difference(only_run(tmp_path), expected, "none") < 2e-5

@@ -12,7 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -256,17 +256,6 @@ def test_a_folder_of_someone_elses_format_is_named(tmp_path: Path, content: list
         Checkpoint.open(tmp_path)
     with pytest.raises(CheckpointError, match="no such folder"):
         Checkpoint.open(tmp_path / "absent")
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    place = tmp_path / "small"
-    place.mkdir()
-    found = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", place], capture_output=True, text=True)
-    if found.returncode:
-        pytest.skip(f"a tmpfs cannot be mounted here: {found.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", place], check=True)
 
 
 def test_a_full_disk_is_named_with_the_room_needed_and_found_and_leaves_nothing(small_disk: Path) -> None:
