@@ -108,6 +108,18 @@ def test_the_configs_length_ends_an_own_loop(length: dict[str, int], steps: int,
         assert engine.progress.steps == steps
 
 
+def test_what_a_script_does_not_give_is_the_configs(tmp_path: Path) -> None:
+    user = user_module()
+    data = ["data.global_batch=10", "data.micro_batch=2", "data.train.target=builtins:list", "run.epochs=3"]
+    with engine_in(tmp_path, *data) as engine:
+        engine.prepare("model", user.Slope, sgd)
+        others = engine.batches(user.Augmented(9), name="others", global_batch=3)
+        step = next(engine.batches(user.Augmented(20), global_batch=8))
+        assert [micro.samples for micro in step] == [2, 2, 2, 2]
+        assert [micro.samples for micro in next(others)] == [2, 1]
+        assert engine.total_steps == 9, "20 samples in steps of 8, three times: the other data say nothing of it"
+
+
 def walk_without_data(folder: Path, stop_at: int) -> list[float]:
     """As PPO does: what to learn from is made by the loop itself, from generators that the script draws from."""
     user = user_module()
@@ -191,6 +203,28 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
             if engine.progress.steps == 2:
                 engine.save()
     assert list((tmp_path / "rules").glob("checkpoints/step-*")) == []
+
+
+class Poisoned(Biased):
+    """Its own parameter alone gets a gradient that is not finite."""
+
+    def forward(self, model: Any, batch: Any) -> Any:
+        total, weight = super().forward(model, batch)
+        return total + torch.sqrt(self.bias.sum() * 0.0), weight
+
+
+def test_a_trained_objective_is_looked_at_too(tmp_path: Path) -> None:
+    user = user_module()
+    finite = pytest.raises(TrainingError, match="objective/model/bias is not")
+    with finite, engine_in(tmp_path, "report.every=9", steps=20) as engine:
+        engine.prepare("model", user.Slope, sgd, objective=Poisoned())
+        engine.resume()
+        engine.progress.steps = 1  # a step that is not reported, so that no norm is looked at
+        step = engine.micro_batches([(torch.ones(2, 3), torch.ones(2, 1))])
+        engine.accumulate("model", step)
+        engine.step("model")
+        engine.log()
+        engine.save()
 
 
 class Normed(nn.Module):
