@@ -10,7 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from disttrain.config.section import Section
 from disttrain.config.strategies import DDPOptions, DeepSpeedOptions, FSDPOptions, NoneOptions, strategy_entry
@@ -111,16 +111,7 @@ class MeshConfig(Section):
     shard: int = -1
     tensor: int = 1
 
-    @field_validator("replicate", "tensor")
-    @classmethod
-    def _later(cls, value: int) -> int:
-        if value != 1:
-            raise ValueError(
-                "a degree other than 1, which comes with a later release; leave it 1: only mesh.shard spreads"
-            )
-        return value
-
-    @field_validator("shard")
+    @field_validator("replicate", "shard", "tensor")
     @classmethod
     def _degree(cls, value: int) -> int:
         if value != -1 and value < 1:
@@ -149,16 +140,33 @@ class StrategyConfig(Section):
 
 
 class PrecisionConfig(Section):
-    """fp64 and fp32 compute and keep parameters in that type; bf16 computes by autocast over fp32 parameters."""
+    """`compute` is the type of matrix products, by autocast where parameters are wider. `master` is that of parameters
+    and optimizer state, `reduce` that in which gradients are added up over ranks; left out, fp32 (fp64 under fp64)."""
 
-    compute: Literal["fp32", "fp64", "bf16"] = "fp32"
+    compute: Literal["fp32", "fp64", "bf16", "fp16"] = "fp32"
+    master: Literal["fp32", "fp64", "bf16"]
+    reduce: Literal["fp32", "fp64", "bf16"]
 
-    @field_validator("compute", mode="before")
+    @model_validator(mode="before")
     @classmethod
-    def _later(cls, value: Any) -> Any:
-        if value == "fp16":
-            raise ValueError("a type that comes with a later release; use bf16: float32's range, no loss scaling")
-        return value
+    def _stated(cls, values: Any) -> Any:
+        """What was left out is stated in the resolved config."""
+        if not isinstance(values, Mapping):
+            return values
+        wide = "fp64" if values.get("compute") == "fp64" else "fp32"
+        master = values.get("master") or wide
+        return {**values, "master": master, "reduce": values.get("reduce") or master}
+
+
+class MemoryConfig(Section):
+    """What is paid to save memory, in every strategy. `recompute` runs forwards again in the backward: of whole blocks
+    (`full`), of all but what costly operations gave (`selective`), or as much as `budget` (a share of the activations,
+    under compile) asks for. `compile` compiles each block in place."""
+
+    recompute: Literal["none", "full", "selective", "budget"] = "none"
+    budget: float = Field(0.5, ge=0, le=1)
+    compile: bool = False
+    blocks: tuple[str, ...] | None = None
 
 
 class CheckpointConfig(Section):
@@ -197,7 +205,8 @@ class Config(Section):
     schedule: Target | None = None
     mesh: MeshConfig = MeshConfig()
     strategy: StrategyConfig = StrategyConfig()
-    precision: PrecisionConfig = PrecisionConfig()
+    precision: PrecisionConfig = PrecisionConfig.model_validate({})
+    memory: MemoryConfig = MemoryConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     report: ReportConfig = ReportConfig()
 

@@ -32,18 +32,48 @@ class DDPOptions(StrategyOptions):
     find_unused: bool = True
 
 
-class FSDPOptions(StrategyOptions):
-    """`reshard` frees whole parameters after forward; `blocks` names classes or module patterns to shard one by one."""
+class TensorOptions(StrategyOptions):
+    """How `mesh.tensor` cuts layers: `plan` maps patterns of module names to styles (null: the model's own `tp_plan`).
+    `sequence` also cuts what lies between along time; `loss` leaves the head's output cut over the vocabulary."""
 
-    reshard: bool = True
+    plan: dict[str, str] | None = None
+    sequence: bool = False
+    loss: bool = False
+
+
+class FSDPOptions(StrategyOptions):
+    """`reshard` frees whole parameters after forward (a number: down to groups of so many ranks). `blocks` names
+    classes or module patterns to shard one by one. `reduce` says when an accumulation adds gradients up over ranks: at
+    its `last` micro-batch (whole gradients stay in memory meanwhile), at `every`, or `auto`. `prefetch_*` is how many
+    blocks are gathered ahead (0: torch's order). `offload` keeps shards and optimizer state in host memory."""
+
+    reshard: bool | int = True
     blocks: tuple[str, ...] | None = None
+    reduce: Literal["auto", "every", "last"] = "auto"
+    prefetch_forward: int = Field(0, ge=0)
+    prefetch_backward: int = Field(0, ge=0)
+    offload: bool = False
+    tensor: TensorOptions = TensorOptions()
+
+    @field_validator("reshard")
+    @classmethod
+    def _group(cls, value: Any) -> Any:
+        if not isinstance(value, bool) and value < 2:
+            raise ValueError("no group of ranks; write true, false, or a number of at least 2 that divides mesh.shard")
+        return value
 
 
 class DeepSpeedOptions(StrategyOptions):
-    """ZeRO `stage`, and the size of its communication buckets."""
+    """ZeRO `stage`, the size of its communication buckets, and where optimizer state (`offload`) and at stage 3 the
+    parameters (`offload_parameters`) are kept. `native` is DeepSpeed's own JSON, a file or a mapping, for what has no
+    name here."""
 
     stage: Literal[1, 2, 3] = 2
     bucket_mb: float = Field(25.0, gt=0)
+    offload: Literal["none", "cpu", "nvme"] = "none"
+    offload_parameters: Literal["none", "cpu", "nvme"] = "none"
+    nvme_path: str | None = None
+    native: str | dict[str, Any] | None = None
 
     @field_validator("stage", mode="before")
     @classmethod

@@ -14,7 +14,6 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from disttrain.config import Config, Target, build_nested, build_target, check_arguments, resolve_target
@@ -38,7 +37,6 @@ from disttrain.runtime.seeds import seed_everything
 from disttrain.strategy import AbstractStrategy, World, strategy_class
 
 _log = room_logger("engine")
-_DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ def plan_run(config: Config) -> Plan:
     mesh = config.mesh
     sizes = plan_mesh(launch.world_size, replicate=mesh.replicate, shard=mesh.shard, tensor=mesh.tensor)
     strategy = strategy_class(config.strategy.name)
-    strategy.check(config.strategy.options, sizes, device)
+    strategy.check(config.strategy.options, sizes, device, config.precision)
     batch = config.data.global_batch if config.data is not None else None
     if isinstance(batch, int) and batch < sizes.data_parallel:
         raise ConfigError(
@@ -82,19 +80,18 @@ def plan_run(config: Config) -> Plan:
     return Plan(config, launch, device, sizes, strategy, Path(config.run.dir) / config.run.name)
 
 
-def start_world(plan: Plan) -> tuple[Group, World]:
+def start_world(plan: Plan) -> World:
     """Start the process group and lay the mesh. Collective."""
     apply_device(plan.device)
     group = Group(plan.launch, plan.device, timeout_s=plan.config.run.timeout_s)
     mesh = build_mesh(plan.sizes, plan.device.device.type, plan.launch.rank)
-    compute = plan.config.precision.compute
     world = World(
         group=group,
         mesh=mesh,
         device=plan.device.device,
         seed=plan.config.run.seed,
-        dtype=_DTYPES[compute],
-        autocast=torch.bfloat16 if compute == "bf16" else None,
+        precision=plan.config.precision,
+        memory=plan.config.memory,
     )
     _log.info(
         "%s; %s over %s, %d CPU thread(s) a rank, timeout %.0f s",
@@ -104,7 +101,7 @@ def start_world(plan: Plan) -> tuple[Group, World]:
         plan.device.threads,
         plan.config.run.timeout_s,
     )
-    return group, world
+    return world
 
 
 def model_factory(config: Config) -> Callable[[], nn.Module]:

@@ -45,15 +45,15 @@ class Engine:
     def __init__(self, config: Config | Mapping[str, Any] | str | Path, overrides: Any = ()) -> None:
         self.config = load_config(config, overrides)
         self.plan = build.plan_run(self.config)
-        self._group, self.world = build.start_world(self.plan)
+        self.world = build.start_world(self.plan)
         self._interrupts = Interrupts()
         self._interrupts.__enter__()
         try:
             self.strategy = self.plan.strategy(self.config.strategy.options, self.world)
-            self.record = Record(self.config, self.plan, self._group)
+            self.record = Record(self.config, self.plan, self.world.group)
         except BaseException:  # nobody gets an engine to close
             self._interrupts.__exit__(None, None, None)
-            self._group.close()
+            self.world.group.close()
             raise
         self.progress = Progress()
         self._prepared: dict[str, Prepared] = {}
@@ -73,12 +73,12 @@ class Engine:
     @property
     def rank(self) -> int:
         """This process's rank. Local."""
-        return self._group.rank
+        return self.world.group.rank
 
     @property
     def world_size(self) -> int:
         """Number of processes. Local."""
-        return self._group.size
+        return self.world.group.size
 
     @property
     def device(self) -> torch.device:
@@ -207,7 +207,7 @@ class Engine:
         A loop without `batches` calls `resume` before it computes anything.
         """
         self.resume()
-        counts = self._group.gather_all(len(batches))
+        counts = self.world.group.gather_all(len(batches))
         return [to_device(micro, self.device) for micro in align_batches(batches, counts, self.world.mesh.part[0])]
 
     # ------------------------------------------------------------------ one step
@@ -414,7 +414,7 @@ class Engine:
         self._interrupts.__exit__(None, None, None)
         self.record.close()
         self.strategy.close()
-        self._group.close()
+        self.world.group.close()
 
     def __enter__(self) -> Engine:
         return self

@@ -21,7 +21,7 @@ def evaluate_set(
     world: World, prepared: Prepared, objective: Objective, dataset: Any, *, micro_batch: int, collate: Any
 ) -> dict[str, float]:
     """`loss` and what the objective summarizes. Collective: one all-reduce for the whole set."""
-    ledger = Ledger(world.device)
+    ledger = Ledger(world)
     batches = EvaluationBatches(
         dataset, seed=world.seed, micro_batch=micro_batch, part=world.mesh.part, collate=collate
     )

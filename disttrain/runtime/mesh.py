@@ -1,13 +1,15 @@
 """The mesh of ranks and a rank's data-parallel coordinate on it.
 
 Data, batch arithmetic, seeds and metrics are cut by `Mesh.part`, never by rank or world size: ranks that share a
-coordinate (tensor parallel, to come) see the same data.
+coordinate (tensor parallel) see the same data.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from disttrain.errors import ConfigError, explain
@@ -56,15 +58,23 @@ def plan_mesh(world_size: int, *, replicate: int = 1, shard: int = -1, tensor: i
 
 @dataclass(frozen=True)
 class Mesh:
-    """`part` is (index, count): which part of the data this rank computes, of how many."""
+    """`part` is (index, count): which part of the data this rank computes, of how many; `data_group` joins one rank of
+    each part. Of the ranks that share a part, one `counts`: its numbers are the part's."""
 
     sizes: MeshSizes
     device_mesh: DeviceMesh
     part: tuple[int, int]
+    data_group: ProcessGroup
+    counts: bool = True
 
 
 def build_mesh(sizes: MeshSizes, device_type: str, rank: int) -> Mesh:
     """Collective: all ranks call it after the process group exists."""
     shape = (sizes.replicate, sizes.shard, sizes.tensor)
     device_mesh = init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard", "tensor"))
-    return Mesh(sizes, device_mesh, (rank // sizes.tensor, sizes.data_parallel))
+    data_group = (
+        dist.group.WORLD if sizes.tensor == 1 else device_mesh["replicate", "shard"]._flatten("data").get_group()
+    )
+    assert data_group is not None
+    part = (rank // sizes.tensor, sizes.data_parallel)
+    return Mesh(sizes, device_mesh, part, data_group, counts=rank % sizes.tensor == 0)

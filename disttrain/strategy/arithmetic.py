@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from disttrain.data import MicroBatch
@@ -43,7 +42,7 @@ def run_micro_batches(
     `communicating(last)` surrounds forward and backward of each micro-batch."""
     denominators = _agree_on_weights(world, micro_batches, objective)
     prepared.trail.begin()
-    ledger = Ledger(world.device)
+    ledger = Ledger(world)
     for place, micro in enumerate(micro_batches):
         context = seed_micro_batch(world, prepared, micro)
         with communicating(place == len(micro_batches) - 1), _replay(prepared, micro.real):
@@ -89,7 +88,7 @@ def seed_micro_batch(world: World, prepared: Prepared, micro: MicroBatch, *, tra
         training=training,
         micro_batch=micro.index,
         make_generator=lambda: torch.Generator(world.device).manual_seed(derive_seed(key, "context")),
-        group=dist.group.WORLD,
+        group=world.mesh.data_group,
     )
 
 
@@ -101,7 +100,7 @@ def _agree_on_weights(
         return None
     if len(objective.weigh(micro_batches[0].batch)) == 1:
         return None
-    ledger = Ledger(world.device)
+    ledger = Ledger(world)
     for micro in micro_batches:
         ledger.add(Loss({}, objective.weigh(micro.batch)), real=micro.real)
     return ledger.reduce(divided=True).weights

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from disttrain.checkpoint import Shard
+from disttrain.config.schema import MemoryConfig, PrecisionConfig
 from disttrain.data import MicroBatch
 from disttrain.errors import ConfigError, explain
 from disttrain.objective import Objective
@@ -30,16 +31,29 @@ from disttrain.strategy.trail import Trail
 MakeModel = Callable[[], nn.Module]
 
 
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 @dataclass(frozen=True)
 class World:
-    """What every strategy stands on. `dtype` is the parameters', `autocast` the compute's if it differs."""
+    """What every strategy stands on; `precision` and `memory` are the config's sections."""
 
     group: Group
     mesh: Mesh
     device: torch.device
     seed: int
-    dtype: torch.dtype = torch.float32
-    autocast: torch.dtype | None = None
+    precision: PrecisionConfig
+    memory: MemoryConfig
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of parameters and optimizer state."""
+        return DTYPES[self.precision.master]
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """That of matrix products, None where it is the parameters' own."""
+        return DTYPES[self.precision.compute] if self.precision.compute != self.precision.master else None
 
     def computing(self) -> AbstractContextManager[Any]:
         """The context in which forwards run."""
@@ -159,7 +173,7 @@ class AbstractStrategy(ABC):
         self.world = world
 
     @classmethod
-    def check(cls, options: Any, sizes: MeshSizes, device: Device) -> None:
+    def check(cls, options: Any, sizes: MeshSizes, device: Device, precision: PrecisionConfig) -> None:
         """Refuse what this strategy cannot do in such a world, before any process group exists. Local.
 
         Raises ConfigError, or LaunchError where it is the environment that lacks something.
@@ -212,3 +226,16 @@ class AbstractStrategy(ABC):
 
     def close(self) -> None:  # noqa: B027 - most strategies hold nothing that outlives the process group
         """Let go of what outlives the process group."""
+
+
+def refuse_axes(strategy: str, sizes: MeshSizes, *axes: str) -> None:
+    """Raise ConfigError where the mesh has more than one rank along an axis that a strategy does not know. Local."""
+    for axis in axes:
+        if getattr(sizes, axis) > 1:
+            raise ConfigError(
+                explain(
+                    f"strategy.name={strategy} spreads over ranks that each have their own part of the data.",
+                    f"mesh.{axis}={getattr(sizes, axis)}",
+                    f"leave mesh.{axis} at 1, or use strategy.name=fsdp",
+                )
+            )

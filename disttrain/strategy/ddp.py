@@ -15,12 +15,14 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from disttrain.checkpoint import Shard
+from disttrain.config.schema import PrecisionConfig
 from disttrain.data import MicroBatch
 from disttrain.objective import Objective
+from disttrain.runtime import Device, MeshSizes
 from disttrain.strategy.arithmetic import run_micro_batches
 from disttrain.strategy.call import ObjectiveCall
 from disttrain.strategy.construction import build_on_host, equip, name_parameters
-from disttrain.strategy.contract import AbstractStrategy, Ingredients, Prepared, StepOutcome, StepSums
+from disttrain.strategy.contract import AbstractStrategy, Ingredients, Prepared, StepOutcome, StepSums, refuse_axes
 from disttrain.strategy.state import replicated_shards, whole_tensors
 from disttrain.strategy.update import torch_step
 
@@ -34,6 +36,11 @@ _LEAVE_BUFFERS: dict[str, Any] = (
 
 class DDP(AbstractStrategy):
     """No communication inside accumulation: gradients are reduced in the last micro-batch's backward alone."""
+
+    @classmethod
+    def check(cls, options: Any, sizes: MeshSizes, device: Device, precision: PrecisionConfig) -> None:
+        """Every rank is a replica, whichever axis it is on."""
+        refuse_axes("ddp", sizes, "tensor")
 
     def prepare(self, ingredients: Ingredients) -> Prepared:
         model = build_on_host(self.world, ingredients).to(self.world.device)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from disttrain.checkpoint import Shard
+from disttrain.config.schema import PrecisionConfig
 from disttrain.data import MicroBatch
 from disttrain.errors import ConfigError, explain
 from disttrain.objective import Objective
@@ -29,7 +30,15 @@ from disttrain.runtime import Device, MeshSizes, export_for_libraries, read_laun
 from disttrain.strategy.arithmetic import refuse_non_finite, run_micro_batches
 from disttrain.strategy.call import ObjectiveCall
 from disttrain.strategy.construction import build_on_host, equip, name_parameters
-from disttrain.strategy.contract import AbstractStrategy, Ingredients, Prepared, StepOutcome, StepSums, World
+from disttrain.strategy.contract import (
+    AbstractStrategy,
+    Ingredients,
+    Prepared,
+    StepOutcome,
+    StepSums,
+    World,
+    refuse_axes,
+)
 from disttrain.strategy.reached import agree_on_reached
 from disttrain.strategy.state import replicated_shards
 from disttrain.strategy.zero_partitions import partition_shards, spread_loaded
@@ -50,8 +59,9 @@ class DeepSpeed(AbstractStrategy):
     """One DeepSpeed engine for each model that is trained."""
 
     @classmethod
-    def check(cls, options: Any, sizes: MeshSizes, device: Device) -> None:
-        """The package is there and can be imported."""
+    def check(cls, options: Any, sizes: MeshSizes, device: Device, precision: PrecisionConfig) -> None:
+        """The package is there and can be imported; the mesh is of one axis."""
+        refuse_axes("deepspeed", sizes, "replicate", "tensor")
         _import_deepspeed(device.device)
 
     def __init__(self, options: Any, world: World) -> None:

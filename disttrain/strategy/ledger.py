@@ -15,7 +15,7 @@ from torch import Tensor
 
 from disttrain.errors import TrainingError, explain
 from disttrain.objective import Loss
-from disttrain.strategy.contract import StepSums
+from disttrain.strategy.contract import StepSums, World
 from disttrain.strategy.trail import Trail, other_trails
 
 _ROOM = 64
@@ -25,8 +25,9 @@ _ROOM = 64
 class Ledger:
     """Adds up one rank's real micro-batches, then all ranks' by name, in one all-reduce of one float64 vector."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, world: World) -> None:
+        self._device = world.device
+        self._counts = world.mesh.counts
         self._totals: dict[str, Tensor] = {}
         self._weights: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
@@ -35,7 +36,7 @@ class Ledger:
         for into, values in ((self._totals, loss.totals), (self._weights, loss.weights), (self._sums, loss.sums)):
             for name, value in values.items():
                 kept = torch.as_tensor(value, dtype=torch.float64).detach()
-                kept = kept if real else torch.zeros_like(kept)
+                kept = kept if real and self._counts else torch.zeros_like(kept)
                 into[name] = into[name] + kept if name in into else kept
 
     def reduce(self, flags: Sequence[float] = (), *, divided: bool = False, trail: Trail | None = None) -> StepSums:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from disttrain.checkpoint import Shard
+from disttrain.config.schema import PrecisionConfig
 from disttrain.data import MicroBatch
 from disttrain.errors import ConfigError, explain
 from disttrain.objective import Objective
@@ -23,7 +24,7 @@ class NoStrategy(AbstractStrategy):
     """Refuses a world of several: each process would train a model of its own."""
 
     @classmethod
-    def check(cls, options: Any, sizes: MeshSizes, device: Device) -> None:
+    def check(cls, options: Any, sizes: MeshSizes, device: Device, precision: PrecisionConfig) -> None:
         """One process only."""
         if sizes.world_size > 1:
             raise ConfigError(

@@ -83,7 +83,7 @@ strategy:
   name: fsdpp
   fsdp: {reshrd: true}
   name: ddp
-precision: {compute: fp16}
+precision: {compute: fp8}
 report: {every: 0}
 """
 MANY_SAYS = (
@@ -99,7 +99,7 @@ MANY_SAYS = (
     ("mesh.pipeline", 16, "reserved", "take the key out"),
     ("strategy.fsdp.reshrd", 19, "unknown key", "did you mean 'reshard'?"),
     ("strategy.name", 20, "the key of line 18 again", "keep one of the two"),
-    ("precision.compute", 21, "a later release", "use bf16"),
+    ("precision.compute", 21, "fp8", "write 'fp32'"),
     ("report.every", 22, "0", "greater than 0"),
 )
 

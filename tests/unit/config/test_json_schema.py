@@ -125,7 +125,7 @@ def test_every_form_a_config_may_have_fits() -> None:
         ("mesh", "pipeline", 2),
         ("strategy", "fsdp", {"reshrd": True}),
         ("strategy", "deepspeed", {"stage": 0}),
-        ("precision", "compute", "fp16"),
+        ("precision", "compute", "fp8"),
         ("report", "trackers", [{"args": 3}]),
     ],
 )
