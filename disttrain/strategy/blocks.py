@@ -17,7 +17,8 @@ def choose_blocks(
     """Name and module of each block: those named, or else the repeated ones. Local.
 
     `wanted`, the value of the config's `key`, holds class names or patterns of module names. Unnamed: the children of a
-    ModuleList or Sequential that share a class with another child, hold parameters, and share none of them with the rest of the model.
+    ModuleList or Sequential that share a class with another child, hold parameters, and share none of them with the
+    rest of the model.
     Raises ConfigError where a wanted name matches nothing.
     """
     named = [
