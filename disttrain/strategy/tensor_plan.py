@@ -107,16 +107,15 @@ def _match(model: nn.Module, options: TensorOptions) -> dict[str, str]:
     names = {name: module for name, module in model.named_modules() if name}
     words: dict[str, str] = {}
     for pattern, word in plan.items():
-        if word not in WORDS:
-            _refuse(f"The tensor plan says {word!r} of {pattern!r}.", "no style of that name", suggest(word, WORDS))
         found = [name for name in names if fnmatchcase(name, pattern)]
         # A model's own plan may speak of parts that this variant of it lacks.
         if not found and options.plan is not None:
             inner = any(fnmatchcase(name, pattern) for name, _ in model.named_parameters())
             what = "single parameters, which are cut with their module" if inner else "no module"
-            _refuse(
-                f"strategy.fsdp.tensor.plan names {pattern!r}.", what, f"name modules: {', '.join(names[:12])}, ..."
-            )
+            known = ", ".join(list(names)[:12])
+            _refuse(f"strategy.fsdp.tensor.plan names {pattern!r}.", what, f"name modules: {known}, ...")
+        if found and word not in WORDS:
+            _refuse(f"The tensor plan says {word!r} of {pattern!r}.", "no style of that name", suggest(word, WORDS))
         for name in found:
             # "rowwise" is transformers 4's word for a table of tokens too
             is_table = isinstance(names[name], nn.Embedding) and word == "rowwise"
