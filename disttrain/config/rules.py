@@ -21,13 +21,29 @@ def broken_rules(values: Mapping[str, Any]) -> Iterator[Broken]:
     yield from _evaluation(_section(values, "eval"))
     yield from _mesh(_section(values, "mesh"))
     yield from _precision(_section(values, "precision"), _section(values, "strategy"))
-    if isinstance(values.get("optim"), list):
-        yield ("optim",), "a list of optimizers, which comes with a later release", "write one target and its args"
+    yield from _optimizers(values.get("optim"))
 
 
 def _section(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     found = values.get(name)
     return found if isinstance(found, Mapping) else {}
+
+
+def _optimizers(optim: Any) -> Iterator[Broken]:
+    """A list of optimizers takes one step, and so has one clipping."""
+    if isinstance(optim, Mapping) and "match" in optim:
+        do = "write a list, an optimizer each: optim: [{match: ..., target: ...}, ...]"
+        yield ("optim", "match"), f"{shown(optim['match'])}, and one optimizer, which takes every parameter", do
+    if not isinstance(optim, list):
+        return
+    if not optim:
+        yield ("optim",), "an empty list", "write one optimizer, or several with match and target each"
+    said = [(at, one["clip_norm"]) for at, one in enumerate(optim) if isinstance(one, Mapping) and "clip_norm" in one]
+    said = [(at, value) for at, value in said if value is not None]
+    for at, value in said[1:]:
+        if value != said[0][1]:
+            found = f"{shown(value)}, and {shown(said[0][1])} in the item {said[0][0]}"
+            yield ("optim", at, "clip_norm"), found, "say it once: clipping is by the norm over all parameters"
 
 
 def _length(run: Mapping[str, Any], *, trains: bool) -> Iterator[Broken]:

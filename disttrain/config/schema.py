@@ -104,6 +104,20 @@ class OptimConfig(Target):
     decay_vectors: bool = False
 
 
+class MatchedOptimConfig(OptimConfig):
+    """One of several optimizers: of the parameters whose names `match` (a pattern or a list of them) and that none
+    before it took. `clip_norm` is that of the step, over all parameters: one of the list says it for all."""
+
+    match: tuple[str, ...]
+
+    @field_validator("match", mode="before")
+    @classmethod
+    def _patterns(cls, value: Any) -> Any:
+        if value in ("", []):
+            raise ValueError("no pattern; write one or a list of them, '*' for every parameter that is left")
+        return [value] if isinstance(value, str) else value
+
+
 class MeshConfig(Section):
     """Degrees that multiply to the world size; -1 is what is left."""
 
@@ -201,7 +215,7 @@ class Config(Section):
     objective: Target | None = None
     data: DataConfig | None = None
     eval: EvalConfig | None = None
-    optim: OptimConfig | None = None
+    optim: OptimConfig | tuple[MatchedOptimConfig, ...] | None = None
     schedule: Target | None = None
     mesh: MeshConfig = MeshConfig()
     strategy: StrategyConfig = StrategyConfig()
@@ -222,6 +236,12 @@ class Config(Section):
     def folder(self) -> Path:
         """Where import paths resolve first."""
         return self._folder
+
+    @property
+    def clip_norm(self) -> float | None:
+        """That of the step, over the gradients of all optimizers."""
+        several = self.optim if isinstance(self.optim, tuple) else [self.optim]
+        return next((one.clip_norm for one in several if one is not None and one.clip_norm is not None), None)
 
     def placed(self, sources: Mapping[str, str], folder: Path) -> Config:
         """The same config, knowing where its values come from. For `load_config`."""

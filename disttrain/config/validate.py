@@ -96,7 +96,7 @@ def _translate_all(draft: Draft, error: ValidationError, prefix: KeyPath, model:
     for path, known, one in found:
         # A union complains once for each member: where one of them got inside the value, the others say nothing.
         inside = any(len(other) > len(path) and other[: len(path)] == path for other, _, _ in found)
-        if not (inside and isinstance(one["input"], Mapping) and str(one["type"]).endswith("_type")):
+        if not (inside and isinstance(one["input"], Mapping | list) and str(one["type"]).endswith("_type")):
             draft.add_fault(path, *_translate(path, known, one))
 
 

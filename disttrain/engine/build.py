@@ -17,11 +17,14 @@ from typing import Any
 from torch import nn
 
 from disttrain.config import Config, Target, build_nested, build_target, check_arguments, resolve_target
+from disttrain.config.schema import OptimConfig
 from disttrain.errors import ConfigError, explain
 from disttrain.logs import room_logger
 from disttrain.objective import Objective
 from disttrain.optim import optimizer_factory, schedule_factory
 from disttrain.optim.named import MakeOptimizer, MakeSchedule
+from disttrain.optim.several import Part, SeveralFactory
+from disttrain.optim.trials import refuse_closures
 from disttrain.runtime import (
     Device,
     Group,
@@ -71,7 +74,9 @@ def plan_run(config: Config) -> Plan:
     if config.model is not None:
         model_factory(config)
     if config.optim is not None:
-        optimizer_factory_of(config)
+        make = optimizer_factory_of(config)
+        refuse_closures(make, "optim.target")
+        strategy.check_optimizer(make)
     schedule_factory_of(config, 1)
     for section in ("objective", "data.train", "data.collate"):
         target = attrgetter(section)(config) if section == "objective" or config.data is not None else None
@@ -116,10 +121,18 @@ def model_factory(config: Config) -> Callable[[], nn.Module]:
 
 
 def optimizer_factory_of(config: Config) -> MakeOptimizer:
-    """The configured optimizer over groups that spare vectors from weight decay."""
+    """The configured optimizer, or several as one, over groups that spare vectors from weight decay."""
     optim = _needed(config.optim, "optim")
+    if not isinstance(optim, tuple):
+        return _one_optimizer(config, optim, "optim")
+    keys = [f"optim.{at}" for at in range(len(optim))]
+    parts = [Part(_one_optimizer(config, one, key), one.match, key) for one, key in zip(optim, keys, strict=True)]
+    return SeveralFactory(tuple(parts))
+
+
+def _one_optimizer(config: Config, optim: OptimConfig, key: str) -> MakeOptimizer:
     make = resolve_target(optim.target, section="optim", folder=config.folder)
-    return optimizer_factory(make, optim.args, no_decay=optim.no_decay, decay_vectors=optim.decay_vectors)
+    return optimizer_factory(make, optim.args, no_decay=optim.no_decay, decay_vectors=optim.decay_vectors, key=key)
 
 
 def schedule_factory_of(config: Config, total_steps: int) -> MakeSchedule | None:

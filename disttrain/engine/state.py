@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from disttrain.checkpoint import Shard, whole_shard
 from disttrain.errors import CheckpointError, explain
+from disttrain.optim.several import Several
 from disttrain.strategy import Prepared
 from disttrain.strategy.state import copy_part, local_shard
 
@@ -51,6 +53,8 @@ def identity_of(config: Mapping[str, Any]) -> dict[str, Any]:
         for part in key.split("."):
             value = value.get(part) if isinstance(value, Mapping) else None
         found[key] = value
+    if isinstance(config.get("optim"), list):
+        found["optim.target"] = [{key: one[key] for key in ("match", "target")} for one in config["optim"]]
     return found
 
 
@@ -76,7 +80,7 @@ def optimizer_document(prepared: Prepared) -> dict[str, Any]:
     optimizer, schedule = prepared.optimizer, prepared.schedule
     return {
         "updates": prepared.updates,
-        "optimizer": None if optimizer is None else f"{type(optimizer).__module__}:{type(optimizer).__qualname__}",
+        "optimizer": _kind(optimizer),
         "groups": []
         if optimizer is None
         else [
@@ -85,6 +89,13 @@ def optimizer_document(prepared: Prepared) -> dict[str, Any]:
         ],
         "schedule": None if schedule is None else _jsonable(schedule.state_dict(), f"schedule of {prepared.name!r}"),
     }
+
+
+def _kind(optimizer: Optimizer | None) -> str | list[str] | None:
+    """The optimizer's class, or those of several."""
+    if isinstance(optimizer, Several):
+        return [str(_kind(part)) for part in optimizer.parts]
+    return None if optimizer is None else f"{type(optimizer).__module__}:{type(optimizer).__qualname__}"
 
 
 def restore_optimizer(prepared: Prepared, document: Mapping[str, Any], *, same_settings: bool) -> None:

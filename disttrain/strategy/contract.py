@@ -180,6 +180,14 @@ class AbstractStrategy(ABC):
         """
         return
 
+    @classmethod
+    def check_optimizer(cls, make: MakeOptimizer, mesh: Mesh | None = None) -> None:
+        """Refuse an optimizer that would step otherwise, or not at all, on what this strategy makes of parameters.
+
+        Local, before any process group exists; with a mesh it may go further, and is collective. Raises ConfigError.
+        """
+        return
+
     @abstractmethod
     def prepare(self, ingredients: Ingredients) -> Prepared:
         """Build the model under the seed, wrap or shard it, then build optimizer and schedule over what came of it."""

@@ -25,8 +25,10 @@ from disttrain.config.schema import PrecisionConfig
 from disttrain.data import MicroBatch
 from disttrain.errors import ConfigError, explain
 from disttrain.objective import Objective
-from disttrain.optim.elementwise import is_elementwise
-from disttrain.runtime import Device, MeshSizes, export_for_libraries, read_launch
+from disttrain.optim.named import MakeOptimizer
+from disttrain.optim.several import factories_of
+from disttrain.optim.trials import is_elementwise, kind_of
+from disttrain.runtime import Device, Mesh, MeshSizes, export_for_libraries, read_launch
 from disttrain.strategy.arithmetic import refuse_non_finite, run_micro_batches
 from disttrain.strategy.call import ObjectiveCall
 from disttrain.strategy.construction import build_on_host, equip, name_parameters
@@ -64,6 +66,20 @@ class DeepSpeed(AbstractStrategy):
         refuse_axes("deepspeed", sizes, "replicate", "tensor")
         _import_deepspeed(device.device)
 
+    @classmethod
+    def check_optimizer(cls, make: MakeOptimizer, mesh: Mesh | None = None) -> None:
+        """It treats every element by itself: what DeepSpeed steps on are flat parts."""
+        for one in factories_of(make):
+            if not is_elementwise(one):
+                kind = kind_of(one)
+                raise ConfigError(
+                    explain(
+                        "strategy.name=deepspeed cuts parameters into flat parts, each stepped by itself.",
+                        f"{kind.__qualname__ if kind else 'an optimizer'}, which looks at a whole parameter",
+                        "use strategy ddp, or an elementwise optimizer such as AdamW or SGD",
+                    )
+                )
+
     def __init__(self, options: Any, world: World) -> None:
         super().__init__(options, world)
         self._deepspeed = _import_deepspeed(world.device)
@@ -71,14 +87,6 @@ class DeepSpeed(AbstractStrategy):
     def prepare(self, ingredients: Ingredients) -> Prepared:
         model = build_on_host(self.world, ingredients).to(self.world.device)
         _refuse_parameters(model)
-        if ingredients.make_optimizer is not None and not is_elementwise(ingredients.make_optimizer):
-            raise ConfigError(
-                explain(
-                    "strategy.name=deepspeed cuts parameters into flat parts, each stepped by itself.",
-                    f"an optimizer of {ingredients.name!r} that looks at a whole parameter and would see its parts",
-                    "use strategy ddp, or an elementwise optimizer such as AdamW or SGD",
-                )
-            )
         prepared = Prepared(ingredients.name, model, ingredients.objective)
         equip(prepared, ingredients, name_parameters(model, ingredients.objective))
         if prepared.optimizer is None:
