@@ -37,7 +37,7 @@ from disttrain.runtime import Device, Mesh, MeshSizes
 from disttrain.runtime.seeds import generators_for
 from disttrain.strategy.arithmetic import Gradients, run_micro_batches
 from disttrain.strategy.blocks import choose_blocks
-from disttrain.strategy.construction import build_on_host, cast, equip, name_parameters
+from disttrain.strategy.construction import build_on_host, equip, name_parameters, settle
 from disttrain.strategy.contract import (
     DTYPES,
     AbstractStrategy,
@@ -113,7 +113,7 @@ class FSDP(AbstractStrategy):
     def prepare(self, ingredients: Ingredients) -> Prepared:
         if says_how(ingredients.make_model):
             model = build_model(ingredients.make_model, seed=self.world.seed, meta=True)
-            cast(model, self.world.dtype)
+            settle(self.world, model)
             blocks = self._shard(model)
             self._fill(model)
         else:
