@@ -69,7 +69,7 @@ class DeepSpeedOptions(StrategyOptions):
     name here."""
 
     stage: Literal[1, 2, 3] = 2
-    bucket_mb: float = Field(25.0, gt=0)
+    bucket_mb: float | None = Field(None, gt=0)
     offload: Literal["none", "cpu", "nvme"] = "none"
     offload_parameters: Literal["none", "cpu", "nvme"] = "none"
     nvme_path: str | None = None

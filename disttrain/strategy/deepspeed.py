@@ -14,7 +14,6 @@ import logging
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,6 +42,8 @@ from disttrain.strategy.contract import (
 )
 from disttrain.strategy.reached import agree_on_reached
 from disttrain.strategy.state import replicated_shards
+from disttrain.strategy.zero_config import engine_config
+from disttrain.strategy.zero_gradients import discard_step, forget_step
 from disttrain.strategy.zero_partitions import partition_shards, spread_loaded
 
 _GROUPS_KEPT = (
@@ -97,7 +98,7 @@ class DeepSpeed(AbstractStrategy):
             engine, *_ = self._deepspeed.initialize(
                 model=ObjectiveCall(model, ingredients.objective),
                 optimizer=prepared.optimizer,
-                config=native_config(self.options),
+                config=engine_config(self.options, self.world.precision, self.world.device.type),
                 dist_init_required=False,
             )
         prepared.wrapped = engine
@@ -109,31 +110,13 @@ class DeepSpeed(AbstractStrategy):
         engine = prepared.wrapped
         world_size = self.world.group.size
 
-        @contextmanager
-        def communicating(last: bool) -> Iterator[None]:
-            engine.set_gradient_accumulation_boundary(last)
-            yield
-
         def backward(total: Tensor) -> None:
             if world_size > 1:
                 agree_on_reached(total, prepared.named)
             engine.backward(total * world_size)
 
         step = self.world, prepared, micro_batches, objective, flags
-        with self._added_to_before(prepared):
-            return run_micro_batches(*step, through=engine, backward=backward, communicating=communicating)
-
-    @contextmanager
-    def _added_to_before(self, prepared: Prepared) -> Iterator[None]:
-        """Stages 1 and 2 put an accumulation's gradients in the place of the one's before; stage 3 adds them up."""
-        zero = prepared.wrapped.optimizer
-        if prepared.accumulations == 0 or hasattr(zero, "fp32_partitioned_groups_flat"):
-            yield
-            return
-        before = {group: [part.clone() for part in parts] for group, parts in zero.averaged_gradients.items()}
-        yield
-        for group, parts in before.items():
-            torch._foreach_add_(zero.averaged_gradients[group], parts)
+        return run_micro_batches(*step, through=engine, backward=backward)
 
     def step(self, prepared: Prepared, sums: StepSums, *, clip_norm: float | None, want_norm: bool) -> StepOutcome:
         engine = prepared.wrapped
@@ -142,8 +125,7 @@ class DeepSpeed(AbstractStrategy):
         prepared.accumulations = 0
         rate = float(zero.optimizer.param_groups[0]["lr"])
         if sums.weight == 0.0:
-            zero.zero_grad()
-            self._forget_stale(prepared)
+            discard_step(zero)
             return StepOutcome(None, applied=False, lr=rate)
         zero.clip_grad = float(clip_norm or 0.0)
         kept, zero.loss_scaler.cur_scale = zero.loss_scaler.cur_scale, sums.denominator
@@ -151,19 +133,13 @@ class DeepSpeed(AbstractStrategy):
             engine.step()
         finally:
             zero.loss_scaler.cur_scale = kept
-        self._forget_stale(prepared)
+        forget_step(zero)
         norm = float(engine.get_global_grad_norm() or 0.0)
         if not engine.was_step_applied() or not math.isfinite(norm):
             refuse_non_finite(f"a gradient norm of {norm}")
         if prepared.schedule is not None:
             prepared.schedule.step()
         return StepOutcome(norm, applied=True, lr=rate)
-
-    def _forget_stale(self, prepared: Prepared) -> None:
-        """Stage 3 would apply the last step's gradient again to a parameter that this step does not reach."""
-        buffer = getattr(prepared.wrapped.optimizer, "grad_partitions_flat_buffer", None)
-        if buffer is not None:
-            buffer.zero_()
 
     def shards(self, prepared: Prepared, stored: Mapping[str, Any] | None = None) -> list[Shard]:
         group = self.world.group
@@ -208,24 +184,6 @@ def _refuse_parameters(model: nn.Module) -> None:
                     "use strategy ddp or fsdp, which take them as they are, or give them another shape or type",
                 )
             )
-
-
-def native_config(options: Any) -> dict[str, Any]:
-    """DeepSpeed's own config. One sample, one micro-batch and no clipping: the arithmetic is ours, batch by batch."""
-    bucket = int(options.bucket_mb * 2**20 / 4)  # DeepSpeed counts elements; its default is 2 GiB a rank
-    zero: dict[str, Any] = {"stage": options.stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
-    if options.stage == 3:
-        zero |= {"stage3_prefetch_bucket_size": bucket}
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": 0.0,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": zero,
-        "steps_per_print": None,
-        "wall_clock_breakdown": False,
-    }
 
 
 def _import_deepspeed(device: torch.device) -> Any:
