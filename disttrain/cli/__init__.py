@@ -27,11 +27,14 @@ def check(
     overrides: _Overrides = None,
     as_json: _Json = False,
     imports: Annotated[bool, typer.Option("--import", help="Import the targets too, which runs their code.")] = False,
+    accelerate: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Show what strategy.name=accelerate makes of accelerate's FILE.")
+    ] = None,
 ) -> None:
     """Validate a config; print every value and where it came from."""
     from disttrain.cli.check import check_config
 
-    raise typer.Exit(check_config(config, overrides or [], as_json=as_json, imports=imports))
+    raise typer.Exit(check_config(config, overrides or [], as_json=as_json, imports=imports, accelerate=accelerate))
 
 
 @app.command()

@@ -16,7 +16,7 @@ from disttrain.config.rules import broken_rules
 from disttrain.config.schema import Config
 from disttrain.config.section import PARTS
 from disttrain.config.source_search import find_faults
-from disttrain.config.strategies import BUILT_IN, strategy_entry
+from disttrain.config.strategies import BUILT_IN, TRANSLATED, strategy_entry
 from disttrain.config.target_names import import_path, section_of, targets_in
 
 _ADVICE = {
@@ -61,7 +61,8 @@ def validate(draft: Draft, needs: Sequence[str] = ()) -> Config:
 
 def _check_strategies(draft: Draft, strategy: Mapping[str, Any]) -> None:
     """Names that are no strategy, and a plug-in's options by its own class."""
-    named = [("name", strategy["name"])] if isinstance(strategy.get("name"), str) else []
+    name = strategy.get("name")
+    named = [("name", name)] if isinstance(name, str) and name != TRANSLATED else []
     for key, name in [*named, *((key, key) for key in strategy if key != "name")]:
         try:
             entry = strategy_entry(name)
