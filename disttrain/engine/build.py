@@ -104,7 +104,7 @@ def plan_run(config: Config) -> Plan:
             )
         )
     if config.model is not None:
-        model_factory(config)
+        strategy.check_model(config.strategy.options, sizes, model_factory(config))
     if config.optim is not None:
         make = optimizer_factory_of(config)
         refuse_closures(make, "optim.target")

@@ -200,6 +200,14 @@ class AbstractStrategy(ABC):
         """
         return
 
+    @classmethod
+    def check_model(cls, options: Any, sizes: MeshSizes, make_model: MakeModel) -> None:
+        """Refuse a model that cannot be cut so, before any process group exists. Local; builds shapes at most.
+
+        Raises ConfigError.
+        """
+        return
+
     @abstractmethod
     def prepare(self, ingredients: Ingredients) -> Prepared:
         """Build the model under the seed, wrap or shard it, then build optimizer and schedule over what came of it."""

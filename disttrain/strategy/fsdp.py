@@ -4,14 +4,14 @@ Order of wrapping: repeated blocks first, each a group of its own, then the mode
 heads, tied weights: one group, so that a tie never crosses groups), then the optimizer over the shards.
 Over `mesh.shard` ranks tensors are cut in parts; over `mesh.replicate` the parts are held again (HSDP), and gradients
 added up over both. 0-d and empty parameters, which FSDP2 cannot cut, and those of a trainable objective stay whole on
-every rank; their gradients are added up in one flat all-reduce.
+every rank; their gradients are added up in one flat all-reduce. Over `mesh.tensor` layers are cut first, by a plan.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -30,7 +30,7 @@ from disttrain.errors import ConfigError, explain
 from disttrain.logs import room_logger
 from disttrain.model import build_model, fill, says_how
 from disttrain.objective import Objective
-from disttrain.optim.named import MakeOptimizer
+from disttrain.optim.named import MakeOptimizer, NamedParameter
 from disttrain.optim.several import factories_of
 from disttrain.optim.trials import is_exact_on_shards, kind_of
 from disttrain.runtime import Device, Mesh, MeshSizes
@@ -42,12 +42,15 @@ from disttrain.strategy.contract import (
     DTYPES,
     AbstractStrategy,
     Ingredients,
+    MakeModel,
     Prepared,
     StepOutcome,
     StepSums,
     World,
 )
 from disttrain.strategy.state import copy_part, sharded_shards, whole_tensors
+from disttrain.strategy.tensor_parallel import TensorParallel, is_part
+from disttrain.strategy.tensor_plan import plan_modules
 from disttrain.strategy.update import torch_step
 
 _log = room_logger("strategy")
@@ -67,8 +70,10 @@ _SHARE_OF_FREE = 4
 
 @dataclass(frozen=True)
 class _Sharded:
-    """How a prepared model's gradients are reduced: at every micro-batch, or in the last one's backward alone."""
+    """How a prepared model is cut by a tensor plan, if at all, and whether its gradients are reduced at every
+    micro-batch, not in the last one's backward alone."""
 
+    tensor: TensorParallel | None
     every: bool
 
 
@@ -78,7 +83,12 @@ class FSDP(AbstractStrategy):
     def __init__(self, options: FSDPOptions, world: World) -> None:
         super().__init__(options, world)
         mesh = world.mesh.device_mesh
-        self._mesh = mesh["replicate", "shard"] if world.mesh.sizes.replicate > 1 else mesh["shard"]
+        sizes = world.mesh.sizes
+        self._mesh = mesh["replicate", "shard"] if sizes.replicate > 1 else mesh["shard"]
+        # The ranks that hold one copy of a model between them.
+        self._holders = dist.group.WORLD if sizes.replicate == 1 else self._mesh.get_group("shard")
+        if sizes.replicate > 1 and sizes.tensor > 1:
+            self._holders = mesh["shard", "tensor"]._flatten("holders").get_group()
 
     @classmethod
     def check(cls, options: Any, sizes: MeshSizes, device: Device, precision: PrecisionConfig) -> None:
@@ -89,9 +99,23 @@ class FSDP(AbstractStrategy):
                 explain(
                     f"strategy.fsdp.reshard={options.reshard} keeps parameters in groups of so many ranks.",
                     f"mesh.shard={sizes.shard}, which it does not divide",
-                    f"set it to {', '.join(divisors) or 'nothing but true or false here'}, or to true or false",
+                    f"set it to {', '.join(divisors) or 'no number here'}, or to true or false",
                 )
             )
+        if not isinstance(options.reshard, bool) and sizes.tensor > 1:
+            raise ConfigError(
+                explain(
+                    f"strategy.fsdp.reshard={options.reshard} keeps parameters in groups of ranks.",
+                    f"mesh.tensor={sizes.tensor}, whose ranks torch would mix into those groups",
+                    "set it to true or false with tensor parallel",
+                )
+            )
+
+    @classmethod
+    def check_model(cls, options: Any, sizes: MeshSizes, make_model: MakeModel) -> None:
+        """The tensor plan fits a model that says how it is filled, whose shapes cost nothing."""
+        if sizes.tensor > 1 and says_how(make_model):
+            plan_modules(build_model(make_model, seed=0, meta=True), options.tensor, sizes.tensor)
 
     @classmethod
     def check_optimizer(cls, make: MakeOptimizer, mesh: Mesh | None = None) -> None:
@@ -114,19 +138,30 @@ class FSDP(AbstractStrategy):
         if says_how(ingredients.make_model):
             model = build_model(ingredients.make_model, seed=self.world.seed, meta=True)
             settle(self.world, model)
+            tensor = self._cut(model)
             blocks = self._shard(model)
             self._fill(model)
         else:
             model = build_on_host(self.world, ingredients)
+            tensor = self._cut(model)
             blocks = self._shard(model)
             model._apply(lambda tensor: tensor.to(self._home(tensor)))  # type: ignore[no-untyped-call]
         prepared = Prepared(ingredients.name, model, ingredients.objective)
+        if tensor is not None and ingredients.make_optimizer is not None:
+            ingredients = replace(ingredients, make_optimizer=group_by_mesh(ingredients.make_optimizer))
         equip(prepared, ingredients, name_parameters(model, ingredients.objective))
-        prepared.wrapped = _Sharded(every=self._reduces_every(model))
+        prepared.wrapped = _Sharded(tensor, every=self._reduces_every(model))
         for name, block in blocks:
             # Blocks are gathered when they are called: a rank that calls another one would get a mixture of both.
             block.register_forward_pre_hook(lambda module, args, name=name: prepared.trail.note(name))
         return prepared
+
+    def _cut(self, model: nn.Module) -> TensorParallel | None:
+        if self.world.mesh.sizes.tensor == 1:
+            return None
+        tensor = TensorParallel(self.world.mesh.device_mesh["tensor"], self.options.tensor)
+        tensor.cut(model)
+        return tensor
 
     def _shard(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         """Shard in place; returns the blocks that became groups of their own."""
@@ -198,7 +233,8 @@ class FSDP(AbstractStrategy):
         root = prepared.model
         assert isinstance(root, FSDPModule)
 
-        every: bool = prepared.wrapped.every
+        sharded: _Sharded = prepared.wrapped
+        every = sharded.every
 
         @contextmanager
         def communicating(last: bool) -> Iterator[None]:
@@ -207,8 +243,16 @@ class FSDP(AbstractStrategy):
             root.set_is_last_backward(last or every)
             yield
 
+        step = self.world, prepared, micro_batches, objective, flags
+        tensor = sharded.tensor
+        if tensor is None:
+            with self._whole_reduced(prepared):
+                return run_micro_batches(*step, communicating=communicating)
+        through = partial(tensor.through, model=prepared.model)
         with self._whole_reduced(prepared):
-            return run_micro_batches(self.world, prepared, micro_batches, objective, flags, communicating=communicating)
+            sums = run_micro_batches(*step, through=through, backward=tensor.backward, communicating=communicating)
+        tensor.check_alike(prepared.named)
+        return sums
 
     @contextmanager
     def _whole_reduced(self, prepared: Prepared) -> Iterator[None]:
@@ -226,7 +270,7 @@ class FSDP(AbstractStrategy):
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [parameter.grad for parameter in whole if parameter.grad is not None]
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        dist.all_reduce(flat)
+        dist.all_reduce(flat, group=self.world.mesh.data_group)
         at = 0
         for gradient in gradients:
             gradient.copy_(flat[at : at + gradient.numel()].view_as(gradient))
@@ -237,12 +281,17 @@ class FSDP(AbstractStrategy):
 
     def step(self, prepared: Prepared, sums: StepSums, *, clip_norm: float | None, want_norm: bool) -> StepOutcome:
         def square(gradients: Gradients) -> Tensor:
-            """Each shard once, whoever else holds it, in one all-reduce over the ranks that hold different ones."""
-            pairs = list(zip(prepared.named, gradients.locals, strict=True))
-            cut = [gradient for named, gradient in pairs if isinstance(named.parameter, DTensor)]
-            whole = [gradient for named, gradient in pairs if not isinstance(named.parameter, DTensor)]
+            """Each part once, whoever else holds it, in one all-reduce over the ranks that hold one copy."""
+            pairs = [(named.parameter, local) for named, local in zip(prepared.named, gradients.locals, strict=True)]
+            # What no tensor plan cuts is the same on all ranks of the axis: one of them brings it.
+            cut = [
+                local
+                for parameter, local in pairs
+                if isinstance(parameter, DTensor) and (self.world.mesh.counts or is_part(parameter))
+            ]
+            whole = [local for parameter, local in pairs if not isinstance(parameter, DTensor)]
             total = gradients.square(cut).to(self.world.device)  # offloaded gradients are the host's
-            dist.all_reduce(total, group=self._mesh.get_group("shard"))
+            dist.all_reduce(total, group=self._holders)
             return total + gradients.square(whole).to(total.device)
 
         outcome = torch_step(prepared, sums, clip_norm=clip_norm, want_norm=want_norm, square=square)
@@ -268,6 +317,24 @@ class FSDP(AbstractStrategy):
     def whole(self, prepared: Prepared) -> Iterator[tuple[str, Tensor]]:
         free_whole(prepared.model)
         return whole_tensors(prepared.model)
+
+
+def group_by_mesh(make: MakeOptimizer) -> MakeOptimizer:
+    """The same, its parameter groups parted where they hold DTensors of several meshes: torch's fused and foreach
+    kernels refuse the mixture. Local."""
+
+    def build(named: Sequence[NamedParameter]) -> Optimizer:
+        optimizer = make(named)
+        groups: list[dict[str, Any]] = []
+        for group in optimizer.param_groups:
+            by_mesh: dict[Any, list[Tensor]] = {}
+            for parameter in group["params"]:
+                by_mesh.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+            groups += [{**group, "params": parameters} for parameters in by_mesh.values()]
+        optimizer.param_groups = groups
+        return optimizer
+
+    return build
 
 
 def free_whole(model: nn.Module) -> None:

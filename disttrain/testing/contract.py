@@ -47,7 +47,9 @@ class StrategyContract:
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """pytest's own hook: a test for each size, model and precision."""
         if {"size", "group"} <= set(metafunc.fixturenames):
-            found = [(size, group) for size in self.sizes for group in dict.fromkeys(c.group for c in self.chosen(size))]
+            found = [
+                (size, group) for size in self.sizes for group in dict.fromkeys(c.group for c in self.chosen(size))
+            ]
             metafunc.parametrize(("size", "group"), found, ids=[f"{size}-{group}" for size, group in found])
 
     @pytest.fixture(scope="class")
@@ -98,7 +100,9 @@ def hold(
             return verdicts + [Verdict(case, [lost]) for case in rest]
         ended = min(map(len, ranks))
         verdicts += [judge(case, [rank[place] for rank in ranks]) for place, case in enumerate(rest[:ended])]
-    return verdicts + [Verdict(case, [f"not run: {_PATIENCE} cases before it failed"]) for case in cases[len(verdicts) :]]
+    return verdicts + [
+        Verdict(case, [f"not run: {_PATIENCE} cases before it failed"]) for case in cases[len(verdicts) :]
+    ]
 
 
 def table(verdicts: Sequence[Verdict]) -> str:
