@@ -12,6 +12,10 @@ Broken = tuple[KeyPath, str, str]
 
 _LENGTHS = ("steps", "epochs", "tokens")
 _RESERVED_AXES = ("pipeline", "context", "expert")
+_MASTERS = {"fp64": ("fp64",), "fp32": ("fp32",), "bf16": ("fp32", "bf16"), "fp16": ("fp32",)}
+"""Under each precision.compute: what holds parameters and optimizer state. fp16 ones would lose small updates."""
+_REDUCTIONS = {"fp64": ("fp64",), "fp32": ("fp32", "bf16"), "bf16": ("fp32", "bf16"), "fp16": ("fp32",)}
+"""And in what gradients are added up over ranks. bf16 has fp32's range; fp16 has not: scaled gradients fill it."""
 
 
 def broken_rules(values: Mapping[str, Any]) -> Iterator[Broken]:
@@ -21,6 +25,8 @@ def broken_rules(values: Mapping[str, Any]) -> Iterator[Broken]:
     yield from _evaluation(_section(values, "eval"))
     yield from _mesh(_section(values, "mesh"))
     yield from _precision(_section(values, "precision"), _section(values, "strategy"))
+    yield from _types(_section(values, "precision"))
+    yield from _memory(_section(values, "memory"))
     if isinstance(values.get("optim"), list):
         yield ("optim",), "a list of optimizers, which comes with a later release", "write one target and its args"
 
@@ -73,3 +79,25 @@ def _precision(precision: Mapping[str, Any], strategy: Mapping[str, Any]) -> Ite
         return
     reason = "which deepspeed cannot keep" if compute == "fp64" else "which with deepspeed comes with a later release"
     yield ("precision", "compute"), f"{compute}, {reason}", "use precision.compute=fp32, or strategy none, ddp or fsdp"
+
+
+def _types(precision: Mapping[str, Any]) -> Iterator[Broken]:
+    compute = precision.get("compute", "fp32")
+    for key, table in (("master", _MASTERS), ("reduce", _REDUCTIONS)):
+        found, known = precision.get(key), table.get(compute, ()) if isinstance(compute, str) else ()
+        if found is not None and known and found not in known:
+            yield (
+                ("precision", key),
+                f"{shown(found)} under precision.compute={compute}",
+                f"use {' or '.join(f'precision.{key}={one}' for one in known)}, or leave it out",
+            )
+
+
+def _memory(memory: Mapping[str, Any]) -> Iterator[Broken]:
+    recompute, compiles = memory.get("recompute"), memory.get("compile") is True
+    if recompute == "budget" and not compiles:
+        found = "budget, and no memory.compile: it is the compiler that decides what fits a budget"
+        yield ("memory", "recompute"), found, "set memory.compile=true, or memory.recompute=selective"
+    if recompute == "selective" and compiles:
+        found = "selective, which chooses by operation, and memory.compile=true: the compiler leaves no operations"
+        yield ("memory", "recompute"), found, "set memory.recompute=budget, or memory.compile=false"

@@ -29,6 +29,7 @@ from disttrain.runtime import (
     MeshSizes,
     apply_device,
     build_mesh,
+    check_device,
     choose_device,
     plan_mesh,
     read_launch,
@@ -55,6 +56,7 @@ def plan_run(config: Config) -> Plan:
     """Place this process and check what depends on the world's size. Local; touches no group and no GPU memory."""
     launch = read_launch()
     device = choose_device(config.run.device, launch, config.run.threads)
+    check_device(device, compute=config.precision.compute, compiles=config.memory.compile)
     mesh = config.mesh
     sizes = plan_mesh(launch.world_size, replicate=mesh.replicate, shard=mesh.shard, tensor=mesh.tensor)
     strategy = strategy_class(config.strategy.name)

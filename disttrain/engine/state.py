@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from disttrain.checkpoint import Shard, whole_shard
 from disttrain.errors import CheckpointError, explain
 from disttrain.strategy import Prepared
+from disttrain.strategy.loss_scale import LossScale
 from disttrain.strategy.state import copy_part, local_shard
 
 IDENTITY = (
@@ -76,6 +77,7 @@ def optimizer_document(prepared: Prepared) -> dict[str, Any]:
     optimizer, schedule = prepared.optimizer, prepared.schedule
     return {
         "updates": prepared.updates,
+        "loss_scale": vars(prepared.loss_scale),
         "optimizer": None if optimizer is None else f"{type(optimizer).__module__}:{type(optimizer).__qualname__}",
         "groups": []
         if optimizer is None
@@ -93,6 +95,7 @@ def restore_optimizer(prepared: Prepared, document: Mapping[str, Any], *, same_s
     Raises CheckpointError where a schedule that is no function of the step is to go on with other settings.
     """
     prepared.updates = int(document["updates"])
+    prepared.loss_scale = LossScale(**document.get("loss_scale", {}))  # earlier checkpoints knew none
     optimizer, schedule = prepared.optimizer, prepared.schedule
     if optimizer is None:
         return

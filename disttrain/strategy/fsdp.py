@@ -28,7 +28,7 @@ from disttrain.model import build_model, fill, says_how
 from disttrain.objective import Objective
 from disttrain.runtime.seeds import generators_for
 from disttrain.strategy.arithmetic import Gradients, run_micro_batches
-from disttrain.strategy.construction import build_on_host, cast, equip, name_parameters
+from disttrain.strategy.construction import build_on_host, equip, name_parameters, settle
 from disttrain.strategy.contract import AbstractStrategy, Ingredients, Prepared, StepOutcome, StepSums
 from disttrain.strategy.state import copy_part, sharded_shards, whole_tensors
 from disttrain.strategy.update import torch_step
@@ -42,7 +42,7 @@ class FSDP(AbstractStrategy):
     def prepare(self, ingredients: Ingredients) -> Prepared:
         if says_how(ingredients.make_model):
             model = build_model(ingredients.make_model, seed=self.world.seed, meta=True)
-            cast(model, self.world.dtype)
+            settle(self.world, model)
             blocks = self._shard(model)
             self._fill(model)
         else:
