@@ -1,4 +1,4 @@
-"""Every key of DeepSpeed 0.19.8's own JSON, which ignores one that it does not know. Data, so that no check needs torch.
+"""Every key of DeepSpeed 0.19.8's own JSON, which ignores one that it does not know. Data: no check needs torch for it.
 
 Read off its config models and constants; a test compares the sections with the installed package. Known by name only:
 what this project decides elsewhere (`ELSEWHERE`, with where) and what DeepSpeed itself has removed (`REMOVED`).

@@ -1,8 +1,8 @@
 """The user's native DeepSpeed JSON (`strategy.deepspeed.native`) against this config: one of them decides, never both.
 
 It lies under our config. Equal values and Hugging Face's "auto" pass; a value that contradicts ours is refused by
-name, and so is a key that DeepSpeed would ignore. A file is read here and stands as a mapping in the resolved config, so
-that a run's folder is whole. Clipping is always `optim.clip_norm`; left out of a JSON, DeepSpeed alone clips at 1.0.
+name, and so is a key that DeepSpeed would ignore. A file is read here and stands as a mapping in the resolved config,
+so that a run's folder is whole. Clipping is always `optim.clip_norm`; left out of a JSON, DeepSpeed alone clips at 1.0.
 """
 
 from __future__ import annotations
