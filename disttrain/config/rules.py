@@ -26,6 +26,7 @@ def broken_rules(values: Mapping[str, Any]) -> Iterator[Broken]:
     yield from _mesh(_section(values, "mesh"))
     yield from _precision(_section(values, "precision"), _section(values, "strategy"))
     yield from _optimizers(values.get("optim"))
+    yield from _zero(_section(values, "precision"), _section(values, "strategy"))
     yield from _types(_section(values, "precision"))
     yield from _memory(_section(values, "memory"))
 
@@ -90,11 +91,28 @@ def _mesh(mesh: Mapping[str, Any]) -> Iterator[Broken]:
 
 
 def _precision(precision: Mapping[str, Any], strategy: Mapping[str, Any]) -> Iterator[Broken]:
-    compute = precision.get("compute")
-    if strategy.get("name") != "deepspeed" or compute not in ("fp64", "bf16"):
+    if strategy.get("name") == "deepspeed" and precision.get("compute") == "fp64":
+        do = "use precision.compute=fp32, or strategy none, ddp or fsdp"
+        yield ("precision", "compute"), "fp64, which deepspeed cannot keep", do
+
+
+def _zero(precision: Mapping[str, Any], strategy: Mapping[str, Any]) -> Iterator[Broken]:
+    options = _section(strategy, "deepspeed")
+    if strategy.get("name") != "deepspeed":
         return
-    reason = "which deepspeed cannot keep" if compute == "fp64" else "which with deepspeed comes with a later release"
-    yield ("precision", "compute"), f"{compute}, {reason}", "use precision.compute=fp32, or strategy none, ddp or fsdp"
+    place, stage = ("strategy", "deepspeed"), options.get("stage", 2)
+    parameters, state = options.get("offload_parameters", "none"), options.get("offload", "none")
+    if parameters != "none" and stage != 3:
+        found = f"{shown(parameters)} at stage {shown(stage)}, where every rank computes with whole parameters"
+        yield (*place, "offload_parameters"), found, "set strategy.deepspeed.stage=3, or offload_parameters=none"
+    if state == "nvme" and stage != 3:
+        found = f"nvme at stage {shown(stage)}, where DeepSpeed would take the host's memory without a word"
+        yield (*place, "offload"), found, "set strategy.deepspeed.stage=3, or offload=cpu"
+    if "nvme" in (state, parameters) and not options.get("nvme_path"):
+        yield (*place, "nvme_path"), "nothing, and an offload to nvme", "name a folder on a local NVMe disk"
+    if precision.get("master") == "bf16" and state != "none":
+        found = f"{shown(state)} under precision.master=bf16, for which DeepSpeed wants an optimizer of its own"
+        yield (*place, "offload"), found, "set precision.master=fp32, or strategy.deepspeed.offload=none"
 
 
 def _types(precision: Mapping[str, Any]) -> Iterator[Broken]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from disttrain.config.deepspeed_native import PLACE, contradictions, read_native, unknown_keys
 from disttrain.config.draft import Draft
 from disttrain.config.faults import ConfigFaultsError, UnknownNameError, dotted, nearest, shown, suggest
 from disttrain.config.lines import KeyPath
@@ -49,6 +50,7 @@ def validate(draft: Draft, needs: Sequence[str] = ()) -> Config:
     strategy = draft.value.get("strategy")
     if isinstance(strategy, Mapping):
         _check_strategies(draft, strategy)
+        _check_native(draft, strategy)
     try:
         config = Config.model_validate(draft.value)
     except ValidationError as error:
@@ -75,6 +77,21 @@ def _check_strategies(draft: Draft, strategy: Mapping[str, Any]) -> None:
                 entry.options.model_validate({} if strategy[key] is None else strategy[key])
             except ValidationError as error:
                 _translate_all(draft, error, ("strategy", key), entry.options)
+
+
+def _check_native(draft: Draft, strategy: Mapping[str, Any]) -> None:
+    """DeepSpeed's own JSON: read, so that it stands in the resolved config, and compared where it will be used."""
+    options = strategy.get(PLACE[1])
+    if not isinstance(options, dict) or options.get(PLACE[2]) is None:
+        return
+    native, broken = read_native(options[PLACE[2]], draft.folder)
+    if isinstance(native, Mapping):
+        options[PLACE[2]] = native
+        broken += unknown_keys(native)
+        if strategy.get("name") == PLACE[1]:
+            broken += contradictions(native, draft.value)
+    for one in broken:
+        draft.add_fault(*one)
 
 
 def _check_names(draft: Draft) -> None:

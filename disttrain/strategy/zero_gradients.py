@@ -1,6 +1,6 @@
 """What DeepSpeed's optimizers keep of gradients between backwards and steps, and would use again.
 
-A step's gradient is of that step alone; a parameter that it does not reach has a gradient of zero. Imports no deepspeed.
+A step's gradient is of that step alone; a parameter that it does not reach has a zero one. Imports no deepspeed.
 """
 
 from __future__ import annotations
