@@ -1,4 +1,4 @@
-"""What is run: models, optimizers, accumulation, clipping and precision, as data; all of it, or a covering sample. Pure."""
+"""What is run: models, optimizers, accumulation, clipping and precision, all of it or a sample. Pure."""
 
 from __future__ import annotations
 
@@ -73,14 +73,15 @@ EVERY: tuple[Case, ...] = (
 )
 
 
-def sample(size: int, sizes: Sequence[int], turn: int = 0) -> tuple[Case, ...]:
-    """Some of EVERY for a world of `size`: over all `sizes` each model, optimizer, accumulation, clip and precision
-    comes at least once, and each size has something to do. Another `turn` deals other cases to other sizes."""
-    place, models = sizes.index(size), list(MODELS)
+def sample(size: int, sizes: Sequence[int], turn: int = 0, models: Sequence[str] = tuple(MODELS)) -> tuple[Case, ...]:
+    """Some of EVERY for a world of `size`: over all `sizes` each model comes in float32, each optimizer, accumulation
+    and clip, float64 and bf16; no size is left out. Another `turn` deals other cases to other sizes."""
+    place = sizes.index(size)
     found = []
-    for number, model in enumerate(models):
-        if (number + turn) % len(sizes) == place:
-            found.append(Case(model, *_CORNERS[(number + turn) % len(_CORNERS)]))
+    for number in range(max(len(models), len(sizes), len(_CORNERS))):
+        if number % len(sizes) == place:
+            corner = _CORNERS[(number + turn) % len(_CORNERS)]
+            found.append(Case(models[(number + turn) % len(models)], *corner))
     wide = Case(models[(place + turn + 1) % len(models)], "adamw", 3, CLIP, "fp64")
     narrow = Case(models[(place + turn + 2) % len(models)], "sgd", 1, None, "bf16")
     return (*found, wide, narrow)

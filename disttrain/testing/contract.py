@@ -5,8 +5,7 @@ One world a size runs all cases; then there is one test for each size, model and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -33,11 +32,17 @@ class StrategyContract:
     models: ClassVar[Sequence[str]] = ("gpt", "tied-frozen", "unused", "odd")
     precisions: ClassVar[Sequence[str]] = ("fp32", "fp64", "bf16")
     timeout_s: ClassVar[float] = 600.0
+    _found: ClassVar[dict[int, list[Verdict]]]
 
     @classmethod
     def cases(cls, size: int) -> Sequence[Case]:
         """What is run in a world of `size`: everything, unless a subclass chooses."""
         return EVERY
+
+    @classmethod
+    def overrides_at(cls, size: int) -> Sequence[str]:
+        """`overrides` in a world of `size`, where degrees of a mesh depend on it."""
+        return cls.overrides
 
     @classmethod
     def chosen(cls, size: int) -> list[Case]:
@@ -52,29 +57,25 @@ class StrategyContract:
             ]
             metafunc.parametrize(("size", "group"), found, ids=[f"{size}-{group}" for size, group in found])
 
-    @pytest.fixture(scope="class")
-    def verdicts(
-        self, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-    ) -> Iterator[Callable[[int], list[Verdict]]]:
-        """The verdicts of a world of a size, which is started when first asked for."""
-        contract: type[StrategyContract] = request.cls
-        done: list[Verdict] = []
+    @classmethod
+    def setup_class(cls) -> None:
+        """pytest's own hook: nothing is known yet."""
+        cls._found = {}
 
-        @cache
-        def at(size: int) -> list[Verdict]:
-            folder = tmp_path_factory.mktemp("contract")
-            found = hold(contract.overrides, contract.chosen(size), size, folder, timeout_s=contract.timeout_s)
-            done.extend(found)
-            return found
+    @classmethod
+    def teardown_class(cls) -> None:
+        """pytest's own hook: print the largest differences."""
+        found = [verdict for verdicts in cls._found.values() for verdict in verdicts]
+        print(f"\n{cls.__name__}: {' '.join(cls.overrides)}, {cls.sizes} rank(s)\n{table(found)}")
 
-        yield at
-        print(f"\n{contract.__name__}: {' '.join(contract.overrides)}\n{table(done)}")
-
-    def test_equals_the_plain_loop(self, size: int, group: str, verdicts: Callable[[int], list[Verdict]]) -> None:
+    def test_equals_the_plain_loop(self, size: int, group: str, tmp_path: Path) -> None:
         """Initial weights bit-equal; each step's loss and gradient norm, and the final weights, within the bounds."""
+        overrides = self.overrides_at(size)
+        if size not in self._found:
+            self._found[size] = hold(overrides, self.chosen(size), size, tmp_path, timeout_s=self.timeout_s)
         faults = [
-            f"{' '.join(self.overrides)} at {size} rank(s), {verdict.case}: {fault}"
-            for verdict in verdicts(size)
+            f"{' '.join(overrides)} at {size} rank(s), {verdict.case}: {fault}"
+            for verdict in self._found[size]
             if verdict.case.group == group
             for fault in verdict.faults
         ]

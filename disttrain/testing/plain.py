@@ -38,7 +38,7 @@ def plain_loop(
             if seeds is not None:
                 torch.manual_seed(seeds[number][place])
             part, items = loss(model, batch)
-            part.backward()
+            torch.autograd.backward(part)
             total, weight = total + float(part.detach()), weight + float(items)
         for parameter in trainable:
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad / weight

@@ -1,4 +1,4 @@
-"""A rank's side of the suite: cases one after another in one world, an Engine each, their numbers brought back as data."""
+"""A rank's side of the suite: cases one after another in one world, an Engine each, and their numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run's numbers are held to, and what is said where they do not hold. Pure, but for the plain loop it compares with.
+"""What a run's numbers are held to, and what is said where they do not hold. Runs the plain loop it compares with.
 
 Bounds, relative: float32 within 1e-5 (loss and norm at each step) and 1e-4 (each tensor's final values, in 2-norm);
 float64 1e-9. What is left within them is the order of sums.

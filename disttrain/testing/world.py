@@ -1,4 +1,4 @@
-"""Real worlds: `run_world(size, function, ...)` starts processes placed as torchrun places them and brings back results.
+"""Real worlds: `run_world(size, function, ...)` starts processes as torchrun does and brings back results.
 
 Processes are forked from a server that has torch imported already, so that a world of four costs a second, not ten.
 """
@@ -13,6 +13,8 @@ import time
 import traceback
 from collections.abc import Callable
 from typing import Any
+
+from torch._C._distributed_c10d import TCPStore
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 # torch._dynamo takes two seconds, and DeepSpeed imports it whether it compiles or not.
@@ -32,10 +34,11 @@ def free_port() -> int:
 
 def run_world(size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 240.0) -> list[Any]:
     """Call `function(*args)` on `size` ranks, as torchrun would place them; returns their results in rank order."""
-    port = free_port()
+    # Kept here, as torchrun's agent keeps it: in rank 0 it would go with a first Engine while others are at the next.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     results = _CONTEXT.Queue()
     workers = [
-        _CONTEXT.Process(target=_rank, args=(rank, size, port, results, function, args), daemon=False)
+        _CONTEXT.Process(target=_rank, args=(rank, size, store.port, results, function, args), daemon=False)
         for rank in range(size)
     ]
     for worker in workers:
@@ -73,6 +76,8 @@ def _rank(rank: int, size: int, port: int, results: Any, function: Callable[...,
         LOCAL_WORLD_SIZE=str(size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True",
+        TORCHELASTIC_RESTART_COUNT="0",
         OMP_NUM_THREADS="1",
     )
     try:

@@ -1,0 +1,73 @@
+"""The contract suite over every strategy: in CI a covering sample, with `-m slow` everything.
+
+`python -m pytest -m slow -s tests/contract/test_strategies.py` prints the tables of docs/contract.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import pytest
+
+from disttrain.testing import Case, StrategyContract, sample
+
+AWKWARD = ("tied-frozen", "unused", "odd")
+ALL = ("gpt", *AWKWARD)
+
+
+@dataclass(frozen=True)
+class Variation:
+    """A strategy with options, where it runs. `at` adds overrides in a world of that size."""
+
+    overrides: tuple[str, ...]
+    sizes: tuple[int, ...] = (1, 2, 3, 4)
+    models: tuple[str, ...] = ALL
+    precisions: tuple[str, ...] = ("fp32", "fp64", "bf16")
+    at: Mapping[int, tuple[str, ...]] | None = None
+
+
+def zero(stage: int, *more: str) -> Variation:
+    """DeepSpeed, which keeps its masters in float32."""
+    name = ("strategy.name=deepspeed", f"strategy.deepspeed.stage={stage}")
+    return Variation((*name, *(f"strategy.deepspeed.{one}" for one in more)), precisions=("fp32",))
+
+
+FSDP = "strategy.name=fsdp"
+VARIATIONS = {
+    "None": Variation(("strategy.name=none",), sizes=(1,)),
+    "DDP": Variation(("strategy.name=ddp",)),
+    "FSDP": Variation((FSDP,)),
+    "ZeRO1": zero(1),
+    "ZeRO2": zero(2),
+    "ZeRO3": zero(3),
+}
+
+
+def contract(name: str, variation: Variation, *, whole: bool) -> type[StrategyContract]:
+    """The tests of one strategy: all cases, or a sample that differs from strategy to strategy."""
+    turn = list(VARIATIONS).index(name)
+
+    class Contract(StrategyContract):
+        overrides = variation.overrides
+        sizes = variation.sizes
+        models = variation.models
+        precisions = variation.precisions
+
+        @classmethod
+        def overrides_at(cls, size: int) -> Sequence[str]:
+            return (*cls.overrides, *(variation.at or {}).get(size, ()))
+
+        @classmethod
+        def cases(cls, size: int) -> Sequence[Case]:
+            return super().cases(size) if whole else sample(size, cls.sizes, turn, models=cls.models)
+
+    Contract.__name__ = Contract.__qualname__ = f"Test{name}{'Whole' if whole else ''}"
+    return pytest.mark.slow(pytest.mark.timeout(7200)(Contract)) if whole else Contract
+
+
+for _name, _variation in VARIATIONS.items():
+    for _whole in (False, True):
+        _contract = contract(_name, _variation, whole=_whole)
+        globals()[_contract.__name__] = _contract
+del _contract
