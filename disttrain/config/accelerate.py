@@ -168,7 +168,5 @@ def _precision(found: Translation, native: Native) -> None:
             found.refuse("mixed_precision", f"where DeepSpeed's JSON has {one}.enabled: {shown(enabled)}", do)
     if named not in ("no", "bf16", "fp16"):
         found.refuse("mixed_precision", "which disttrain does not compute in", "write bf16, fp16 or 'no'")
-    elif named == "no":
-        found.put("precision.compute", "fp32", key, "fp64")  # double precision is no mixed one either
-    else:
-        found.put("precision.compute", named, key)
+    elif named != "no" or found.config.precision.compute != "fp64":  # double precision is no mixed one either
+        found.put("precision.compute", "fp32" if named == "no" else named, key)

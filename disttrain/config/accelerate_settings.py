@@ -143,9 +143,9 @@ def read_file(path: str | Path) -> Settings:
             said["dynamo_config.dynamo_backend"], places["dynamo_config.dynamo_backend"] = value, where
         elif key in _FOREIGN and value:
             faults.append(Fault(key, where, "a section that disttrain does not have", _FOREIGN[key]))
-        elif key in _TOP:
+        elif key in _TOP and key != "enable_cpu_affinity":  # accelerate takes that from its command line alone
             said[key] = value
-        elif key not in _LAUNCHING and key not in _FOREIGN:
+        elif key not in _LAUNCHING and key not in _FOREIGN and key not in _TOP:
             known = [*_TOP, *_SECTIONS, *_LAUNCHING, *_FOREIGN]
             faults.append(Fault(key, where, f"the unknown key {key!r}", suggest(key, known)))
     return _settled(str(path), said, places, faults)
