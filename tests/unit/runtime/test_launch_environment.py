@@ -73,8 +73,15 @@ STEP_PORT = 15000 + (4711 * 31 + 3) % 15000
             {**ELASTIC, "ACCELERATE_LOG_LEVEL": "debug"},
             Launch("torchrun", 5, 1, 8, 4, "node0", 29400, 2, "quick"),
         ),
-        "DeepSpeed's own launcher": (
-            {**BY_HAND, "WORLD_SIZE": "8", "RANK": "5", "LOCAL_RANK": "1", "LOCAL_SIZE": "4"},
+        "DeepSpeed's own launcher, as accelerate starts it for several machines": (
+            {
+                **BY_HAND,
+                "ACCELERATE_MIXED_PRECISION": "no",
+                "WORLD_SIZE": "8",
+                "RANK": "5",
+                "LOCAL_RANK": "1",
+                "LOCAL_SIZE": "4",
+            },
             Launch("environment", 5, 1, 8, 4, "10.0.0.1", 1234),
         ),
         "mpirun, and each a world of one by the user's word": (
