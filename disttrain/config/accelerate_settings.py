@@ -214,7 +214,9 @@ def _settled(
     file = values.get("deepspeed_config.deepspeed_config_file")
     if file not in (None, "none"):
         native = _read_native(file, places["deepspeed_config.deepspeed_config_file"], faults)
-    return Settings(name, world_size or values["num_processes"], values, places, native, tuple(faults))
+    if (values["num_processes"] or 0) > 0:  # -1: the command line is to say it
+        world_size = world_size or values["num_processes"]
+    return Settings(name, world_size, values, places, native, tuple(faults))
 
 
 def _typed(value: Any, kind: str) -> Any:

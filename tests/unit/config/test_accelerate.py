@@ -61,6 +61,10 @@ TRANSLATIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "fsdp in one piece": (fsdp(fsdp_auto_wrap_policy="NO_WRAP"), {**RESHARD, "strategy.fsdp.blocks": [], **FP32}),
     "fsdp, blocks as the model says": (fsdp(fsdp_auto_wrap_policy="TRANSFORMER_BASED_WRAP"), {**RESHARD, **FP32}),
+    "fsdp, how many the command line says": (
+        {**degrees(shard=2), "num_processes": -1},
+        {**RESHARD, "mesh.replicate": 1, "mesh.shard": 2, "mesh.tensor": 1, **FP32},
+    ),
     "hsdp and tensor parallel": (
         {**degrees(2, 3, 2), "num_processes": 12},
         {**RESHARD, "mesh.replicate": 2, "mesh.shard": 3, "mesh.tensor": 2, **FP32},
@@ -183,6 +187,10 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
             "deepspeed_config.zero3_save_16bit_model": "true",
             "deepspeed_config.deepspeed_moe_layer_cls_names": "'Experts'",
         },
+    ),
+    "parameters that stage 2 does not cut": (
+        deepspeed(zero_stage=2, offload_param_device="cpu"),
+        {"deepspeed_config.offload_param_device": "zero_stage: 3"},
     ),
     "MPI under DeepSpeed": (
         deepspeed(deepspeed_multinode_launcher="openmpi"),
