@@ -213,8 +213,13 @@ class _Proof:
 
     def _set_rounding_apart(self, pairs: Sequence[_Pair]) -> None:
         """Where nothing but parameters differs, entries without a gradient may be all: measured in a wider type."""
+        trainable = set(self._probe["trainable"])
         doubted = [
-            one for one in pairs if one.row.difference is not None and one.row.difference.first_in == "parameters"
+            pair
+            for pair in pairs
+            if (found := pair.row.difference) is not None
+            and found.first_in == "parameters"
+            and any(one.step > 0 and one.name in trainable for one in found.tensors)
         ]
         wide = WIDER.get(self._own.precision.compute)
         if not doubted or wide is None:
