@@ -115,7 +115,8 @@ def _story(row: Row) -> list[str]:
         code = f"exit code {row.error.exit_code}: " if row.error.exit_code else ""
         lines += [f"  {line}" for line in f"{code}{row.error.text}".splitlines()]
     for cause in row.causes:
-        lines += [f"  cause: {cause.cause}: {cause.text}", f"  shown by: {cause.shown_by}"]
+        word = "note" if row.verdict == "equal" else "cause"
+        lines += [f"  {word}: {cause.cause}: {cause.text}", f"  shown by: {cause.shown_by}"]
     return ["", f"{row.title}: {_VERDICTS.get(str(row.verdict), row.verdict)}", *lines] if lines else []
 
 

@@ -88,6 +88,7 @@ class _Pair:
     overrides: tuple[str, ...]
     base: int
     trials: list[Trial]
+    aside: Trial | None = None
 
     @property
     def is_case(self) -> bool:
@@ -122,6 +123,7 @@ class _Proof:
             self._judge(pair)
         self._set_rounding_apart(pairs)
         self._explain(pairs)
+        self._tell_aside(pairs)
         return Report(
             rows=tuple(pair.row for pair in pairs),
             steps=reference.steps,
@@ -167,6 +169,7 @@ class _Proof:
         row = Row(case.name, case.world_size, case.micro_batch, case.overrides)
         gpus = torch.cuda.device_count() if self._own.run.device != "cpu" else 0
         trials: list[Trial] = []
+        aside = None
         if case.refused:
             row = replace(row, verdict="refused", error=Failed(ConfigError.exit_code, case.refused))
         elif case.world_size > gpus > 0:
@@ -177,7 +180,8 @@ class _Proof:
         else:
             config = load_to_train(self._job.config, [*self._job.overrides, *case.overrides])
             trials = causes.case_trials(case.overrides, self._own, config, self._probe)
-        return _Pair(row, f"case-{number}", case.overrides, case.micro_batch, trials)
+            aside = causes.clip_left_to_deepspeed(self._own, config)
+        return _Pair(row, f"case-{number}", case.overrides, case.micro_batch, trials, aside)
 
     def _run_cases(self, pairs: Sequence[_Pair]) -> None:
         to_run = [pair for pair in pairs if pair.row.verdict is None and pair.key not in self._outcomes]
@@ -285,6 +289,20 @@ class _Proof:
             difference = self._compare(found, references[pair.base, trial].key, self._rounding.get(pair.base))
             if difference is not None and difference.equal and not pair.row.causes:
                 pair.row = replace(pair.row, causes=(trial.found,))
+
+    def _tell_aside(self, pairs: Sequence[_Pair]) -> None:
+        """What changed nothing here, and would elsewhere: measured with one process."""
+        told = [(pair, pair.aside) for pair in pairs if pair.aside is not None and pair.row.verdict == "equal"]
+        tasks = {
+            pair.base: self._reference(pair.base, trial.overrides, key=f"aside-{pair.base}") for pair, trial in told
+        }
+        if tasks:
+            self._run(list(tasks.values()), 1, {task.key: "one process, clipped at 1.0" for task in tasks.values()})
+        for pair, trial in told:
+            difference = self._compare(tasks[pair.base].key, _reference_key(pair.base))
+            if difference is not None:
+                cause = replace(trial.found, shown_by=causes.clip_measured(difference))
+                pair.row = replace(pair.row, causes=(cause,))
 
     def _conclude(self, pair: _Pair) -> None:
         row = pair.row
