@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -34,6 +35,7 @@ def check_parity(
     """Print what was found; returns the exit code: 0 all equal, 6 something differs, else that of the first failure."""
     load_to_train(config, overrides)  # a bad config is told before torch is loaded
     sizes, micro = _numbers("--world-sizes", world_sizes), _numbers("--micro-batches", micro_batches or "")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # its processes are ended with it
     quiet_torch()
     from disttrain.engine.parity.cases import Asked
     from disttrain.engine.parity.proof import prove_parity

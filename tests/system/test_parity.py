@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,31 @@ def test_a_config_that_cannot_be_read_is_told_before_anything_runs(folder: Path)
         done = launch("disttrain", "parity", "mine.yaml", *wrong, timeout_s=120, cwd=folder, expect=2)
         assert done.stderr.startswith("error (exit 2)")
         assert "to do:" in done.stderr
+
+
+def test_a_clip_that_a_native_json_leaves_to_deepspeed_is_named(folder: Path) -> None:
+    """DeepSpeed alone would clip at 1.0; here `optim.clip_norm` decides, and what the other would do is measured."""
+    native = "strategy.deepspeed.native={zero_optimization: {stage: 2}}"
+    asked = ("--steps", "2", "--strategies", "deepspeed:2", "--world-sizes", "2")
+    _, (case,) = parity(folder, "mine.yaml", native, "optim.clip_norm=null", "optim.args.lr=0.1", *asked, expect=0)
+    assert case["verdict"] == "equal"
+    assert named(case) == ["clip"]
+    assert "clips at 1.0" in case["causes"][0]["text"]
+
+
+def shown() -> list[str]:
+    """The commands in docs/parity.md."""
+    lines = (PROJECT / "docs" / "parity.md").read_text(encoding="utf-8").splitlines()
+    return [line.strip() for line in lines if line.startswith("    disttrain parity ")]
+
+
+@pytest.mark.parametrize("command", shown())
+def test_commands_of_the_document_run(command: str, tmp_path: Path) -> None:
+    """In little, and the first, which is the default set, by `none` alone: the slow test runs it as it is."""
+    little = ("--steps", "1", *(() if "--" in command else ("--strategies", "none", "--world-sizes", "1")))
+    done = launch(*shlex.split(command), *SMALL, *little, f"run.dir={tmp_path}", timeout_s=900)
+    assert "differs" not in done.stdout
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
