@@ -17,7 +17,6 @@ from disttrain.config import Config, load_to_train
 from disttrain.engine import build
 from disttrain.engine.parity import causes
 from disttrain.engine.parity.cases import Asked, Case, plan_cases, uneven_micro_batch
-from disttrain.engine.parity.causes import Trial
 from disttrain.engine.parity.compare import Rounding
 from disttrain.engine.parity.launch import Failed
 from disttrain.engine.parity.recorded import Recorded
@@ -83,11 +82,9 @@ class _Proof:
         sizes = dict.fromkeys(
             [base, *filter(None, [uneven]), *(case.micro_batch for case in cases if not case.refused)]
         )
-        self._run_references(list(sizes), base)
-        reference = self._runs.found(reference_key(base))
-        pairs = [self._other_micro_batch(size, base) for size in sizes if size != base]
+        pairs = [Pair(Row("one process", 1, size, ()), reference_key(size), (), base) for size in sizes if size != base]
         pairs += [self._case(number, case) for number, case in enumerate(cases)]
-        self._run_cases(pairs)
+        reference = self._run_all(list(sizes), base, pairs)
         for pair in pairs:
             self._judge(pair)
         self._set_rounding_apart(pairs)
@@ -108,23 +105,9 @@ class _Proof:
 
     # ------------------------------------------------------------------ runs
 
-    def _run_references(self, sizes: Sequence[int], base: int) -> None:
-        tasks = [self._runs.reference(size, probe=self._runs.plain and size == base) for size in sizes]
-        if not self._runs.plain:
-            tasks.append(replace(self._runs.reference(base, key="probe", probe=True), reference=True))
-        titles = {task.key: f"one process, micro-batch {task.micro_batch}" for task in tasks}
-        self._runs.run(tasks, 1, titles)
-        self._runs.probe = self._runs.found("probe" if not self._runs.plain else reference_key(base)).facts["probe"]
-
-    def _other_micro_batch(self, size: int, base: int) -> Pair:
-        row = Row("one process", 1, size, ())
-        return Pair(row, reference_key(size), (), base, causes.micro_batch_trials(self._runs.probe))
-
     def _case(self, number: int, case: Case) -> Pair:
         row = Row(case.name, case.world_size, case.micro_batch, case.overrides)
         gpus = torch.cuda.device_count() if self._own.run.device != "cpu" else 0
-        trials: list[Trial] = []
-        aside = None
         if case.refused:
             row = replace(row, verdict="refused", error=Failed(ConfigError.exit_code, case.refused))
         elif case.world_size > gpus > 0:
@@ -132,19 +115,23 @@ class _Proof:
                 0, f"it needs {case.world_size} GPUs, this machine has {gpus}; run.device=cpu runs it on CPUs"
             )
             row = replace(row, verdict="skipped", error=error)
-        else:
-            config = load_to_train(self._runs.job.config, [*self._runs.job.overrides, *case.overrides])
-            trials = causes.case_trials(case.overrides, self._own, config, self._runs.probe)
-            aside = causes.clip_left_to_deepspeed(self._own, config)
-        return Pair(row, f"case-{number}", case.overrides, case.micro_batch, trials, aside)
+        return Pair(row, f"case-{number}", case.overrides, case.micro_batch)
 
-    def _run_cases(self, pairs: Sequence[Pair]) -> None:
-        to_run = [pair for pair in pairs if pair.row.verdict is None and pair.key not in self._runs.outcomes]
-        for size in sorted({pair.row.world_size for pair in to_run}):
+    def _run_all(self, sizes: Sequence[int], base: int, pairs: Sequence[Pair]) -> Recorded:
+        """References, then the cases of a world of one in the same process, then larger worlds. Returns the base's."""
+        plain = self._runs.plain
+        references = [self._runs.reference(size, probe=plain and size == base) for size in sizes]
+        if not plain:
+            references.append(replace(self._runs.reference(base, key="probe", probe=True), reference=True))
+        to_run = [pair for pair in pairs if pair.is_case and pair.row.verdict is None]
+        for size in sorted({1, *(pair.row.world_size for pair in to_run)}):
             here = [pair for pair in to_run if pair.row.world_size == size]
-            self._runs.run(
-                [Task(pair.key, pair.overrides) for pair in here], size, {pair.key: pair.row.title for pair in here}
-            )
+            tasks = [*(references if size == 1 else ()), *(Task(pair.key, pair.overrides) for pair in here)]
+            titles = {task.key: f"one process, micro-batch {task.micro_batch}" for task in references}
+            self._runs.run(tasks, size, titles | {pair.key: pair.row.title for pair in here})
+            if size == 1:  # what does not train in one process ends here
+                self._runs.probe = self._runs.found(reference_key(base) if plain else "probe").facts["probe"]
+        return self._runs.found(reference_key(base))
 
     # ------------------------------------------------------------------ verdicts
 

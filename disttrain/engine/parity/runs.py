@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from disttrain.config import Config
-from disttrain.engine.parity.causes import Trial
 from disttrain.engine.parity.compare import Difference, Rounding, bounds_for, compare_runs
 from disttrain.engine.parity.launch import Failed, Outcome, run_tasks
 from disttrain.engine.parity.recorded import Recorded
@@ -35,8 +34,6 @@ class Pair:
     key: str
     overrides: tuple[str, ...]
     base: int
-    trials: list[Trial]
-    aside: Trial | None = None
 
     @property
     def is_case(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from disttrain.config import Config
+from disttrain.config import Config, load_to_train
 from disttrain.engine.parity import causes
 from disttrain.engine.parity.causes import Cause, Trial
 from disttrain.engine.parity.runs import Pair, Runs, reference_key
@@ -23,16 +23,26 @@ class Trials:
         doubted = [pair for pair in pairs if pair.row.verdict == "differs"]
         if not self._runs.probe["elementwise"]:
             for pair in pairs:
-                if pair.row.verdict == "failed":
-                    pair.trials = [trial for trial in pair.trials if trial.cause == causes.OPTIMIZER]
+                if pair.row.verdict == "failed" and pair.is_case:
                     doubted.append(pair)
-        alone = [(pair, trial) for pair in doubted for trial in pair.trials if trial.alone or not pair.is_case]
+        rest = {pair.key: self._suspects(pair) for pair in doubted}
+        alone = [(pair, one) for pair in doubted for one in rest[pair.key] if one.alone or not pair.is_case]
         self._try(alone)
-        rest = {pair.key: [trial for trial in pair.trials if (pair, trial) not in alone] for pair in doubted}
+        rest = {pair.key: [one for one in rest[pair.key] if (pair, one) not in alone] for pair in doubted}
         while turn := [(pair, rest[pair.key].pop(0)) for pair in doubted if not pair.row.causes and rest[pair.key]]:
             self._try(turn)
         for pair in pairs:
             self._conclude(pair)
+
+    def _suspects(self, pair: Pair) -> list[Trial]:
+        """What to try, the likeliest first; what failed can only be tried with another optimizer."""
+        if not pair.is_case:
+            return causes.micro_batch_trials(self._runs.probe)
+        trials = causes.case_trials(pair.overrides, self._own, self._config_of(pair), self._runs.probe)
+        return [one for one in trials if one.cause == causes.OPTIMIZER or pair.row.verdict != "failed"]
+
+    def _config_of(self, pair: Pair) -> Config:
+        return load_to_train(self._runs.job.config, [*self._runs.job.overrides, *pair.overrides])
 
     def _try(self, turn: Sequence[tuple[Pair, Trial]]) -> None:
         """Run the trials, those of one world together, and keep for each pair the first that made it equal."""
@@ -66,7 +76,9 @@ class Trials:
 
     def tell_aside(self, pairs: Sequence[Pair]) -> None:
         """What changed nothing here, and would elsewhere: measured with one process."""
-        told = [(pair, pair.aside) for pair in pairs if pair.aside is not None and pair.row.verdict == "equal"]
+        equal = [pair for pair in pairs if pair.is_case and pair.row.verdict == "equal"]
+        asides = [(pair, causes.clip_left_to_deepspeed(self._own, self._config_of(pair))) for pair in equal]
+        told = [(pair, trial) for pair, trial in asides if trial is not None]
         tasks = {
             pair.base: self._runs.reference(pair.base, trial.overrides, key=f"aside-{pair.base}")
             for pair, trial in told
