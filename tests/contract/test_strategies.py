@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from disttrain.testing import Case, StrategyContract, sample
+from disttrain.testing import StrategyContract
 
 AWKWARD = ("tied-frozen", "unused", "odd")
 ALL = ("gpt", *AWKWARD)
@@ -46,22 +46,16 @@ VARIATIONS = {
 
 def contract(name: str, variation: Variation, *, whole: bool) -> type[StrategyContract]:
     """The tests of one strategy: all cases, or a sample that differs from strategy to strategy."""
-    turn = list(VARIATIONS).index(name)
 
     class Contract(StrategyContract):
-        overrides = variation.overrides
-        sizes = variation.sizes
-        models = variation.models
-        precisions = variation.precisions
-
         @classmethod
         def overrides_at(cls, size: int) -> Sequence[str]:
             return (*cls.overrides, *(variation.at or {}).get(size, ()))
 
-        @classmethod
-        def cases(cls, size: int) -> Sequence[Case]:
-            return super().cases(size) if whole else sample(size, cls.sizes, turn, models=cls.models)
-
+    for attribute in ("overrides", "sizes", "models", "precisions"):
+        setattr(Contract, attribute, getattr(variation, attribute))
+    Contract.whole, Contract.turn = whole, list(VARIATIONS).index(name)
+    Contract.timeout_s = 7000.0 if whole else 600.0
     Contract.__name__ = Contract.__qualname__ = f"Test{name}{'Whole' if whole else ''}"
     return pytest.mark.slow(pytest.mark.timeout(7200)(Contract)) if whole else Contract
 
