@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from disttrain.optim import optimizer_factory
-from disttrain.optim.elementwise import is_elementwise
 from disttrain.optim.named import MakeOptimizer
+from disttrain.optim.trials import is_elementwise
 
 
 def factory(make: Any, **args: Any) -> MakeOptimizer:
