@@ -28,19 +28,29 @@ class Variation:
 
 
 def zero(stage: int, *more: str) -> Variation:
-    """DeepSpeed, which keeps its masters in float32."""
+    """DeepSpeed, which keeps its masters in float32 at the widest."""
     name = ("strategy.name=deepspeed", f"strategy.deepspeed.stage={stage}")
-    return Variation((*name, *(f"strategy.deepspeed.{one}" for one in more)), precisions=("fp32",))
+    return Variation((*name, *(f"strategy.deepspeed.{one}" for one in more)), precisions=("fp32", "bf16"))
 
 
-FSDP = "strategy.name=fsdp"
+def mesh(*sizes: int, **degrees: int) -> dict[int, tuple[str, ...]]:
+    """The same degrees in a world of each size."""
+    return {size: tuple(f"mesh.{axis}={degree}" for axis, degree in degrees.items()) for size in sizes}
+
+
+FSDP = ("strategy.name=fsdp",)
 VARIATIONS = {
     "None": Variation(("strategy.name=none",), sizes=(1,)),
     "DDP": Variation(("strategy.name=ddp",)),
-    "FSDP": Variation((FSDP,)),
+    "FSDP": Variation(FSDP),
+    "FSDPReplicate": Variation(FSDP, sizes=(2, 3, 4), at=mesh(2, 4, replicate=2) | mesh(3, replicate=3)),
+    "FSDPTensor": Variation(FSDP, sizes=(2, 4), at=mesh(2, 4, tensor=2)),
+    "FSDPOffload": Variation((*FSDP, "strategy.fsdp.offload=true")),
     "ZeRO1": zero(1),
     "ZeRO2": zero(2),
     "ZeRO3": zero(3),
+    "ZeRO2Offload": zero(2, "offload=cpu"),
+    "ZeRO3Offload": zero(3, "offload=cpu", "offload_parameters=cpu"),
 }
 
 
