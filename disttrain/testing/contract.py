@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from disttrain.testing.cases import EVERY, Case
+from disttrain.testing.cases import EVERY, Case, sample
 from disttrain.testing.runs import Ran, run_cases
 from disttrain.testing.verdict import Verdict, judge
 from disttrain.testing.world import WorldError, run_world
@@ -24,20 +24,18 @@ class StrategyContract:
     """Runs real worlds of processes on this machine's CPU; prints its largest differences (`pytest -s`).
 
     `overrides` are what a user writes after the config; `sizes` the worlds the strategy runs in; `models` and
-    `precisions` those it knows.
+    `precisions` those it knows. Not `whole`, a sample of the cases is run that covers each of their options; another
+    `turn` deals it otherwise.
     """
 
     overrides: ClassVar[Sequence[str]] = ()
     sizes: ClassVar[Sequence[int]] = (1, 2, 3, 4)
     models: ClassVar[Sequence[str]] = ("gpt", "tied-frozen", "unused", "odd")
     precisions: ClassVar[Sequence[str]] = ("fp32", "fp64", "bf16")
+    whole: ClassVar[bool] = True
+    turn: ClassVar[int] = 0
     timeout_s: ClassVar[float] = 600.0
     _found: ClassVar[dict[int, list[Verdict]]]
-
-    @classmethod
-    def cases(cls, size: int) -> Sequence[Case]:
-        """What is run in a world of `size`: everything, unless a subclass chooses."""
-        return EVERY
 
     @classmethod
     def overrides_at(cls, size: int) -> Sequence[str]:
@@ -45,16 +43,15 @@ class StrategyContract:
         return cls.overrides
 
     @classmethod
-    def chosen(cls, size: int) -> list[Case]:
-        """Those of `cases` whose model and precision the strategy knows."""
-        return [case for case in cls.cases(size) if case.model in cls.models and case.precision in cls.precisions]
+    def cases(cls, size: int) -> list[Case]:
+        """What is run in a world of `size`."""
+        some = EVERY if cls.whole else sample(size, cls.sizes, cls.turn, models=cls.models)
+        return [case for case in some if case.model in cls.models and case.precision in cls.precisions]
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """pytest's own hook: a test for each size, model and precision."""
         if {"size", "group"} <= set(metafunc.fixturenames):
-            found = [
-                (size, group) for size in self.sizes for group in dict.fromkeys(c.group for c in self.chosen(size))
-            ]
+            found = [(size, group) for size in self.sizes for group in dict.fromkeys(c.group for c in self.cases(size))]
             metafunc.parametrize(("size", "group"), found, ids=[f"{size}-{group}" for size, group in found])
 
     @classmethod
@@ -72,7 +69,7 @@ class StrategyContract:
         """Initial weights bit-equal; each step's loss and gradient norm, and the final weights, within the bounds."""
         overrides = self.overrides_at(size)
         if size not in self._found:
-            self._found[size] = hold(overrides, self.chosen(size), size, tmp_path, timeout_s=self.timeout_s)
+            self._found[size] = hold(overrides, self.cases(size), size, tmp_path, timeout_s=self.timeout_s)
         faults = [
             f"{' '.join(overrides)} at {size} rank(s), {verdict.case}: {fault}"
             for verdict in self._found[size]

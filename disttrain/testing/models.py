@@ -1,11 +1,11 @@
 """Three models that are small and awkward, ragged data for them, and the objective: plain PyTorch throughout.
 
-All read token ids [batch, time] and give logits [batch, time, VOCAB].
+All read token ids [batch, time] and give logits [batch, time, VOCAB]. `tp_plan` says what tensor parallel may cut in two.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - its name everywhere
@@ -20,6 +20,8 @@ class TiedFrozen(nn.Module):
 
     Softmax does not see what is added to all of its inputs, so the true gradient of a key's bias is zero.
     """
+
+    tp_plan: ClassVar = {"layers.*.linear1": "colwise", "layers.*.linear2": "rowwise"}
 
     def __init__(self, width: int = 8) -> None:
         super().__init__()
@@ -47,12 +49,13 @@ class Unused(nn.Module):
     """On every rank alike: a layer that is never used, and each step another block and every second a gate left out."""
 
     takes_step = True
+    tp_plan: ClassVar = {"layers.*.1": "colwise", "layers.*.3": "rowwise"}
 
     def __init__(self, width: int = 6) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCAB, width)
         self.layers = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 9), nn.Tanh(), nn.Linear(9, width)) for _ in range(3)
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 10), nn.Tanh(), nn.Linear(10, width)) for _ in range(3)
         )
         self.gate = nn.Parameter(torch.randn(width))
         self.never = nn.Linear(3, 3)
@@ -85,6 +88,8 @@ class Shift(nn.Module):
 class Odd(nn.Module):
     """Nothing divides: 5 x 7, vectors of 3 and of 1, no repeated blocks; over four ranks most shards differ, and many
     are empty."""
+
+    tp_plan: ClassVar = {"head": "replicate"}
 
     def __init__(self) -> None:
         super().__init__()

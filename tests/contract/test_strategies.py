@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from disttrain.testing import Case, StrategyContract, sample
+from disttrain.testing import StrategyContract
 
 AWKWARD = ("tied-frozen", "unused", "odd")
 ALL = ("gpt", *AWKWARD)
@@ -28,40 +28,44 @@ class Variation:
 
 
 def zero(stage: int, *more: str) -> Variation:
-    """DeepSpeed, which keeps its masters in float32."""
+    """DeepSpeed, which keeps its masters in float32 at the widest."""
     name = ("strategy.name=deepspeed", f"strategy.deepspeed.stage={stage}")
-    return Variation((*name, *(f"strategy.deepspeed.{one}" for one in more)), precisions=("fp32",))
+    return Variation((*name, *(f"strategy.deepspeed.{one}" for one in more)), precisions=("fp32", "bf16"))
 
 
-FSDP = "strategy.name=fsdp"
+def mesh(*sizes: int, **degrees: int) -> dict[int, tuple[str, ...]]:
+    """The same degrees in a world of each size."""
+    return {size: tuple(f"mesh.{axis}={degree}" for axis, degree in degrees.items()) for size in sizes}
+
+
+FSDP = ("strategy.name=fsdp",)
 VARIATIONS = {
     "None": Variation(("strategy.name=none",), sizes=(1,)),
     "DDP": Variation(("strategy.name=ddp",)),
-    "FSDP": Variation((FSDP,)),
+    "FSDP": Variation(FSDP),
+    "FSDPReplicate": Variation(FSDP, sizes=(2, 3, 4), at=mesh(2, 4, replicate=2) | mesh(3, replicate=3)),
+    "FSDPTensor": Variation(FSDP, sizes=(2, 4), at=mesh(2, 4, tensor=2)),
+    "FSDPOffload": Variation((*FSDP, "strategy.fsdp.offload=true")),
     "ZeRO1": zero(1),
     "ZeRO2": zero(2),
     "ZeRO3": zero(3),
+    "ZeRO2Offload": zero(2, "offload=cpu"),
+    "ZeRO3Offload": zero(3, "offload=cpu", "offload_parameters=cpu"),
 }
 
 
 def contract(name: str, variation: Variation, *, whole: bool) -> type[StrategyContract]:
     """The tests of one strategy: all cases, or a sample that differs from strategy to strategy."""
-    turn = list(VARIATIONS).index(name)
 
     class Contract(StrategyContract):
-        overrides = variation.overrides
-        sizes = variation.sizes
-        models = variation.models
-        precisions = variation.precisions
-
         @classmethod
         def overrides_at(cls, size: int) -> Sequence[str]:
             return (*cls.overrides, *(variation.at or {}).get(size, ()))
 
-        @classmethod
-        def cases(cls, size: int) -> Sequence[Case]:
-            return super().cases(size) if whole else sample(size, cls.sizes, turn, models=cls.models)
-
+    for attribute in ("overrides", "sizes", "models", "precisions"):
+        setattr(Contract, attribute, getattr(variation, attribute))
+    Contract.whole, Contract.turn = whole, list(VARIATIONS).index(name)
+    Contract.timeout_s = 7000.0 if whole else 600.0
     Contract.__name__ = Contract.__qualname__ = f"Test{name}{'Whole' if whole else ''}"
     return pytest.mark.slow(pytest.mark.timeout(7200)(Contract)) if whole else Contract
 
