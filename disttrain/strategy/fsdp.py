@@ -11,16 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from disttrain.checkpoint import Shard
@@ -28,19 +27,16 @@ from disttrain.config.schema import PrecisionConfig
 from disttrain.config.strategies import FSDPOptions
 from disttrain.data import MicroBatch
 from disttrain.errors import ConfigError, explain
-from disttrain.logs import room_logger
 from disttrain.model import build_model, fill, says_how
 from disttrain.objective import Objective
-from disttrain.optim.named import MakeOptimizer, NamedParameter
+from disttrain.optim.named import MakeOptimizer
 from disttrain.optim.several import factories_of
 from disttrain.optim.trials import is_exact_on_shards, kind_of
 from disttrain.runtime import Device, Mesh, MeshSizes
 from disttrain.runtime.seeds import generators_for
 from disttrain.strategy.arithmetic import Gradients, run_micro_batches
-from disttrain.strategy.blocks import choose_blocks
 from disttrain.strategy.construction import build_on_host, equip, name_parameters, settle
 from disttrain.strategy.contract import (
-    DTYPES,
     AbstractStrategy,
     Ingredients,
     MakeModel,
@@ -49,12 +45,11 @@ from disttrain.strategy.contract import (
     StepSums,
     World,
 )
+from disttrain.strategy.sharding import free_whole, reduces_every, shard_model
 from disttrain.strategy.state import copy_part, sharded_shards, whole_tensors
 from disttrain.strategy.tensor_parallel import TensorParallel, is_part
 from disttrain.strategy.tensor_plan import plan_modules
 from disttrain.strategy.update import torch_step
-
-_log = room_logger("strategy")
 
 _UNSHARDABLE: dict[type[Optimizer] | None, str] = {
     torch.optim.Adafactor: "whose norms torch's DTensor does not take",
@@ -63,10 +58,6 @@ _UNSHARDABLE: dict[type[Optimizer] | None, str] = {
 }
 """Of torch's own (2.13), known before there is a group to try them in: two raise at the first step; the weights that
 Muon trains differ by 4e-3 after five steps at two ranks."""
-
-
-_SHARE_OF_FREE = 4
-"""`reduce: auto` keeps whole gradients through an accumulation while they take at most a fourth of the free memory."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +115,9 @@ class FSDP(AbstractStrategy):
         for one in factories_of(make):
             kind = kind_of(one)
             reason = _UNSHARDABLE.get(kind)
-            if reason is None and mesh is not None and not is_exact_on_shards(one, mesh.device_mesh["shard"]):
+            # A mesh of one rank shows nothing, whichever axis cuts.
+            axes = ["shard"] if mesh is None or mesh.sizes.tensor == 1 else ["shard", "tensor"]
+            if reason is None and mesh and not all(is_exact_on_shards(one, mesh.device_mesh[axis]) for axis in axes):
                 reason = "which steps a matrix otherwise, or not at all, where it is cut by rows"
             if reason is not None:
                 raise ConfigError(
@@ -140,18 +133,16 @@ class FSDP(AbstractStrategy):
             model = build_model(ingredients.make_model, seed=self.world.seed, meta=True)
             settle(self.world, model)
             tensor = self._cut(model)
-            blocks = self._shard(model)
+            blocks = shard_model(model, self._mesh, self.options, self.world)
             self._fill(model)
         else:
             model = build_on_host(self.world, ingredients)
             tensor = self._cut(model)
-            blocks = self._shard(model)
+            blocks = shard_model(model, self._mesh, self.options, self.world)
             model._apply(lambda tensor: tensor.to(self._home(tensor)))  # type: ignore[no-untyped-call]
         prepared = Prepared(ingredients.name, model, ingredients.objective)
-        if tensor is not None and ingredients.make_optimizer is not None:
-            ingredients = replace(ingredients, make_optimizer=group_by_mesh(ingredients.make_optimizer))
         equip(prepared, ingredients, name_parameters(model, ingredients.objective))
-        prepared.wrapped = _Sharded(tensor, every=self._reduces_every(model))
+        prepared.wrapped = _Sharded(tensor, every=reduces_every(model, self.options, self.world))
         for name, block in blocks:
             # Blocks are gathered when they are called: a rank that calls another one would get a mixture of both.
             block.register_forward_pre_hook(lambda module, args, name=name: prepared.trail.note(name))
@@ -164,67 +155,9 @@ class FSDP(AbstractStrategy):
         tensor.cut(model)
         return tensor
 
-    def _shard(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
-        """Shard in place; returns the blocks that became groups of their own."""
-        for parameter in model.parameters():
-            # FSDP2 refuses other layouts (channels_last, a transposed tensor), which change no value.
-            parameter.data = parameter.data.contiguous()
-        uncut = {parameter for parameter in model.parameters() if parameter.dim() == 0 or parameter.numel() == 0}
-        blocks = choose_blocks(model, self.options.blocks)
-        shard = partial(fully_shard, mesh=self._mesh, offload_policy=self._offload())
-        if self.world.autocast is not None:
-            # Their kernels want parameters as wide as the running statistics: groups of their own, in the master type.
-            for module in model.modules():
-                if isinstance(module, _BatchNorm) and any(True for _ in module.parameters()):
-                    shard(module, mp_policy=MixedPrecisionPolicy(reduce_dtype=DTYPES[self.world.precision.reduce]))
-        shard = partial(shard, mp_policy=self._policy())
-        for _, block in blocks:
-            ignored = uncut & set(block.parameters())
-            shard(block, reshard_after_forward=self.options.reshard, ignored_params=ignored or None)
-        root = shard(model, reshard_after_forward=False, ignored_params=uncut or None)
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                # Not recursive (torch 2.13): missed on one module, the norm is 5-7 % wrong and AdamW hides it.
-                module.set_gradient_divide_factor(1.0)
-                # Else the factor becomes a PREMUL_SUM, which gloo does not know.
-                module.set_force_sum_reduction_for_comms(True)
-        if hasattr(root, "set_reduce_scatter_unused_params"):
-            root.set_reduce_scatter_unused_params(True)
-        self._prefetch([block for _, block in blocks])
-        _log.info("fsdp: %d block(s) sharded each on its own, the rest as one group", len(blocks))
-        return blocks
-
-    def _policy(self) -> MixedPrecisionPolicy:
-        """Parameters travel, and gradients are computed, in the type of matrix products; gradients are added up in
-        `precision.reduce`. Forwards run under autocast all the same, so that what it keeps wide stays wide."""
-        return MixedPrecisionPolicy(self.world.autocast, DTYPES[self.world.precision.reduce])
-
-    def _offload(self) -> OffloadPolicy:
-        pinned = self.world.device.type == "cuda"
-        return CPUOffloadPolicy(pin_memory=pinned) if self.options.offload else OffloadPolicy()
-
     def _home(self, tensor: Tensor) -> torch.device:
         """Where a parameter or buffer lives between steps."""
         return torch.device("cpu") if self.options.offload and isinstance(tensor, DTensor) else self.world.device
-
-    def _prefetch(self, blocks: Sequence[nn.Module]) -> None:
-        """Each block has those gathered that come next, in the model's order, and in the backward those before."""
-        ahead, behind = self.options.prefetch_forward, self.options.prefetch_backward
-        sharded: list[FSDPModule] = [block for block in blocks if isinstance(block, FSDPModule)]
-        for place, block in enumerate(sharded):
-            if ahead:
-                block.set_modules_to_forward_prefetch(sharded[place + 1 : place + 1 + ahead])
-            if behind:
-                block.set_modules_to_backward_prefetch(sharded[max(0, place - behind) : place][::-1])
-
-    def _reduces_every(self, model: nn.Module) -> bool:
-        """`reduce`, decided. Collective where it is `auto` on a GPU, so that all ranks decide alike."""
-        if self.options.reduce != "auto" or self.world.device.type != "cuda":
-            return bool(self.options.reduce == "every")
-        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        whole_bytes = trained * DTYPES[self.world.precision.reduce].itemsize
-        fits = whole_bytes * _SHARE_OF_FREE <= torch.cuda.mem_get_info(self.world.device)[0]
-        return self.world.group.minimum(int(fits)) == 0
 
     def _fill(self, model: nn.Module) -> None:
         """Shard by shard: a rank holds one whole tensor at a time, and keeps its own part of it."""
@@ -324,28 +257,3 @@ class FSDP(AbstractStrategy):
     def whole(self, prepared: Prepared) -> Iterator[tuple[str, Tensor]]:
         free_whole(prepared.model)
         return whole_tensors(prepared.model)
-
-
-def group_by_mesh(make: MakeOptimizer) -> MakeOptimizer:
-    """The same, its parameter groups parted where they hold DTensors of several meshes: torch's fused and foreach
-    kernels refuse the mixture. Local."""
-
-    def build(named: Sequence[NamedParameter]) -> Optimizer:
-        optimizer = make(named)
-        groups: list[dict[str, Any]] = []
-        for group in optimizer.param_groups:
-            by_mesh: dict[Any, list[Tensor]] = {}
-            for parameter in group["params"]:
-                by_mesh.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
-            groups += [{**group, "params": parameters} for parameters in by_mesh.values()]
-        optimizer.param_groups = groups
-        return optimizer
-
-    return build
-
-
-def free_whole(model: nn.Module) -> None:
-    """Let go of gathered parameters that a forward without a backward left: the next forward gathers anew. Local."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
