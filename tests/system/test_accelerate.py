@@ -129,9 +129,9 @@ def changed(folder: Path, file: str, **values: Any) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", ["MULTI_CPU", "NO"])
-def test_a_world_that_does_not_know_itself_is_refused(kind: str, tmp_path: Path) -> None:
-    file = changed(tmp_path, "ddp", distributed_type=kind)
+@pytest.mark.parametrize("values", [{"distributed_type": "MULTI_CPU"}, {"distributed_type": "NO"}], ids=str)
+def test_a_world_that_does_not_know_itself_is_refused(values: dict[str, Any], tmp_path: Path) -> None:
+    file = changed(tmp_path, "ddp", **values)
     done = launch(
         *accelerate_launch(file), *QUICKSTART, "strategy.name=ddp", f"run.dir={tmp_path}", timeout_s=120, expect=None
     )
