@@ -2,16 +2,14 @@
 
     python benchmarks/memory.py [--model deep|wide|small] [--world-size 4] [CASE ...]
 
-Starts one world of gloo processes for each case, traces construction and three steps (a first step creates optimizer
-state, a third has everything in place), and prints one Markdown table.
+Starts one world of gloo processes for each case, traces construction and some steps (a first one creates optimizer
+state, from the third on everything is in place), and prints one Markdown table.
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
-import socket
 import sys
 import tempfile
 from pathlib import Path
@@ -20,6 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import memory_formula as formula  # noqa: E402 - found from its folder
+from benchmarks.ranks import run_ranks  # noqa: E402
 
 MODELS: dict[str, dict[str, Any]] = {
     "deep": {"layers": 14, "width": 512, "heads": 8, "vocab": 8192, "context": 8, "tied": True},
@@ -27,6 +26,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "small": {"layers": 6, "width": 192, "heads": 4, "vocab": 4096, "context": 8, "tied": True},
 }
 """50 M parameters in two very different shapes, and 3.4 M for tests."""
+
+STEPS = 6
+"""The last four count, where all that they took is seen to be given back."""
 
 CASES: dict[str, dict[str, Any]] = {
     "ddp": {"strategy": {"name": "ddp"}},
@@ -108,9 +110,9 @@ def measure(model: dict[str, Any], case: dict[str, Any], folder: str) -> dict[st
             return tokens[:-1], tokens[1:]
 
     accumulation = case.get("accumulation", 1)
-    world_size = int(os.environ["WORLD_SIZE"])
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
     config = {
-        "run": {"name": "memory", "dir": folder, "steps": 3},
+        "run": {"name": "memory", "dir": folder, "steps": STEPS},
         "model": {"target": "gpt", "args": model},
         "objective": {"target": "next_token"},
         "optim": {"target": "torch.optim.AdamW", "args": {"lr": 1e-4}, "clip_norm": 1.0},
@@ -119,60 +121,30 @@ def measure(model: dict[str, Any], case: dict[str, Any], folder: str) -> dict[st
         "checkpoint": {"at_end": False},
         "report": {"every": 100, "progress": False, "plot": False},
     }
+    peaks = []
     with disttrain.Engine(config) as engine:
-        held_before = live_bytes()
-        with (trace := MemoryTrace()):
-            with trace.part("construction"):
-                engine.prepare("model")
-            batches = engine.batches(Tokens(), global_batch=accumulation * world_size, micro_batch=1)
-            for number in range(3):
-                micro_batches = next(batches)
-                live = live_bytes() - held_before
-                with trace.part(f"step {number}"):
-                    engine.accumulate("model", micro_batches)
-                    engine.step("model")
-                engine.log()
+        before = live_bytes()
+        with (trace := MemoryTrace()), trace.part("construction"):
+            engine.prepare("model")
+        batches = engine.batches(Tokens(), global_batch=accumulation * world_size, micro_batch=1)
+        for number in range(STEPS):
+            micro_batches = next(batches)
+            held = live_bytes() - before
+            with (steps := MemoryTrace()), steps.part("step"):
+                engine.accumulate("model", micro_batches)
+                engine.step("model")
+            step = steps.window("step")
+            if number >= 2 and step.kept_bytes == 0:
+                peaks.append(held + step.peak_bytes)
+            engine.log()
         batches.close()
-    built, step = trace.window("construction"), trace.window("step 2")
-    return {
-        "construction": built.peak_bytes,
-        "held": step.start_bytes,
-        "visible": live,
-        "peak": step.peak_bytes,
-        "end": step.end_bytes,
-    }
+    return {"construction": trace.window("construction").peak_bytes, "held": held, "peaks": peaks}
 
 
 def run_case(model: dict[str, Any], case: dict[str, Any], world_size: int) -> list[dict[str, Any]]:
     """`measure` on a new world; every rank's result."""
-    context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
-        results = context.SimpleQueue()
-        given = (world_size, port, results, model, case, folder)
-        ranks = [context.Process(target=_rank, args=(rank, *given)) for rank in range(world_size)]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join()
-        if any(process.exitcode for process in ranks):
-            raise RuntimeError("a rank failed; its own words are above")
-        return [found for _, found in sorted(results.get() for _ in ranks)]
-
-
-def _rank(rank: int, world_size: int, port: int, results: Any, *given: Any) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        OMP_NUM_THREADS="1",
-    )
-    results.put((rank, measure(*given)))
+    with tempfile.TemporaryDirectory() as folder:
+        return run_ranks(world_size, measure, model, case, folder)
 
 
 def main() -> None:
@@ -190,7 +162,8 @@ def main() -> None:
     for name in given.cases:
         expected = expect(model, CASES[name], given.world_size)
         ranks = run_case(model, CASES[name], given.world_size)
-        peak, held, built = (max(rank[key] for rank in ranks) for key in ("peak", "held", "construction"))
+        peak = max(peak for rank in ranks for peak in rank["peaks"])
+        held, built = (max(rank[key] for rank in ranks) for key in ("held", "construction"))
         off = peak / expected.bytes - 1
         row = f"{peak / 1e6:.1f} | {expected.bytes / 1e6:.1f} | {off:+.1%} | {held / 1e6:.1f} | {built / 1e6:.1f}"
         print(f"| {name} | {row} |", flush=True)

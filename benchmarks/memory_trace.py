@@ -1,7 +1,9 @@
 """Memory of this process's tensors over time on a CPU: the running sum of the profiler's memory events.
 
 torch reports every allocation and release of its CPU allocator to the profiler (c10/core/CPUAllocator.cpp), those that
-no Python object shows (DDP's buckets, autograd's buffers) as well. What gloo takes for itself is not torch's: not seen.
+no Python object shows (autograd's buffers) as well, but only of the threads that are profiled: a tensor that one of
+gloo's threads happens to let go of last seems to live on. So a part of the program counts where it gives back all that
+it took, above what Python's own tensors held when it began. What gloo takes for itself is not torch's: not seen.
 """
 
 from __future__ import annotations
@@ -18,10 +20,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 @dataclass(frozen=True)
 class Window:
-    """Bytes above what was held when the trace began: at the start of a part of the program, at its end, at most."""
+    """Bytes that a part of the program holds at its end above its start, and the most that it held meanwhile."""
 
-    start_bytes: int
-    end_bytes: int
+    kept_bytes: int
     peak_bytes: int
 
 
@@ -51,21 +52,14 @@ class MemoryTrace:
         """The part of that name, once the trace has ended."""
         mark = next(event for event in self._events if event.name() == f"part:{name}")
         begin_ns, end_ns = mark.start_ns(), mark.start_ns() + mark.duration_ns()
-        held = peak = start = end = 0
-        for time_ns, change in self._changes():
-            if time_ns < begin_ns:
-                start = peak = end = held = held + change
-                continue
-            if time_ns > end_ns:
-                break
-            end = held = held + change
-            peak = max(peak, held)
-        return Window(start, end, peak)
-
-    def _changes(self) -> list[tuple[int, int]]:
-        """(time, bytes taken or given back), in order. A release at the very time of an allocation counts first."""
-        found = [(event.start_ns(), event.nbytes()) for event in self._events if event.name() == "[memory]"]
-        return sorted(found)
+        memory = [event for event in self._events if event.name() == "[memory]"]
+        changes = sorted((event.start_ns(), event.nbytes()) for event in memory)
+        held = peak = 0
+        for time_ns, change in changes:
+            if begin_ns <= time_ns <= end_ns:
+                held += change
+                peak = max(peak, held)
+        return Window(held, peak)
 
 
 def live_bytes() -> int:

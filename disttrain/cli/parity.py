@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -34,6 +35,7 @@ def check_parity(
     """Print what was found; returns the exit code: 0 all equal, 6 something differs, else that of the first failure."""
     load_to_train(config, overrides)  # a bad config is told before torch is loaded
     sizes, micro = _numbers("--world-sizes", world_sizes), _numbers("--micro-batches", micro_batches or "")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # its processes are ended with it
     quiet_torch()
     from disttrain.engine.parity.cases import Asked
     from disttrain.engine.parity.proof import prove_parity
@@ -115,7 +117,8 @@ def _story(row: Row) -> list[str]:
         code = f"exit code {row.error.exit_code}: " if row.error.exit_code else ""
         lines += [f"  {line}" for line in f"{code}{row.error.text}".splitlines()]
     for cause in row.causes:
-        lines += [f"  cause: {cause.cause}: {cause.text}", f"  shown by: {cause.shown_by}"]
+        word = "note" if row.verdict == "equal" else "cause"
+        lines += [f"  {word}: {cause.cause}: {cause.text}", f"  shown by: {cause.shown_by}"]
     return ["", f"{row.title}: {_VERDICTS.get(str(row.verdict), row.verdict)}", *lines] if lines else []
 
 

@@ -12,6 +12,7 @@ from disttrain.config.accelerate_deepspeed import Native, translate_deepspeed
 from disttrain.config.accelerate_settings import Settings
 from disttrain.config.faults import shown
 from disttrain.config.schema import Config
+from disttrain.config.strategies import TRANSLATED
 from disttrain.config.translation import Translation
 
 _STRATEGIES = {"NO": "none", "MULTI_CPU": "none", "MULTI_GPU": "ddp", "FSDP": "fsdp", "DEEPSPEED": "deepspeed"}
@@ -66,7 +67,7 @@ def translate(settings: Settings, config: Config) -> Config:
             found.refuse(key, "which disttrain does not do", do)
     name = _strategy(found)
     if name is not None:
-        found.put("strategy.name", name, "distributed_type")
+        found.put("strategy.name", name, "distributed_type", TRANSLATED)
     _mesh(found)
     _compile(found)
     if name == "fsdp":
@@ -163,12 +164,10 @@ def _precision(found: Translation, native: Native) -> None:
     for one, enabled in types.items():
         if enabled and named == "no":
             named, key = one, "deepspeed_config.deepspeed_config_file"
-        elif (enabled or named == one) and enabled is not None and enabled != (named == one):
+        elif enabled is not None and enabled != (named == one):
             do = 'let both say the same, or write "auto" there'
             found.refuse("mixed_precision", f"where DeepSpeed's JSON has {one}.enabled: {shown(enabled)}", do)
     if named not in ("no", "bf16", "fp16"):
         found.refuse("mixed_precision", "which disttrain does not compute in", "write bf16, fp16 or 'no'")
-    elif named == "no":
-        found.put("precision.compute", "fp32", key, "fp64")  # double precision is no mixed one either
-    else:
-        found.put("precision.compute", named, key)
+    elif named != "no" or found.config.precision.compute != "fp64":  # double precision is no mixed one either
+        found.put("precision.compute", "fp32" if named == "no" else named, key)

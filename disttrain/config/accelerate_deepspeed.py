@@ -79,6 +79,8 @@ def _offload(found: Translation, native: Native, what: str, ours: str) -> None:
     device, key = _said(found, native, f"offload_{what}_device", f"{inner}.device")
     path, path_key = _said(found, native, f"offload_{what}_nvme_path", f"{inner}.nvme_path")
     found.put(ours, device or "none", key)
+    if what == "param" and device and found.values.get("strategy.deepspeed.stage", (3, ""))[0] != 3:
+        found.refuse(key, "which only stage 3 can do: it alone cuts parameters", "write none, or zero_stage: 3")
     stated = found.config.strategy.deepspeed.nvme_path
     if device != "nvme":
         return

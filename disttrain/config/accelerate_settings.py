@@ -143,9 +143,9 @@ def read_file(path: str | Path) -> Settings:
             said["dynamo_config.dynamo_backend"], places["dynamo_config.dynamo_backend"] = value, where
         elif key in _FOREIGN and value:
             faults.append(Fault(key, where, "a section that disttrain does not have", _FOREIGN[key]))
-        elif key in _TOP:
+        elif key in _TOP and key != "enable_cpu_affinity":  # accelerate takes that from its command line alone
             said[key] = value
-        elif key not in _LAUNCHING and key not in _FOREIGN:
+        elif key not in _LAUNCHING and key not in _FOREIGN and key not in _TOP:
             known = [*_TOP, *_SECTIONS, *_LAUNCHING, *_FOREIGN]
             faults.append(Fault(key, where, f"the unknown key {key!r}", suggest(key, known)))
     return _settled(str(path), said, places, faults)
@@ -214,7 +214,9 @@ def _settled(
     file = values.get("deepspeed_config.deepspeed_config_file")
     if file not in (None, "none"):
         native = _read_native(file, places["deepspeed_config.deepspeed_config_file"], faults)
-    return Settings(name, world_size or values["num_processes"], values, places, native, tuple(faults))
+    if (values["num_processes"] or 0) > 0:  # -1: the command line is to say it
+        world_size = world_size or values["num_processes"]
+    return Settings(name, world_size, values, places, native, tuple(faults))
 
 
 def _typed(value: Any, kind: str) -> Any:

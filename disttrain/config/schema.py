@@ -61,9 +61,11 @@ class RunConfig(Section):
 
 
 class ModelConfig(Target):
-    """`weights` is a run or checkpoint whose weights to start from."""
+    """`weights` is a run or checkpoint whose weights to start from. With `sync_batch_norm` batch norms take their
+    statistics over the micro-batches of all ranks."""
 
     weights: str | None = None
+    sync_batch_norm: bool = False
 
 
 class DataConfig(Section):

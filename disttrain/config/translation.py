@@ -38,7 +38,7 @@ class Translation:
         """Lay a value; the config's own word for it must be the same, or one of `open_values`."""
         stated = reduce(getattr, ours.split("."), self.config)
         source = self.config.sources.get(ours)
-        if source is None or ours == "strategy.name" or stated == value or stated in open_values:
+        if source is None or stated == value or stated in open_values:
             self.values[ours] = (value, key)
         else:
             found = f"where {ours} is {shown(stated, ours)} ({source})"

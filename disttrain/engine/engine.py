@@ -28,6 +28,7 @@ from disttrain.engine.record import Record
 from disttrain.engine.snapshot import Parts, Progress
 from disttrain.engine.transfer import to_device
 from disttrain.errors import ConfigError, explain
+from disttrain.model.batch_norm import explaining_single_values, synchronized
 from disttrain.objective import Objective
 from disttrain.optim.build import check_step
 from disttrain.optim.named import MakeOptimizer, MakeSchedule, NamedParameter
@@ -144,9 +145,12 @@ class Engine:
             if self.total_steps is None:
                 raise ConfigError(explain("A schedule needs to know the run's steps.", "none", "set run.steps"))
             make_schedule = build.schedule_factory_of(config, self.total_steps)
+        make_model = build.model_factory(config)
+        if config.model is not None and config.model.sync_batch_norm:
+            make_model = synchronized(make_model, self.world.mesh.data_group)
         return Ingredients(
             name,
-            build.model_factory(config),
+            make_model,
             build.optimizer_factory_of(config),
             make_schedule,
             self._adopt(name, objective if objective is not None else build.objective_of(config)),
@@ -243,7 +247,7 @@ class Engine:
             raise ConfigError(explain("A step's list of micro-batches.", found, do))
         flags = (1.0 if self._interrupts.requested else 0.0,)
         used = self._objective(name, objective)
-        with self._others_frozen(name):
+        with self._others_frozen(name), explaining_single_values():
             sums = self.strategy.accumulate(prepared, micro_batches, used, flags)
         self._used[name] = used
         self._stopped = self._stopped or sums.flags[0] > 0

@@ -29,7 +29,12 @@ class Several(Optimizer):
         super().__init__([group for part in parts for group in part.param_groups], {})
         for part in parts:
             self.state.update(part.state)  # what some make room for at once, as Adagrad does
-            part.state = self.state
+        self._share()
+
+    def _share(self) -> None:
+        groups = iter(self.param_groups)
+        for part in self.parts:
+            part.state, part.param_groups = self.state, [next(groups) for _ in part.param_groups]
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Every part's step, in their order. Local, or as collective as the parts are."""
@@ -37,6 +42,11 @@ class Several(Optimizer):
             raise TypeError("several optimizers are stepped without a closure")
         for part in self.parts:
             part.step()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's own: state and groups are replaced, for the parts too. Local."""
+        super().load_state_dict(state_dict)
+        self._share()
 
 
 @dataclass(frozen=True)

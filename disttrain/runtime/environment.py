@@ -107,8 +107,9 @@ def _torchrun(env: Mapping[str, str]) -> Launch:
             )
         )
     world = _number(env, "WORLD_SIZE")
+    agent = "accelerate launch" if _by_accelerate(env) else "torchrun"
     return Launch(
-        "accelerate launch" if _by_accelerate(env) else "torchrun" if "TORCHELASTIC_RUN_ID" in env else "environment",
+        agent if "TORCHELASTIC_RUN_ID" in env else "environment",
         rank=_number(env, "RANK"),
         local_rank=_number(env, "LOCAL_RANK", 0),
         world_size=world,

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from disttrain.data import MicroBatch
 from disttrain.errors import ConfigError, TrainingError, explain
+from disttrain.model.batch_norm import left_out, synchronized_norms
 from disttrain.objective import Context, Loss, Objective
 from disttrain.runtime.seeds import derive_seed, seed_all
 from disttrain.strategy.contract import Prepared, StepSums, World
@@ -132,13 +133,19 @@ def _one_total(loss: Loss, denominators: Mapping[str, float] | None, factor: flo
 
 @contextmanager
 def _replay(prepared: Prepared, real: bool) -> Iterator[None]:
-    """A replayed micro-batch keeps collectives aligned and leaves no trace: buffers are put back."""
+    """A replayed micro-batch keeps collectives aligned and leaves no trace: buffers are put back.
+
+    Those of synchronized batch norms follow the other ranks' micro-batches of this round, as everywhere.
+    """
     if real:
         yield
         return
     modules = [module for module in (prepared.model, prepared.objective) if module is not None]
-    kept = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
-    yield
+    norms = synchronized_norms(modules)
+    shared = {id(buffer) for norm in norms for buffer in norm.buffers()}
+    kept = [(one, one.clone()) for module in modules for one in module.buffers() if id(one) not in shared]
+    with left_out(norms):
+        yield
     with torch.no_grad():
         for buffer, value in kept:
             buffer.copy_(value)

@@ -8,7 +8,7 @@ Order: the compiled forward is what is recomputed. Refuses a model without block
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from types import MethodType
 from typing import Any
 
@@ -23,9 +23,8 @@ from disttrain.strategy.blocks import choose_blocks
 
 _log = room_logger("strategy")
 
-COSTLY = frozenset(
-    getattr(torch.ops.aten, name)
-    for name in (
+COSTLY = {
+    "aten": {
         "mm",
         "addmm",
         "bmm",
@@ -36,13 +35,12 @@ COSTLY = frozenset(
         "_scaled_dot_product_efficient_attention",
         "_scaled_dot_product_cudnn_attention",
         "_scaled_dot_product_fused_attention_overrideable",
-        "_scaled_dot_product_attention_math",
-    )
-    if hasattr(torch.ops.aten, name)
-)
-"""Operations whose results `selective` keeps: products, attention, convolutions."""
-COLLECTIVES = frozenset({"_c10d_functional", "c10d"})
-"""And those of other ranks' making: every operation of these namespaces."""
+    },
+    "_c10d_functional": {"reduce_scatter_tensor", "all_reduce", "all_to_all_single"},
+}
+"""Operations whose results `selective` keeps, by namespace: products, convolutions, attention, and what is added up
+over ranks within a block. Never a collective that writes into its argument (ZeRO-3 gathers parameters so): a kept
+result would leave the argument unwritten the second time."""
 
 
 def save_memory(model: nn.Module, memory: MemoryConfig) -> None:
@@ -83,19 +81,26 @@ def _recomputed(forward: Callable[..., Any], selective: bool, /, *args: Any, **k
 
 
 def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    kept = operation.overloadpacket in COSTLY or operation.namespace in COLLECTIVES
+    kept = operation.overloadpacket.__name__ in COSTLY.get(operation.namespace, ())
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _compiled(forward: Callable[..., Any], block: nn.Module, memory: MemoryConfig) -> Callable[..., Any]:
-    """Bound to the block where it was, so that a deep copy of the model computes with the copy's weights. Blocks of one
-    class share what was compiled: torch keeps it by the function's code."""
-    backend = partial(_compile, memory.budget if memory.recompute == "budget" else None)
+    """Bound to the block where it was, so that a deep copy of the model computes with the copy's weights."""
+    budget = memory.budget if memory.recompute == "budget" else None
     function = getattr(forward, "__func__", None)
     if function is None or getattr(forward, "__self__", None) is not block:
-        compiled: Callable[..., Any] = torch.compile(forward, backend=backend)
+        compiled: Callable[..., Any] = torch.compile(forward, backend=partial(_compile, budget))
         return compiled
-    return MethodType(torch.compile(function, backend=backend), block)
+    return MethodType(_compiled_function(function, budget), block)
+
+
+@cache
+def _compiled_function(function: Callable[..., Any], budget: float | None) -> Callable[..., Any]:
+    """Once a process: what torch compiled it finds again by function and backend, for all blocks of a class. With a
+    backend for each block every block would be compiled again, and after eight none any more."""
+    compiled: Callable[..., Any] = torch.compile(function, backend=partial(_compile, budget))
+    return compiled
 
 
 def _compile(budget: float | None, graph: Any, inputs: Any) -> Any:

@@ -1,5 +1,9 @@
 """Models, objectives and an optimizer that do not train the same everywhere, each for another reason. Tests copy it."""
 
+import os
+import signal
+import time
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
@@ -72,3 +76,19 @@ class Whole(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     size = getattr(parameter, "to_local", lambda here=parameter: here)().norm() + 0.1
                     parameter.add_(parameter.grad, alpha=-group["lr"] * float(size))
+
+
+class Ending:
+    """Trains, unless `how` says how its process ends."""
+
+    def __init__(self, how="well"):
+        self.how = how
+
+    def __call__(self, model, batch):
+        if self.how == "ends":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.how == "hangs":
+            time.sleep(1000)
+        if self.how == "raises":
+            raise RuntimeError("the user's own words")
+        return summed(model, batch)

@@ -101,26 +101,24 @@ def plan_cases(load: Load, asked: Asked, *, global_batch: int, micro_batch: int 
             sizes = ", ".join(map(str, sorted(set(asked.world_sizes))))
             asked_for = f"The case {name!r} is to run in a world of {sizes} process(es)."
             raise ConfigError(explain(asked_for, "a mesh that fits none of them", "see mesh.*, or add --world-sizes"))
-    if not (asked.strategies or asked.cases):
-        found = [*_default_extras(load, own, found, micro_batch, global_batch, asked), *found]
-        found.sort(key=lambda case: case.world_size)
-    return found
+    if asked.strategies or asked.cases:
+        return found
+    alone = own.strategy.name != "none" and 1 in asked.world_sizes
+    none = ("strategy.name=none",)
+    first = _sized(load, "none", none, 1, global_batch, asked.micro_batches or (None,), False) if alone else []
+    return [*first, *found, *_uneven(load, own, found, global_batch, micro_batch or global_batch, asked)]
 
 
-def _default_extras(
-    load: Load, own: Config, found: Sequence[Case], micro_batch: int | None, global_batch: int, asked: Asked
+def _uneven(
+    load: Load, own: Config, found: Sequence[Case], global_batch: int, micro_batch: int, asked: Asked
 ) -> list[Case]:
-    """`none` in a world of one, and in the largest world the config's own strategy at an uneven micro-batch."""
-    extras: list[Case] = []
-    if 1 in asked.world_sizes and own.strategy.name != "none":
-        sizes = asked.micro_batches or (None,)
-        extras += _sized(load, "none", ("strategy.name=none",), 1, global_batch, sizes, False)
-    uneven = uneven_micro_batch(global_batch, micro_batch or global_batch)
-    last = [case for case in found if case.world_size == max(asked.world_sizes) and not case.refused]
-    if last and uneven and not asked.micro_batches:
-        chosen = next((case for case in last if case.overrides[0] == f"strategy.name={own.strategy.name}"), last[0])
-        extras += _sized(load, chosen.name, chosen.overrides, chosen.world_size, global_batch, (uneven,), False)
-    return extras
+    """In the largest world of several the config's own strategy, or the first, at an uneven micro-batch."""
+    size, uneven = max(asked.world_sizes), uneven_micro_batch(global_batch, micro_batch)
+    here = [case for case in found if case.world_size == size and not case.refused]
+    if size == 1 or not here or uneven is None or asked.micro_batches:
+        return []
+    chosen = next((case for case in here if case.overrides[0] == f"strategy.name={own.strategy.name}"), here[0])
+    return _sized(load, chosen.name, chosen.overrides, size, global_batch, (uneven,), False)
 
 
 def _sized(

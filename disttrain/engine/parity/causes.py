@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from disttrain.config import Config
+from disttrain.engine.parity.compare import Difference
 
 CLIP, DTYPE, DROPOUT, STATISTICS = "clip", "dtype", "dropout", "batch_statistics"
 OPTIMIZER, OBJECTIVE, COUPLED, SETTING, UNKNOWN = "optimizer", "objective", "couples_items", "setting", "unknown"
@@ -164,6 +165,31 @@ def _clips(own: Config, case: Config) -> list[Trial]:
             Trial(CLIP, text, "equal to a reference that does not clip", ("optim.clip_norm=null",), alone=True)
         )
     return trials
+
+
+def clip_left_to_deepspeed(own: Config, case: Config) -> Trial | None:
+    """Where a native JSON leaves clipping open: DeepSpeed alone would clip at 1.0, here `optim.clip_norm` decides.
+
+    The trial shows what that would have changed.
+    """
+    native: Any = case.strategy.deepspeed.native if case.strategy.name == "deepspeed" else None
+    if not isinstance(native, Mapping) or native.get("gradient_clipping") not in (None, "auto"):
+        return None
+    if own.optim is None or own.optim.clip_norm == 1.0:
+        return None
+    text = (
+        "the native JSON leaves gradient_clipping open: DeepSpeed alone clips at 1.0, its default, and differs from "
+        f"every other strategy; here optim.clip_norm decides, which is {own.optim.clip_norm or 'off'}"
+    )
+    return Trial(CLIP, text, "", ("optim.clip_norm=1.0",), alone=True)
+
+
+def clip_measured(difference: Difference) -> str:
+    """What a clip at 1.0 changes in one process, in words."""
+    if difference.equal:
+        return "a reference that clips at 1.0 is equal in these steps: no gradient was longer"
+    largest = f"parameters by up to {difference.parameters:.1e}, the loss by {difference.loss:.1e}"
+    return f"a reference that clips at 1.0 is another from step {difference.first_step} on: {largest}"
 
 
 def _both_sides(own: Config, case: Config, probe: Mapping[str, Any]) -> list[Trial]:

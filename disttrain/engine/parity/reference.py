@@ -203,6 +203,7 @@ def probe_plain(plain: Plain, micro_batch: int) -> dict[str, Any]:
         "objective": _add_up(plain, size, whole),
         "elementwise": is_elementwise(build.optimizer_factory_of(plain.config)),
         "stream": is_stream(plain.dataset),
+        "trainable": sorted(plain.named),
     }
 
 

@@ -11,7 +11,8 @@ differences over the steps, null where there is none), first_step, first_in, ten
 relative, undetermined, entries}), missing, causes (each {cause, text, shown_by}), error {exit_code, text} or null}.
 
 Verdicts: `equal`; `draws` (another micro-batch, and dropout draws for each anew: as promised); `differs`; `refused`
-(before training, by exit code 2 or 3); `failed`; `skipped` (too few GPUs).
+(before training, by exit code 2 or 3); `failed`; `skipped` (too few GPUs). An
+`equal` case has a cause where something changed nothing here and would elsewhere (a clip left to DeepSpeed).
 """
 
 from __future__ import annotations
