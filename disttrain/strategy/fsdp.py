@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from disttrain.checkpoint import Shard
@@ -170,7 +171,13 @@ class FSDP(AbstractStrategy):
             parameter.data = parameter.data.contiguous()
         uncut = {parameter for parameter in model.parameters() if parameter.dim() == 0 or parameter.numel() == 0}
         blocks = choose_blocks(model, self.options.blocks)
-        shard = partial(fully_shard, mesh=self._mesh, mp_policy=self._policy(), offload_policy=self._offload())
+        shard = partial(fully_shard, mesh=self._mesh, offload_policy=self._offload())
+        if self.world.autocast is not None:
+            # Their kernels want parameters as wide as the running statistics: groups of their own, in the master type.
+            for module in model.modules():
+                if isinstance(module, _BatchNorm) and any(True for _ in module.parameters()):
+                    shard(module, mp_policy=MixedPrecisionPolicy(reduce_dtype=DTYPES[self.world.precision.reduce]))
+        shard = partial(shard, mp_policy=self._policy())
         for _, block in blocks:
             ignored = uncut & set(block.parameters())
             shard(block, reshard_after_forward=self.options.reshard, ignored_params=ignored or None)
