@@ -147,6 +147,7 @@ class FSDP(AbstractStrategy):
             tensor = self._cut(model)
             blocks = self._shard(model)
             model._apply(lambda tensor: tensor.to(self._home(tensor)))  # type: ignore[no-untyped-call]
+        introduce(model)
         prepared = Prepared(ingredients.name, model, ingredients.objective)
         if tensor is not None and ingredients.make_optimizer is not None:
             ingredients = replace(ingredients, make_optimizer=group_by_mesh(ingredients.make_optimizer))
@@ -342,6 +343,18 @@ def group_by_mesh(make: MakeOptimizer) -> MakeOptimizer:
         return optimizer
 
     return build
+
+
+def introduce(model: nn.Module) -> None:
+    """Gather and free each group once. Collective.
+
+    A block that no forward has called yet has no whole parameter, which torch 2.13 asks for at the end of a backward
+    without a reduction where gradients are added up in a type that is stated.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+            module.reshard()
 
 
 def free_whole(model: nn.Module) -> None:
