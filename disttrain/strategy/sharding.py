@@ -104,3 +104,15 @@ def free_whole(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def introduce(model: nn.Module) -> None:
+    """Gather and free each group once. Collective.
+
+    A block that no forward has called yet has no whole parameter, which torch 2.13 asks for at the end of a backward
+    without a reduction where gradients are added up in a type that is stated.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+            module.reshard()
