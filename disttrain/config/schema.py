@@ -157,7 +157,8 @@ class StrategyConfig(Section):
 
 class PrecisionConfig(Section):
     """`compute` is the type of matrix products, by autocast where parameters are wider. `master` is that of parameters
-    and optimizer state, `reduce` that in which gradients are added up over ranks; left out, fp32 (fp64 under fp64)."""
+    and optimizer state, `reduce` that in which gradients are added up over ranks; left out, fp32 (fp64 under fp64).
+    bf16 with `master: bf16` is pure. fp16 scales its loss, and skips a step whose gradient overflows."""
 
     compute: Literal["fp32", "fp64", "bf16", "fp16"] = "fp32"
     master: Literal["fp32", "fp64", "bf16"]
@@ -170,14 +171,14 @@ class PrecisionConfig(Section):
         if not isinstance(values, Mapping):
             return values
         wide = "fp64" if values.get("compute") == "fp64" else "fp32"
-        master = values.get("master") or wide
-        return {**values, "master": master, "reduce": values.get("reduce") or master}
+        return {**values, "master": values.get("master") or wide, "reduce": values.get("reduce") or wide}
 
 
 class MemoryConfig(Section):
     """What is paid to save memory, in every strategy. `recompute` runs forwards again in the backward: of whole blocks
     (`full`), of all but what costly operations gave (`selective`), or as much as `budget` (a share of the activations,
-    under compile) asks for. `compile` compiles each block in place."""
+    under compile) asks for. `compile` compiles each block in place. `blocks` names classes or module patterns; left
+    out, blocks are the repeated parts."""
 
     recompute: Literal["none", "full", "selective", "budget"] = "none"
     budget: float = Field(0.5, ge=0, le=1)

@@ -46,7 +46,7 @@ class Engine:
     """
 
     def __init__(self, config: Config | Mapping[str, Any] | str | Path, overrides: Any = ()) -> None:
-        self.config = load_config(config, overrides)
+        self.config = build.settle_strategy(load_config(config, overrides))
         self.plan = build.plan_run(self.config)
         self.world = build.start_world(self.plan)
         self._interrupts = Interrupts()

@@ -20,6 +20,7 @@ from disttrain.checkpoint import Shard, whole_shard
 from disttrain.errors import CheckpointError, explain
 from disttrain.optim.several import Several
 from disttrain.strategy import Prepared
+from disttrain.strategy.loss_scale import LossScale
 from disttrain.strategy.state import copy_part, local_shard
 
 IDENTITY = (
@@ -81,6 +82,7 @@ def optimizer_document(prepared: Prepared) -> dict[str, Any]:
     return {
         "updates": prepared.updates,
         "optimizer": _kind(optimizer),
+        "loss_scale": vars(prepared.loss_scale),
         "groups": []
         if optimizer is None
         else [
@@ -104,6 +106,7 @@ def restore_optimizer(prepared: Prepared, document: Mapping[str, Any], *, same_s
     Raises CheckpointError where a schedule that is no function of the step is to go on with other settings.
     """
     prepared.updates = int(document["updates"])
+    prepared.loss_scale = LossScale(**document.get("loss_scale", {}))  # earlier checkpoints knew none
     optimizer, schedule = prepared.optimizer, prepared.schedule
     if optimizer is None:
         return

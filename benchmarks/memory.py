@@ -1,0 +1,176 @@
+"""Memory per rank of every strategy, measured on CPU processes and held against `memory_formula`.
+
+    python benchmarks/memory.py [--model deep|wide|small] [--world-size 4] [CASE ...]
+
+Starts one world of gloo processes for each case, traces construction and some steps (a first one creates optimizer
+state, from the third on everything is in place), and prints one Markdown table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks import memory_formula as formula  # noqa: E402 - found from its folder
+from benchmarks.ranks import run_ranks  # noqa: E402
+
+MODELS: dict[str, dict[str, Any]] = {
+    "deep": {"layers": 14, "width": 512, "heads": 8, "vocab": 8192, "context": 8, "tied": True},
+    "wide": {"layers": 3, "width": 768, "heads": 8, "vocab": 16384, "context": 8, "tied": False},
+    "small": {"layers": 6, "width": 192, "heads": 4, "vocab": 4096, "context": 8, "tied": True},
+}
+"""50 M parameters in two very different shapes, and 3.4 M for tests."""
+
+STEPS = 6
+"""The last four count, where all that they took is seen to be given back."""
+
+CASES: dict[str, dict[str, Any]] = {
+    "ddp": {"strategy": {"name": "ddp"}},
+    "ddp, 2 micro-batches": {"strategy": {"name": "ddp"}, "accumulation": 2},
+    "fsdp": {"strategy": {"name": "fsdp"}},
+    "fsdp, reshard=false": {"strategy": {"name": "fsdp", "fsdp": {"reshard": False}}},
+    "fsdp, 2 micro-batches, reduce=last": {
+        "strategy": {"name": "fsdp", "fsdp": {"reduce": "last"}},
+        "accumulation": 2,
+    },
+    "fsdp, 2 micro-batches, reduce=every": {
+        "strategy": {"name": "fsdp", "fsdp": {"reduce": "every"}},
+        "accumulation": 2,
+    },
+    "fsdp, mesh.replicate=2": {"strategy": {"name": "fsdp"}, "mesh": {"replicate": 2}},
+    "deepspeed 1": {"strategy": {"name": "deepspeed", "deepspeed": {"stage": 1}}},
+    "deepspeed 2": {"strategy": {"name": "deepspeed", "deepspeed": {"stage": 2}}},
+    "deepspeed 3": {"strategy": {"name": "deepspeed", "deepspeed": {"stage": 3}}},
+}
+
+
+def expect(model: dict[str, Any], case: dict[str, Any], world_size: int) -> formula.Peak:
+    """The formula's word for a case; needs no process group."""
+    shapes, strategy = shapes_of(model), case["strategy"]
+    accumulation = case.get("accumulation", 1)
+    options = strategy.get(strategy["name"], {})
+    if strategy["name"] == "ddp":
+        return formula.ddp(shapes, accumulation=accumulation)
+    if strategy["name"] == "fsdp":
+        shards = world_size // case.get("mesh", {}).get("replicate", 1)
+        every = options.get("reduce") == "every"
+        reshard = options.get("reshard", True)
+        return formula.fsdp(shapes, shards=shards, reshard=reshard, accumulation=accumulation, every=every)
+    bucket = int(options.get("bucket_mb", 25.0) * 2**20 / 4)
+    return formula.zero(shapes, stage=options["stage"], ranks=world_size, bucket=bucket)
+
+
+def shapes_of(model: dict[str, Any]) -> formula.Shapes:
+    """What the formula needs to know of our GPT."""
+    width, layers, vocab = model["width"], model["layers"], model["vocab"]
+    hidden = -(-8 * width // (3 * 64)) * 64
+    parameters: dict[str, tuple[int, ...]] = {"tokens.weight": (vocab, width)}
+    for layer in range(layers):
+        parameters |= {
+            f"blocks.{layer}.attention_norm.weight": (width,),
+            f"blocks.{layer}.attention.qkv.weight": (3 * width, width),
+            f"blocks.{layer}.attention.out.weight": (width, width),
+            f"blocks.{layer}.swiglu_norm.weight": (width,),
+            f"blocks.{layer}.swiglu.gate_up.weight": (2 * hidden, width),
+            f"blocks.{layer}.swiglu.down.weight": (width, hidden),
+        }
+    parameters["norm.weight"] = (width,)
+    if not model["tied"]:
+        parameters["head.weight"] = (vocab, width)
+    return formula.Shapes(
+        parameters,
+        tuple(f"blocks.{layer}" for layer in range(layers)),
+        head="tokens.weight" if model["tied"] else "head.weight",
+        tied=model["tied"],
+        activations=formula.gpt_activations(
+            tokens=model["context"], layers=layers, width=width, hidden=hidden, vocab=vocab
+        ),
+    )
+
+
+def measure(model: dict[str, Any], case: dict[str, Any], folder: str) -> dict[str, Any]:
+    """One rank's bytes: peaks of construction and of a step, and what a step begins with. Collective."""
+    import torch
+
+    import disttrain
+    from benchmarks.memory_trace import MemoryTrace, live_bytes
+
+    class Tokens(torch.utils.data.Dataset[Any]):
+        def __len__(self) -> int:
+            return 64
+
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+            tokens = torch.randint(model["vocab"], (model["context"] + 1,))
+            return tokens[:-1], tokens[1:]
+
+    accumulation = case.get("accumulation", 1)
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    config = {
+        "run": {"name": "memory", "dir": folder, "steps": STEPS},
+        "model": {"target": "gpt", "args": model},
+        "objective": {"target": "next_token"},
+        "optim": {"target": "torch.optim.AdamW", "args": {"lr": 1e-4}, "clip_norm": 1.0},
+        "strategy": case["strategy"],
+        "mesh": case.get("mesh", {}),
+        "checkpoint": {"at_end": False},
+        "report": {"every": 100, "progress": False, "plot": False},
+    }
+    peaks = []
+    with disttrain.Engine(config) as engine:
+        before = live_bytes()
+        with (trace := MemoryTrace()), trace.part("construction"):
+            engine.prepare("model")
+        batches = engine.batches(Tokens(), global_batch=accumulation * world_size, micro_batch=1)
+        for number in range(STEPS):
+            micro_batches = next(batches)
+            held = live_bytes() - before
+            with (steps := MemoryTrace()), steps.part("step"):
+                engine.accumulate("model", micro_batches)
+                engine.step("model")
+            step = steps.window("step")
+            if number >= 2 and step.kept_bytes == 0:
+                peaks.append(held + step.peak_bytes)
+            engine.log()
+        batches.close()
+    return {"construction": trace.window("construction").peak_bytes, "held": held, "peaks": peaks}
+
+
+def run_case(model: dict[str, Any], case: dict[str, Any], world_size: int) -> list[dict[str, Any]]:
+    """`measure` on a new world; every rank's result."""
+    with tempfile.TemporaryDirectory() as folder:
+        return run_ranks(world_size, measure, model, case, folder)
+
+
+def main() -> None:
+    """Measure the named cases, or all, and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="deep")
+    parser.add_argument("--world-size", type=int, default=4)
+    parser.add_argument("--terms", action="store_true", help="show the formula's terms too")
+    parser.add_argument("cases", nargs="*", default=list(CASES))
+    given = parser.parse_args()
+    model = MODELS[given.model]
+    print(f"{shapes_of(model).numel() / 1e6:.1f} M parameters, {given.world_size} ranks; MB a rank, the largest of all\n")
+    print("| case | a step's peak | formula | difference | held between steps | construction |")
+    print("|---|---:|---:|---:|---:|---:|", flush=True)
+    for name in given.cases:
+        expected = expect(model, CASES[name], given.world_size)
+        ranks = run_case(model, CASES[name], given.world_size)
+        peak = max(peak for rank in ranks for peak in rank["peaks"])
+        held, built = (max(rank[key] for rank in ranks) for key in ("held", "construction"))
+        off = peak / expected.bytes - 1
+        row = f"{peak / 1e6:.1f} | {expected.bytes / 1e6:.1f} | {off:+.1%} | {held / 1e6:.1f} | {built / 1e6:.1f}"
+        print(f"| {name} | {row} |", flush=True)
+        if given.terms:
+            terms = ", ".join(f"{key} {value * 4 / 1e6:.1f}" for key, value in expected.terms.items() if value)
+            print(f"  {expected.moment}: {terms}; activations {expected.activations / 1e6:.1f}; ranks {ranks}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""Memory of one rank at the worst moment of a training step, from shapes and settings alone: pure, without torch.
+
+Written down from torch's and DeepSpeed's sources before anything was measured; `memory.py` measures against it. Counts
+tensors in elements of the master dtype: parameters, masters, optimizer state, gradients, gathered groups, buckets, and
+activations as far as the caller knows them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """A model's trainable tensors, each once under its first name. `blocks` are prefixes of names, in the order of the
+    forward; what lies in none of them is the root. `head` is the tensor that makes logits; where it is `tied` it is
+    the token table too, and gets a gradient from both ends of the backward. `activations` is in bytes."""
+
+    parameters: Mapping[str, Shape]
+    blocks: Sequence[str]
+    head: str
+    tied: bool
+    activations: int = 0
+
+    def numel(self, prefix: str = "") -> int:
+        """Elements of the tensors whose names begin so."""
+        return sum(math.prod(shape) for name, shape in self.parameters.items() if name.startswith(prefix))
+
+    @property
+    def root(self) -> int:
+        """Elements outside the blocks."""
+        return self.numel() - sum(self.numel(f"{block}.") for block in self.blocks)
+
+    @property
+    def largest_block(self) -> int:
+        """Elements of the largest block."""
+        return max(self.numel(f"{block}.") for block in self.blocks)
+
+    @property
+    def largest(self) -> int:
+        """Elements of the largest tensor."""
+        return max(map(math.prod, self.parameters.values()))
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Elements of each part at the worst moment, and `bytes` of all."""
+
+    terms: Mapping[str, float]
+    activations: int
+    element_bytes: int = 4
+    moment: str = field(default="")
+
+    @property
+    def bytes(self) -> int:
+        """All terms."""
+        return int(sum(self.terms.values()) * self.element_bytes) + self.activations
+
+
+def worst(model: Shapes, always: Mapping[str, float], moments: Mapping[str, Mapping[str, float]]) -> Peak:
+    """What is held always, and the most that any moment adds to it."""
+    moment = max(moments, key=lambda name: sum(moments[name].values()))
+    return Peak({**always, **moments[moment]}, model.activations, moment=moment)
+
+
+def none(model: Shapes, *, states: int = 2, accumulation: int = 1) -> Peak:
+    """Parameters, `states` tensors of optimizer state each, and a gradient each.
+
+    autograd hands its gradient over without a copy (torch/csrc/autograd/functions/accumulate_grad.h); a tied table's
+    two gradients meet at the end of the backward (input_buffer.cpp). An accumulation's later gradients are made beside
+    those that they are added to, one at a time.
+    """
+    size = model.numel()
+    head = math.prod(model.parameters[model.head])
+    extra = head if model.tied else 0
+    if accumulation > 1:
+        extra = max(model.largest, 2 * head if model.tied else 0)
+    return worst(
+        model,
+        {"parameters": size, "optimizer": states * size},
+        {"end of backward": {"gradients": size, "gradients in the making": extra}},
+    )
+
+
+def ddp(model: Shapes, *, states: int = 2, accumulation: int = 1) -> Peak:
+    """`none`, with gradients that live in DDP's buckets (gradient_as_bucket_view), which exist from construction on.
+
+    Each gradient is made by autograd, then copied into its bucket (torch/csrc/distributed/c10d/reducer.cpp,
+    mark_variable_ready_dense). Inside an accumulation there is no hook: gradients are tensors of their own until the
+    last backward copies them into the buckets.
+    """
+    size = model.numel()
+    head = math.prod(model.parameters[model.head])
+    making = max(model.largest, 2 * head if model.tied else 0)
+    return worst(
+        model,
+        {"parameters": size, "optimizer": states * size, "buckets": size},
+        {"backward": {"gradients in the making": making, "accumulated": size if accumulation > 1 else 0}},
+    )
+
+
+def fsdp(
+    model: Shapes, *, shards: int, states: int = 2, reshard: bool = True, accumulation: int = 1, every: bool = False
+) -> Peak:
+    """Shards of parameters, optimizer state and gradients; the root whole from forward to the backward's end; a block
+    whole while it computes.
+
+    torch/distributed/fsdp/_fully_shard: an all-gather's flat buffer lives beside the tensors copied out of it, until
+    after the copy; in the backward the next block's is gathered before this one computes (_backward_prefetch); a
+    reduce-scatter's flat input lives until the next one (reduce_scatter_states).
+    """
+    size, root, block = model.numel(), model.root, model.largest_block
+    head = math.prod(model.parameters[model.head])
+    blocks = size - root
+    count = len(model.blocks)
+    whole = accumulation > 1 and not every
+    root_gradients = max(2 * head if model.tied else 0, root)
+    moments: dict[str, dict[str, float]] = {}
+    if whole:
+        moments["last backward, second block"] = {
+            "accumulated whole": size - block,
+            "gradient shards": block / shards,
+            "root whole": root,
+            "head's gradient": head if model.tied else 0,
+            "block whole": block,
+            "next block gathered": block if reshard else blocks - block,
+            "reduce-scatter input": block,
+        }
+    elif reshard:
+        moments["backward of the second block"] = {
+            "gradient shards": (size if accumulation > 1 else blocks - 2 * block) / shards,
+            "root whole": root,
+            "head's gradient": head,
+            "block whole": block,
+            "next block gathered": block,
+            "block's gradients": block,
+            "reduce-scatter input": block,
+        }
+        moments["end of backward"] = {
+            "gradient shards": (size if accumulation > 1 else blocks) / shards,
+            "root whole": root,
+            "root's gradients": root_gradients,
+            "reduce-scatter input": block,
+        }
+    else:
+        moments["backward of the last block but one"] = {
+            "gradient shards": (size if accumulation > 1 else block) / shards,
+            "root whole": root,
+            "head's gradient": head,
+            "blocks whole": blocks - (block if count > 1 else 0),
+            "block's gradients": block,
+            "reduce-scatter input": block if count > 1 else 0,
+        }
+        moments["end of backward"] = {
+            "gradient shards": blocks / shards,
+            "root whole": root,
+            "root's gradients": root_gradients,
+            "reduce-scatter input": block,
+        }
+    return worst(model, {"parameters": size / shards, "optimizer": states * size / shards}, moments)
+
+
+def zero(model: Shapes, *, stage: int, ranks: int, bucket: int, states: int = 2) -> Peak:
+    """Flat partitions; `bucket` is in elements.
+
+    Stages 1 and 2 (deepspeed/runtime/zero/stage_1_and_2.py, fp32): all parameters flat, a master copy of this rank's
+    partition though the dtype is the same, its optimizer state. Stage 1 keeps every gradient until the backward's end,
+    stage 2 this partition's. Gradients go through a bucket and, while it is reduced, a flat copy of it. The step
+    flattens the partition's gradients once more.
+    Stage 3 (stage3.py): partitions of parameters, of optimizer state and of gradients, a bucket always, whole modules
+    while they compute; the step flattens the gradients once more.
+    """
+    size = model.numel()
+    part = size / ranks
+    head = math.prod(model.parameters[model.head])
+    if stage == 3:
+        return worst(
+            model,
+            {"parameters": part, "optimizer": states * part, "gradients": part, "bucket": bucket},
+            {
+                "backward": {"parameters whole": size, "head's gradient": head, "bucket's copy": bucket},
+                "step": {"gradients, flat": part},
+            },
+        )
+    gradients = size if stage == 1 else part
+    backward = {"gradients": gradients, "bucket": bucket, "bucket's copy": bucket}
+    if stage == 2 and model.tied:
+        backward["head's gradient"] = head
+    return worst(
+        model,
+        {"parameters": size, "masters": part, "optimizer": states * part},
+        {"backward": backward, "step": {"gradients": part, "gradients, flat": part}},
+    )
+
+
+def gpt_activations(*, tokens: int, layers: int, width: int, hidden: int, vocab: int, element_bytes: int = 4) -> int:
+    """What our GPT's forward keeps for its backward, roughly: per token and block some twelve vectors of the width and
+    four of the hidden width, and three rows of logits."""
+    return element_bytes * tokens * (layers * (12 * width + 4 * hidden) + 3 * vocab)

@@ -1,0 +1,96 @@
+"""What a training step costs beside a hand-written PyTorch loop: disttrain, and accelerate and Fabric where installed.
+
+    python benchmarks/step.py [--rounds 5] [--steps 200] [--tensors 12 242] [--strategies none ddp fsdp]
+
+One world for each table: in every round each contestant builds its model, optimizer, schedule and data anew and takes
+the same number of steps, in an order that is rotated from round to round. What is compared is the time from one call of
+the loss to the next: data, forward, backward, clipping, step, schedule, and every tenth step a report; in CPU time of
+the main thread, and on the wall. The ratio is to the raw loop of the same round.
+
+The raw loop is what a careful engineer writes: fused AdamW, `zero_grad(set_to_none=True)`, `clip_grad_norm_`, LambdaLR,
+data gathered by index from tensors in memory, the loss added up on the device and read every tenth step only. Under ddp
+buckets that gradients are views of, no buffer broadcasts, no search for unused parameters; under fsdp `fully_shard` on
+every block and on the root, which is not resharded after its forward.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks.ranks import run_ranks  # noqa: E402 - found from its folder
+
+LEARNING_RATE, CLIP, BATCH, SAMPLES, REPORT = 1e-3, 1.0, 32, 4096, 10
+
+
+def contestants(strategy: str) -> dict[str, Callable[..., Any]]:
+    """Those that are installed, by name; each takes (strategy, tensors, steps, folder, clock)."""
+    from importlib.util import find_spec
+
+    from benchmarks import step_loops as loops
+
+    found: dict[str, Callable[..., Any]] = {"raw": loops.raw, "Engine": loops.own_loop, "train": loops.train}
+    if strategy != "fsdp":  # neither shards on a CPU
+        found |= {"accelerate": loops.accelerate} if find_spec("accelerate") else {}
+        found |= {"Fabric": loops.fabric} if find_spec("lightning_fabric") else {}
+    return found
+
+
+def race(strategy: str, tensors: int, rounds: int, steps: int, folder: str) -> dict[str, list[tuple[float, float]]]:
+    """Microseconds a step, (main-thread CPU, wall), of each contestant and round, on this rank. Collective."""
+    from benchmarks.step_loops import Clock
+
+    runners = list(contestants(strategy).items())
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name, _ in runners}
+    for number in range(rounds):
+        turn = number % len(runners)
+        for name, run in runners[turn:] + runners[:turn]:
+            clock = Clock()
+            run(strategy, tensors, steps, f"{folder}/{number}-{name}", clock)
+            found[name].append(clock.per_step_us(steps))
+    return found
+
+
+def rows(found: dict[str, list[tuple[float, float]]]) -> Iterator[str]:
+    """The table's rows: medians over the rounds of the cost, of what it is above raw's in the same round, of the ratio."""
+    for name, times in found.items():
+        cells = []
+        for kind in (0, 1):
+            own = [time[kind] for time in times]
+            base = [time[kind] for time in found["raw"]]
+            over = statistics.median(a - b for a, b in zip(own, base, strict=True))
+            ratio = statistics.median(a / b for a, b in zip(own, base, strict=True))
+            cells += [f"{statistics.median(own):.0f}", f"{over:+.0f}", f"{ratio:.3f}"]
+        yield f"| {name} | {' | '.join(cells)} |"
+
+
+def main() -> None:
+    """Race, and print one Markdown table a strategy and model."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--tensors", type=int, nargs="+", default=[12, 242])
+    parser.add_argument("--strategies", nargs="+", choices=["none", "ddp", "fsdp"], default=["none", "ddp", "fsdp"])
+    given = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    for strategy in given.strategies:
+        for tensors in given.tensors:
+            size = 1 if strategy == "none" else 2
+            with tempfile.TemporaryDirectory() as folder:
+                found = run_ranks(size, race, strategy, tensors, given.rounds, given.steps, folder)[0]
+            print(f"\n{strategy}, {tensors} tensors, {size} rank(s); medians of {given.rounds} rounds\n")
+            print("| loop | CPU us a step | over raw | ratio | wall us a step | over raw | ratio |")
+            print("|---|---:|---:|---:|---:|---:|---:|")
+            print("\n".join(rows(found)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

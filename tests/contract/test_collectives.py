@@ -1,0 +1,152 @@
+"""Collectives counted for real, as torch dispatches them: gradients cross the ranks once an optimizer step.
+
+What is expected is computed here from shapes: numbers of elements, buckets, blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from world import run_world
+
+import disttrain
+
+LAYERS, WIDTH, HIDDEN, VOCAB = 3, 32, 128, 64
+BLOCK = 4 * WIDTH * WIDTH + 3 * WIDTH * HIDDEN + 2 * WIDTH
+ROOT = VOCAB * WIDTH + WIDTH
+TENSORS = 6 * LAYERS + 2
+
+CONFIG: dict[str, Any] = {
+    "run": {"steps": 6},
+    "model": {
+        "target": "gpt",
+        "args": {"layers": LAYERS, "width": WIDTH, "hidden": HIDDEN, "heads": 2, "vocab": VOCAB, "context": 8},
+    },
+    "objective": {"target": "next_token"},
+    "optim": {"target": "torch.optim.AdamW", "args": {"lr": 1e-3}, "clip_norm": 1.0},
+    "checkpoint": {"at_end": False},
+    "report": {"every": 3, "progress": False, "plot": False},
+}
+
+
+class Counting(TorchDispatchMode):
+    """Keeps (operation, dtype, elements of its largest tensor) of every collective that torch dispatches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, torch.dtype, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional"):
+            tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+            largest = max(tensors, key=Tensor.numel)
+            self.seen.append((func.name().split("::")[1].strip("_"), largest.dtype, largest.numel()))
+        return func(*args, **(kwargs or {}))
+
+
+class Tokens(torch.utils.data.Dataset[Any]):
+    """Random rows; the numbers do not matter here."""
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        row = torch.randint(VOCAB, (9,))
+        return row[:-1], row[1:]
+
+
+def count(folder: Path, cases: dict[str, tuple[dict[str, Any], int]]) -> dict[str, list[Any]]:
+    """The collectives of each of a run's first five steps, by case: strategy section and accumulation."""
+    found = {}
+    for name, (sections, accumulation) in cases.items():
+        run = {**CONFIG["run"], "name": name, "dir": str(folder)}
+        with disttrain.Engine({**CONFIG, **sections, "run": run}) as engine:
+            engine.prepare("model")
+            batches = engine.batches(Tokens(), global_batch=accumulation * engine.world_size, micro_batch=1)
+            steps = []
+            for _ in range(5):
+                with Counting() as counting:
+                    engine.accumulate("model", next(batches))
+                    engine.step("model")
+                    engine.log()
+                steps.append(counting.seen)
+            batches.close()
+        found[name] = steps
+    return found
+
+
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    cases: dict[str, tuple[dict[str, Any], int]] = {}
+    for accumulation in (1, 4):
+        for clip in (1.0, None):
+            optim = {**CONFIG["optim"], "clip_norm": clip}
+            for name, options in (
+                ("ddp", {"ddp": {"bucket_mb": 0.05}}),
+                ("fsdp", {"fsdp": {"reduce": "last"}}),
+            ):
+                sections = {"strategy": {"name": name, **options}, "optim": optim}
+                cases[f"{name}-{accumulation}-{'clip' if clip else 'free'}"] = sections, accumulation
+    return run_world(2, count, tmp_path_factory.mktemp("runs"), cases)[0]
+
+
+def buckets(limit: int) -> list[int]:
+    """Elements of DDP's buckets: tensors in their order, each bucket closed once it has `limit` bytes or more."""
+    block = [WIDTH, 3 * WIDTH * WIDTH, WIDTH * WIDTH, WIDTH, 2 * WIDTH * HIDDEN, WIDTH * HIDDEN]
+    found, held = [], 0
+    for size in [VOCAB * WIDTH, *block * LAYERS, WIDTH]:
+        held += size
+        if 4 * held >= limit:
+            found.append(held)
+            held = 0
+    return [*found, held] if held else found
+
+
+@pytest.mark.parametrize("clip", ["clip", "free"])
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("step", [1, 2, 3])  # the third is reported, and all are as cheap
+def test_ddp_reduces_each_gradient_once_a_step(
+    counted: dict[str, list[Any]], accumulation: int, clip: str, step: int
+) -> None:
+    seen = counted[f"ddp-{accumulation}-{clip}"][step]
+    gradients = [size for kind, dtype, size in seen if dtype == torch.float32]
+    assert sorted(gradients) == sorted(buckets(int(0.05 * 2**20)))
+    assert sum(gradients) == LAYERS * BLOCK + ROOT
+    # Which tensors were reached (find_unused), and the one all-reduce of our own.
+    others = Counter((kind, dtype) for kind, dtype, _ in seen if dtype != torch.float32)
+    assert others == {("allreduce", torch.int32): 1, ("allreduce", torch.float64): 1}
+
+
+@pytest.mark.parametrize("clip", ["clip", "free"])
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_fsdp_reduces_each_group_once_a_step(
+    counted: dict[str, list[Any]], accumulation: int, clip: str, step: int
+) -> None:
+    seen = counted[f"fsdp-{accumulation}-{clip}"][step]
+    scattered = [size for kind, _, size in seen if kind == "reduce_scatter_base"]
+    assert sorted(scattered) == sorted([BLOCK] * LAYERS + [ROOT])
+    gathered = [size for kind, _, size in seen if kind == "allgather_base"]
+    # Blocks for forward and backward of every micro-batch; the root stays whole from one to the other.
+    assert Counter(gathered) == {BLOCK: 2 * LAYERS * accumulation, ROOT: accumulation}
+    norms = int(clip == "clip" or step == 2)  # counted from zero: the third step is reported, with its norm
+    small = [size for kind, dtype, size in seen if kind == "allreduce"]
+    assert small == [64] + [1] * norms
+    assert len(seen) == len(scattered) + len(gathered) + len(small)
+
+
+def test_what_is_expected_is_the_model() -> None:
+    """The sizes above are those of the model that runs."""
+    from disttrain.model import GPT
+
+    model = GPT(**CONFIG["model"]["args"])
+    sizes = [math.prod(parameter.shape) for parameter in model.parameters()]
+    assert len(sizes) == TENSORS and sum(sizes) == LAYERS * BLOCK + ROOT
