@@ -31,7 +31,7 @@ from disttrain.logs import room_logger
 from disttrain.model import build_model, fill, says_how
 from disttrain.objective import Objective
 from disttrain.optim.named import MakeOptimizer, NamedParameter
-from disttrain.optim.several import factories_of
+from disttrain.optim.several import SeveralFactory, factories_of
 from disttrain.optim.trials import is_exact_on_shards, kind_of
 from disttrain.runtime import Device, Mesh, MeshSizes
 from disttrain.runtime.seeds import generators_for
@@ -48,6 +48,7 @@ from disttrain.strategy.contract import (
     StepSums,
     World,
 )
+from disttrain.strategy.methods import gather_around_methods
 from disttrain.strategy.state import copy_part, sharded_shards, whole_tensors
 from disttrain.strategy.tensor_parallel import TensorParallel, is_part
 from disttrain.strategy.tensor_plan import plan_modules
@@ -151,6 +152,7 @@ class FSDP(AbstractStrategy):
             ingredients = replace(ingredients, make_optimizer=group_by_mesh(ingredients.make_optimizer))
         equip(prepared, ingredients, name_parameters(model, ingredients.objective))
         prepared.wrapped = _Sharded(tensor, every=self._reduces_every(model))
+        gather_around_methods(model)
         for name, block in blocks:
             # Blocks are gathered when they are called: a rank that calls another one would get a mixture of both.
             block.register_forward_pre_hook(lambda module, args, name=name: prepared.trail.note(name))
@@ -190,7 +192,10 @@ class FSDP(AbstractStrategy):
     def _policy(self) -> MixedPrecisionPolicy:
         """Parameters travel, and gradients are computed, in the type of matrix products; gradients are added up in
         `precision.reduce`. Forwards run under autocast all the same, so that what it keeps wide stays wide."""
-        return MixedPrecisionPolicy(self.world.autocast, DTYPES[self.world.precision.reduce])
+        reduce = DTYPES[self.world.precision.reduce]
+        # Unsaid where gradients have that type: torch 2.13 would look for one in blocks that no forward has reached yet.
+        same = reduce == (self.world.autocast or self.world.dtype)
+        return MixedPrecisionPolicy(self.world.autocast, None if same else reduce)
 
     def _offload(self) -> OffloadPolicy:
         pinned = self.world.device.type == "cuda"
@@ -322,6 +327,9 @@ class FSDP(AbstractStrategy):
 def group_by_mesh(make: MakeOptimizer) -> MakeOptimizer:
     """The same, its parameter groups parted where they hold DTensors of several meshes: torch's fused and foreach
     kernels refuse the mixture. Local."""
+    if isinstance(make, SeveralFactory):  # each of them by itself: they hold the groups
+        parts = [replace(part, make=group_by_mesh(part.make)) for part in make.parts]
+        return replace(make, parts=tuple(parts))
 
     def build(named: Sequence[NamedParameter]) -> Optimizer:
         optimizer = make(named)
