@@ -150,6 +150,8 @@ def _settings_of(overrides: Sequence[str]) -> list[Trial]:
 
 
 def _clips(own: Config, case: Config) -> list[Trial]:
+    if isinstance(own.optim, tuple):  # no one key says it: a case cannot be tried with another
+        return []
     clip = own.clip_norm or None
     told = f"optim.clip_norm is {clip:g}" if clip else "optim.clip_norm is off"
     trials = []
@@ -176,7 +178,7 @@ def clip_left_to_deepspeed(own: Config, case: Config) -> Trial | None:
     native: Any = case.strategy.deepspeed.native if case.strategy.name == "deepspeed" else None
     if not isinstance(native, Mapping) or native.get("gradient_clipping") not in (None, "auto"):
         return None
-    if own.optim is None or own.clip_norm == 1.0:
+    if own.optim is None or isinstance(own.optim, tuple) or own.clip_norm == 1.0:
         return None
     text = (
         "the native JSON leaves gradient_clipping open: DeepSpeed alone clips at 1.0, its default, and differs from "
