@@ -45,6 +45,7 @@ from disttrain.strategy.contract import (
     StepSums,
     World,
 )
+from disttrain.strategy.methods import gather_around_methods
 from disttrain.strategy.sharding import free_whole, introduce, reduces_every, shard_model
 from disttrain.strategy.state import copy_part, sharded_shards, whole_tensors
 from disttrain.strategy.tensor_parallel import TensorParallel, is_part
@@ -144,6 +145,7 @@ class FSDP(AbstractStrategy):
         prepared = Prepared(ingredients.name, model, ingredients.objective)
         equip(prepared, ingredients, name_parameters(model, ingredients.objective))
         prepared.wrapped = _Sharded(tensor, every=reduces_every(model, self.options, self.world))
+        gather_around_methods(model)
         for name, block in blocks:
             # Blocks are gathered when they are called: a rank that calls another one would get a mixture of both.
             block.register_forward_pre_hook(lambda module, args, name=name: prepared.trail.note(name))
