@@ -156,7 +156,9 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", default=list(CASES))
     given = parser.parse_args()
     model = MODELS[given.model]
-    print(f"{shapes_of(model).numel() / 1e6:.1f} M parameters, {given.world_size} ranks; MB a rank, the largest of all\n")
+    print(
+        f"{shapes_of(model).numel() / 1e6:.1f} M parameters, {given.world_size} ranks; MB a rank, the largest of all\n"
+    )
     print("| case | a step's peak | formula | difference | held between steps | construction |")
     print("|---|---:|---:|---:|---:|---:|", flush=True)
     for name in given.cases:
