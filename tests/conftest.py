@@ -13,6 +13,9 @@ from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+# A package of its own, with tests that need it installed: test_plugin.py does both.
+collect_ignore = ["plugin_package"]
+
 # No deadline on a busy machine. In CI the same examples every time: what a search for new ones finds is for the one who
 # runs it to mend.
 settings.register_profile("here", deadline=None, derandomize=bool(os.environ.get("CI")))

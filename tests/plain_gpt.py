@@ -44,8 +44,8 @@ class PlainGPT(nn.Module):
         hidden_mask = torch.full((time, time), -math.inf, dtype=x.dtype).triu(1)
         for layer in range(self.layers):
             at = f"blocks.{layer}."
-            y = self.norm(x, at + "attention_norm.weight") @ self.value(at + "attention.qkv.weight").T
-            q, k, v = y.split([self.heads * d, self.kv_heads * d, self.kv_heads * d], dim=-1)
+            y = self.norm(x, at + "attention_norm.weight")
+            q, k, v = (y @ self.value(f"{at}attention.{part}.weight").T for part in "qkv")
             q = self.turn(q.view(batch, time, self.heads, d)).transpose(1, 2)
             k = self.turn(k.view(batch, time, self.kv_heads, d)).transpose(1, 2)
             v = v.view(batch, time, self.kv_heads, d).transpose(1, 2)
@@ -53,8 +53,8 @@ class PlainGPT(nn.Module):
             scores = (q @ k.transpose(-1, -2) / math.sqrt(d) + hidden_mask).softmax(-1)
             y = (scores @ v).transpose(1, 2).reshape(batch, time, width)
             x = x + y @ self.value(at + "attention.out.weight").T
-            y = self.norm(x, at + "swiglu_norm.weight") @ self.value(at + "swiglu.gate_up.weight").T
-            gate, up = y.chunk(2, dim=-1)
+            y = self.norm(x, at + "swiglu_norm.weight")
+            gate, up = (y @ self.value(f"{at}swiglu.{part}.weight").T for part in ("gate", "up"))
             x = x + (gate * torch.sigmoid(gate) * up) @ self.value(at + "swiglu.down.weight").T
         return self.norm(x, "norm.weight") @ self.value("tokens.weight").T
 

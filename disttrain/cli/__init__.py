@@ -27,11 +27,47 @@ def check(
     overrides: _Overrides = None,
     as_json: _Json = False,
     imports: Annotated[bool, typer.Option("--import", help="Import the targets too, which runs their code.")] = False,
+    accelerate: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Show what strategy.name=accelerate makes of accelerate's FILE.")
+    ] = None,
 ) -> None:
     """Validate a config; print every value and where it came from."""
     from disttrain.cli.check import check_config
 
-    raise typer.Exit(check_config(config, overrides or [], as_json=as_json, imports=imports))
+    raise typer.Exit(check_config(config, overrides or [], as_json=as_json, imports=imports, accelerate=accelerate))
+
+
+@app.command()
+def parity(
+    config: str,
+    overrides: _Overrides = None,
+    as_json: _Json = False,
+    strategies: Annotated[str | None, typer.Option(metavar="NAME,...", help="As ddp,fsdp,deepspeed:3; all.")] = None,
+    case: Annotated[
+        list[str] | None, typer.Option(metavar='"KEY=VALUE ..."', help="One more case, by its overrides; repeatable.")
+    ] = None,
+    world_sizes: Annotated[str, typer.Option(metavar="N,...", help="Numbers of processes.")] = "1,2",
+    micro_batches: Annotated[
+        str | None, typer.Option(metavar="N,...", help="For every case; the config's own.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each case.")] = 5,
+    limit_s: Annotated[float, typer.Option("--limit-s", min=1.0, help="Time for each case, in seconds.")] = 300.0,
+) -> None:
+    """Prove that a config trains the same under every strategy and world size, or say what does not and why."""
+    from disttrain.cli.parity import check_parity
+
+    code = check_parity(
+        config,
+        overrides or [],
+        strategies=strategies,
+        cases=case or [],
+        world_sizes=world_sizes,
+        micro_batches=micro_batches,
+        steps=steps,
+        limit_s=limit_s,
+        as_json=as_json,
+    )
+    raise typer.Exit(code)
 
 
 @app.command()

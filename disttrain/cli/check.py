@@ -10,16 +10,24 @@ from typing import Any
 
 from disttrain.cli.json_text import json_text
 from disttrain.config import TRAINED_FROM, Config, ConfigFaultsError, Fault, load_config, render_config, resolve_target
+from disttrain.config.accelerate import translate
+from disttrain.config.accelerate_settings import read_file
 from disttrain.config.faults import UnknownNameError
 from disttrain.config.render import every_source, source_of
 from disttrain.config.source_search import find_faults
+from disttrain.config.strategies import TRANSLATED
 from disttrain.config.target_names import section_of, targets_in
 from disttrain.errors import FINISHED, ConfigError
 
 
-def check_config(source: str, overrides: Sequence[str], *, as_json: bool, imports: bool) -> int:
-    """Print what was found; returns the exit code, 0 or ConfigError's. `imports` runs the targets' modules."""
-    config, faults = _faults_of(source, overrides, imports=imports)
+def check_config(
+    source: str, overrides: Sequence[str], *, as_json: bool, imports: bool, accelerate: str | None = None
+) -> int:
+    """Print what was found; returns the exit code, 0 or ConfigError's.
+
+    `imports` runs the targets' modules; `accelerate` is the file that strategy.name=accelerate is translated from.
+    """
+    config, faults = _faults_of(source, overrides, imports=imports, accelerate=accelerate)
     if as_json:
         found: dict[str, Any] = {"ok": not faults, "faults": [vars(fault) for fault in faults]}
         if config is not None:
@@ -35,12 +43,27 @@ def check_config(source: str, overrides: Sequence[str], *, as_json: bool, import
                 f"note: no section {', '.join(missing)}: enough for an own loop over Engine; disttrain.run needs it",
                 file=sys.stderr,
             )
+        if config.strategy.name == TRANSLATED:
+            print(
+                "note: strategy.name=accelerate is translated under `accelerate launch`, from what its file says; "
+                "--accelerate FILE shows it",
+                file=sys.stderr,
+            )
     return ConfigError.exit_code if faults else FINISHED
 
 
-def _faults_of(source: str, overrides: Sequence[str], *, imports: bool) -> tuple[Config | None, Sequence[Fault]]:
+def _faults_of(
+    source: str, overrides: Sequence[str], *, imports: bool, accelerate: str | None
+) -> tuple[Config | None, Sequence[Fault]]:
     try:
         config = load_config(source, overrides)
+        if accelerate is not None:
+            if config.strategy.name != TRANSLATED:
+                where = source_of(("strategy", "name"), config.sources)
+                do = "add strategy.name=accelerate: otherwise accelerate only starts the processes"
+                found = f"{config.strategy.name!r}, which takes nothing from {accelerate}"
+                raise ConfigFaultsError([Fault("strategy.name", where, found, do)])
+            config = translate(read_file(accelerate), config)
     except ConfigFaultsError as error:
         return None, error.faults
     faults = find_faults(config.values(), config.sources, config.folder)

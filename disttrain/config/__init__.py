@@ -5,6 +5,7 @@ from disttrain.config.lines import parse_value
 from disttrain.config.read import TRAINED_FROM, load_config, load_to_train
 from disttrain.config.render import render_config
 from disttrain.config.schema import Config, Target
+from disttrain.config.strategies import StrategyEntry, StrategyOptions
 from disttrain.config.targets import build_nested, build_target, check_arguments, prefer_folder, resolve_target
 
 __all__ = [
@@ -12,6 +13,8 @@ __all__ = [
     "Config",
     "ConfigFaultsError",
     "Fault",
+    "StrategyEntry",
+    "StrategyOptions",
     "Target",
     "build_nested",
     "build_target",

@@ -97,7 +97,7 @@ def _merge(draft: Draft, value: Mapping[str, Any], path: KeyPath, source: Callab
     """Lay `value` over the draft at `path`; another `target` drops the `args` that were there."""
     place = draft.value
     for key in path:
-        place = place.setdefault(str(key), {})
+        place = place[key] if isinstance(place, list) else place.setdefault(str(key), {})
     if "target" in value and place.get("target") not in (None, value["target"]):
         place.pop("args", None)
         _forget(draft, (*path, "args"))
@@ -160,15 +160,30 @@ def _parse_override(draft: Draft, override: Any) -> tuple[str, Any, str] | None:
 
 
 def _apply(draft: Draft, key: str, value: Any, source: str) -> None:
-    parts = key.split(".")
+    parts: list[Any] = key.split(".")
+    item = 0  # how many parts lead to the innermost item of a list
     place: Any = draft.value
     for at, part in enumerate(parts[:-1], start=1):
-        place = place.get(part) if place else None
-        if place is not None and not isinstance(place, Mapping):
+        holder, place = place, place.get(part) if place else None
+        if isinstance(place, list) and at < len(parts) - 1 and _is_item(place, parts[at]):
+            place = holder[part] = [*map(_copied, place)]  # the list is the user's own
+            parts[at], item = int(parts[at]), at + 1
+            place = dict(enumerate(place))
+        elif place is not None and not isinstance(place, Mapping):
             found = f"{shown(place, part)} at {dotted(parts[:at])}, which has no key {parts[at]!r}"
             draft.faults.append(Fault(key, source, found, f"override the whole value: {dotted(parts[:at])}=..."))
             return
     nested: Any = value
-    for part in reversed(parts):
+    for part in reversed(parts[item:]):
         nested = {part: nested}
-    _merge(draft, nested, (), lambda at: source)
+    _merge(draft, nested, tuple(parts[:item]), lambda at: source)
+
+
+def _is_item(listed: list[Any], part: str) -> bool:
+    return part.isdecimal() and int(part) < len(listed) and isinstance(listed[int(part)], Mapping)
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _copied(item) for key, item in value.items()}
+    return [*map(_copied, value)] if isinstance(value, list) else value

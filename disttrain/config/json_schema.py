@@ -25,7 +25,7 @@ def build_schema() -> dict[str, Any]:
     for one in definitions.values():
         one["properties"] = {name: _or_reference(value) for name, value in one["properties"].items()}
         _loosen(one)
-    for name in ("ModelConfig", "OptimConfig", "Target"):
+    for name in ("ModelConfig", "OptimConfig", "MatchedOptimConfig", "Target"):
         definitions[name]["properties"]["target"]["description"] = _names_text(name)
     trackers = {"anyOf": [{"type": "string"}, {"$ref": "#/$defs/Target"}]}
     definitions["ReportConfig"]["properties"]["trackers"] = {"type": "array", "items": trackers}
@@ -61,7 +61,7 @@ def _loosen(definition: dict[str, Any]) -> None:
 
 
 def _names_text(definition: str) -> str:
-    section = {"ModelConfig": "model", "OptimConfig": "optim"}.get(definition)
+    section = {"ModelConfig": "model", "OptimConfig": "optim", "MatchedOptimConfig": "optim"}.get(definition)
     names = [name for one, known in NAMES.items() if section in (None, one) for name in known]
     listed = f"A short name ({', '.join(names)}), or " if names else ""
     return f"{listed}package.module:attribute, or all dots."

@@ -12,6 +12,10 @@ Broken = tuple[KeyPath, str, str]
 
 _LENGTHS = ("steps", "epochs", "tokens")
 _RESERVED_AXES = ("pipeline", "context", "expert")
+_MASTERS = {"fp64": ("fp64",), "fp32": ("fp32",), "bf16": ("fp32", "bf16"), "fp16": ("fp32",)}
+"""Under each precision.compute: what holds parameters and optimizer state. fp16 ones would lose small updates."""
+_REDUCTIONS = {"fp64": ("fp64",), "fp32": ("fp32", "bf16"), "bf16": ("fp32", "bf16"), "fp16": ("fp32",)}
+"""And in what gradients are added up over ranks. bf16 has fp32's range; fp16 has not: scaled gradients fill it."""
 
 
 def broken_rules(values: Mapping[str, Any]) -> Iterator[Broken]:
@@ -21,13 +25,32 @@ def broken_rules(values: Mapping[str, Any]) -> Iterator[Broken]:
     yield from _evaluation(_section(values, "eval"))
     yield from _mesh(_section(values, "mesh"))
     yield from _precision(_section(values, "precision"), _section(values, "strategy"))
-    if isinstance(values.get("optim"), list):
-        yield ("optim",), "a list of optimizers, which comes with a later release", "write one target and its args"
+    yield from _optimizers(values.get("optim"))
+    yield from _zero(_section(values, "precision"), _section(values, "strategy"))
+    yield from _types(_section(values, "precision"))
+    yield from _memory(_section(values, "memory"))
 
 
 def _section(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     found = values.get(name)
     return found if isinstance(found, Mapping) else {}
+
+
+def _optimizers(optim: Any) -> Iterator[Broken]:
+    """A list of optimizers takes one step, and so has one clipping."""
+    if isinstance(optim, Mapping) and "match" in optim:
+        do = "write a list, an optimizer each: optim: [{match: ..., target: ...}, ...]"
+        yield ("optim", "match"), f"{shown(optim['match'])}, and one optimizer, which takes every parameter", do
+    if not isinstance(optim, list):
+        return
+    if not optim:
+        yield ("optim",), "an empty list", "write one optimizer, or several with match and target each"
+    said = [(at, one["clip_norm"]) for at, one in enumerate(optim) if isinstance(one, Mapping) and "clip_norm" in one]
+    said = [(at, value) for at, value in said if value is not None]
+    for at, value in said[1:]:
+        if value != said[0][1]:
+            found = f"{shown(value)}, and {shown(said[0][1])} in the item {said[0][0]}"
+            yield ("optim", at, "clip_norm"), found, "say it once: clipping is by the norm over all parameters"
 
 
 def _length(run: Mapping[str, Any], *, trains: bool) -> Iterator[Broken]:
@@ -68,8 +91,47 @@ def _mesh(mesh: Mapping[str, Any]) -> Iterator[Broken]:
 
 
 def _precision(precision: Mapping[str, Any], strategy: Mapping[str, Any]) -> Iterator[Broken]:
-    compute = precision.get("compute")
-    if strategy.get("name") != "deepspeed" or compute not in ("fp64", "bf16"):
+    if strategy.get("name") == "deepspeed" and precision.get("compute") == "fp64":
+        do = "use precision.compute=fp32, or strategy none, ddp or fsdp"
+        yield ("precision", "compute"), "fp64, which deepspeed cannot keep", do
+
+
+def _zero(precision: Mapping[str, Any], strategy: Mapping[str, Any]) -> Iterator[Broken]:
+    options = _section(strategy, "deepspeed")
+    if strategy.get("name") != "deepspeed":
         return
-    reason = "which deepspeed cannot keep" if compute == "fp64" else "which with deepspeed comes with a later release"
-    yield ("precision", "compute"), f"{compute}, {reason}", "use precision.compute=fp32, or strategy none, ddp or fsdp"
+    place, stage = ("strategy", "deepspeed"), options.get("stage", 2)
+    parameters, state = options.get("offload_parameters", "none"), options.get("offload", "none")
+    if parameters != "none" and stage != 3:
+        found = f"{shown(parameters)} at stage {shown(stage)}, where every rank computes with whole parameters"
+        yield (*place, "offload_parameters"), found, "set strategy.deepspeed.stage=3, or offload_parameters=none"
+    if state == "nvme" and stage != 3:
+        found = f"nvme at stage {shown(stage)}, where DeepSpeed would take the host's memory without a word"
+        yield (*place, "offload"), found, "set strategy.deepspeed.stage=3, or offload=cpu"
+    if "nvme" in (state, parameters) and not options.get("nvme_path"):
+        yield (*place, "nvme_path"), "nothing, and an offload to nvme", "name a folder on a local NVMe disk"
+    if precision.get("master") == "bf16" and state != "none":
+        found = f"{shown(state)} under precision.master=bf16, for which DeepSpeed wants an optimizer of its own"
+        yield (*place, "offload"), found, "set precision.master=fp32, or strategy.deepspeed.offload=none"
+
+
+def _types(precision: Mapping[str, Any]) -> Iterator[Broken]:
+    compute = precision.get("compute", "fp32")
+    for key, table in (("master", _MASTERS), ("reduce", _REDUCTIONS)):
+        found, known = precision.get(key), table.get(compute, ()) if isinstance(compute, str) else ()
+        if found is not None and known and found not in known:
+            yield (
+                ("precision", key),
+                f"{shown(found)} under precision.compute={compute}",
+                f"use {' or '.join(f'precision.{key}={one}' for one in known)}, or leave it out",
+            )
+
+
+def _memory(memory: Mapping[str, Any]) -> Iterator[Broken]:
+    recompute, compiles = memory.get("recompute"), memory.get("compile") is True
+    if recompute == "budget" and not compiles:
+        found = "budget, and no memory.compile: it is the compiler that decides what fits a budget"
+        yield ("memory", "recompute"), found, "set memory.compile=true, or memory.recompute=selective"
+    if recompute == "selective" and compiles:
+        found = "selective, which chooses by operation, and memory.compile=true: the compiler leaves no operations"
+        yield ("memory", "recompute"), found, "set memory.recompute=budget, or memory.compile=false"

@@ -61,9 +61,11 @@ class RunConfig(Section):
 
 
 class ModelConfig(Target):
-    """`weights` is a run or checkpoint whose weights to start from."""
+    """`weights` is a run or checkpoint whose weights to start from. With `sync_batch_norm` batch norms take their
+    statistics over the micro-batches of all ranks."""
 
     weights: str | None = None
+    sync_batch_norm: bool = False
 
 
 class DataConfig(Section):
@@ -104,6 +106,20 @@ class OptimConfig(Target):
     decay_vectors: bool = False
 
 
+class MatchedOptimConfig(OptimConfig):
+    """One of several optimizers: of the parameters whose names `match` (a pattern or a list of them) and that none
+    before it took. `clip_norm` is that of the step, over all parameters: one of the list says it for all."""
+
+    match: tuple[str, ...]
+
+    @field_validator("match", mode="before")
+    @classmethod
+    def _patterns(cls, value: Any) -> Any:
+        if value in ("", []):
+            raise ValueError("no pattern; write one or a list of them, '*' for every parameter that is left")
+        return [value] if isinstance(value, str) else value
+
+
 class MeshConfig(Section):
     """Degrees that multiply to the world size; -1 is what is left."""
 
@@ -141,7 +157,8 @@ class StrategyConfig(Section):
 
 class PrecisionConfig(Section):
     """`compute` is the type of matrix products, by autocast where parameters are wider. `master` is that of parameters
-    and optimizer state, `reduce` that in which gradients are added up over ranks; left out, fp32 (fp64 under fp64)."""
+    and optimizer state, `reduce` that in which gradients are added up over ranks; left out, fp32 (fp64 under fp64).
+    bf16 with `master: bf16` is pure. fp16 scales its loss, and skips a step whose gradient overflows."""
 
     compute: Literal["fp32", "fp64", "bf16", "fp16"] = "fp32"
     master: Literal["fp32", "fp64", "bf16"]
@@ -154,14 +171,14 @@ class PrecisionConfig(Section):
         if not isinstance(values, Mapping):
             return values
         wide = "fp64" if values.get("compute") == "fp64" else "fp32"
-        master = values.get("master") or wide
-        return {**values, "master": master, "reduce": values.get("reduce") or master}
+        return {**values, "master": values.get("master") or wide, "reduce": values.get("reduce") or wide}
 
 
 class MemoryConfig(Section):
     """What is paid to save memory, in every strategy. `recompute` runs forwards again in the backward: of whole blocks
     (`full`), of all but what costly operations gave (`selective`), or as much as `budget` (a share of the activations,
-    under compile) asks for. `compile` compiles each block in place."""
+    under compile) asks for. `compile` compiles each block in place. `blocks` names classes or module patterns; left
+    out, blocks are the repeated parts."""
 
     recompute: Literal["none", "full", "selective", "budget"] = "none"
     budget: float = Field(0.5, ge=0, le=1)
@@ -201,7 +218,7 @@ class Config(Section):
     objective: Target | None = None
     data: DataConfig | None = None
     eval: EvalConfig | None = None
-    optim: OptimConfig | None = None
+    optim: OptimConfig | tuple[MatchedOptimConfig, ...] | None = None
     schedule: Target | None = None
     mesh: MeshConfig = MeshConfig()
     strategy: StrategyConfig = StrategyConfig()
@@ -222,6 +239,12 @@ class Config(Section):
     def folder(self) -> Path:
         """Where import paths resolve first."""
         return self._folder
+
+    @property
+    def clip_norm(self) -> float | None:
+        """That of the step, over the gradients of all optimizers."""
+        several = self.optim if isinstance(self.optim, tuple) else [self.optim]
+        return next((one.clip_norm for one in several if one is not None and one.clip_norm is not None), None)
 
     def placed(self, sources: Mapping[str, str], folder: Path) -> Config:
         """The same config, knowing where its values come from. For `load_config`."""

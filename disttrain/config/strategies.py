@@ -15,6 +15,8 @@ from disttrain.config.faults import UnknownNameError, suggest
 from disttrain.config.section import Section
 
 GROUP = "disttrain.strategies"
+TRANSLATED = "accelerate"
+"""A name for one of the others: that which `accelerate launch` asks for."""
 
 
 class StrategyOptions(Section):
@@ -69,7 +71,7 @@ class DeepSpeedOptions(StrategyOptions):
     name here."""
 
     stage: Literal[1, 2, 3] = 2
-    bucket_mb: float = Field(25.0, gt=0)
+    bucket_mb: float | None = Field(None, gt=0)
     offload: Literal["none", "cpu", "nvme"] = "none"
     offload_parameters: Literal["none", "cpu", "nvme"] = "none"
     nvme_path: str | None = None
@@ -107,11 +109,11 @@ def strategy_entry(name: str) -> StrategyEntry:
     """The strategy of that name, built in or installed. Raises ConfigError that lists the known ones."""
     if name in BUILT_IN:
         return BUILT_IN[name]
-    if name == "accelerate":
+    if name == TRANSLATED:
         raise UnknownNameError(
-            "strategy.name=accelerate takes strategy and precision from accelerate's own file.",
-            "a translation that comes with a later release",
-            "name ddp, fsdp or deepspeed; `accelerate launch` starts those too",
+            "strategy.name=accelerate stands for what accelerate's own file says.",
+            "no translation of it yet, so no strategy",
+            "let an Engine take it from `accelerate launch`; `disttrain check CONFIG --accelerate FILE` shows it",
         )
     installed = {point.name: point for point in entry_points(group=GROUP)}
     if name not in installed:

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from disttrain.config.deepspeed_native import PLACE, contradictions, read_native, unknown_keys
 from disttrain.config.draft import Draft
 from disttrain.config.faults import ConfigFaultsError, UnknownNameError, dotted, nearest, shown, suggest
 from disttrain.config.lines import KeyPath
@@ -16,7 +17,7 @@ from disttrain.config.rules import broken_rules
 from disttrain.config.schema import Config
 from disttrain.config.section import PARTS
 from disttrain.config.source_search import find_faults
-from disttrain.config.strategies import BUILT_IN, strategy_entry
+from disttrain.config.strategies import BUILT_IN, TRANSLATED, strategy_entry
 from disttrain.config.target_names import import_path, section_of, targets_in
 
 _ADVICE = {
@@ -49,6 +50,7 @@ def validate(draft: Draft, needs: Sequence[str] = ()) -> Config:
     strategy = draft.value.get("strategy")
     if isinstance(strategy, Mapping):
         _check_strategies(draft, strategy)
+        _check_native(draft, strategy)
     try:
         config = Config.model_validate(draft.value)
     except ValidationError as error:
@@ -61,7 +63,8 @@ def validate(draft: Draft, needs: Sequence[str] = ()) -> Config:
 
 def _check_strategies(draft: Draft, strategy: Mapping[str, Any]) -> None:
     """Names that are no strategy, and a plug-in's options by its own class."""
-    named = [("name", strategy["name"])] if isinstance(strategy.get("name"), str) else []
+    name = strategy.get("name")
+    named = [("name", name)] if isinstance(name, str) and name != TRANSLATED else []
     for key, name in [*named, *((key, key) for key in strategy if key != "name")]:
         try:
             entry = strategy_entry(name)
@@ -74,6 +77,21 @@ def _check_strategies(draft: Draft, strategy: Mapping[str, Any]) -> None:
                 entry.options.model_validate({} if strategy[key] is None else strategy[key])
             except ValidationError as error:
                 _translate_all(draft, error, ("strategy", key), entry.options)
+
+
+def _check_native(draft: Draft, strategy: Mapping[str, Any]) -> None:
+    """DeepSpeed's own JSON: read, so that it stands in the resolved config, and compared where it will be used."""
+    options = strategy.get(PLACE[1])
+    if not isinstance(options, dict) or options.get(PLACE[2]) is None:
+        return
+    native, broken = read_native(options[PLACE[2]], draft.folder)
+    if isinstance(native, Mapping):
+        options[PLACE[2]] = native
+        broken += unknown_keys(native)
+        if strategy.get("name") == PLACE[1]:
+            broken += contradictions(native, draft.value)
+    for one in broken:
+        draft.add_fault(*one)
 
 
 def _check_names(draft: Draft) -> None:
@@ -96,7 +114,7 @@ def _translate_all(draft: Draft, error: ValidationError, prefix: KeyPath, model:
     for path, known, one in found:
         # A union complains once for each member: where one of them got inside the value, the others say nothing.
         inside = any(len(other) > len(path) and other[: len(path)] == path for other, _, _ in found)
-        if not (inside and isinstance(one["input"], Mapping) and str(one["type"]).endswith("_type")):
+        if not (inside and isinstance(one["input"], Mapping | list) and str(one["type"]).endswith("_type")):
             draft.add_fault(path, *_translate(path, known, one))
 
 

@@ -17,11 +17,17 @@ from typing import Any
 from torch import nn
 
 from disttrain.config import Config, Target, build_nested, build_target, check_arguments, resolve_target
-from disttrain.errors import ConfigError, explain
+from disttrain.config.accelerate import asked_otherwise, translate
+from disttrain.config.accelerate_settings import read_environment
+from disttrain.config.schema import OptimConfig
+from disttrain.config.strategies import TRANSLATED
+from disttrain.errors import ConfigError, LaunchError, explain
 from disttrain.logs import room_logger
 from disttrain.objective import Objective
 from disttrain.optim import optimizer_factory, schedule_factory
 from disttrain.optim.named import MakeOptimizer, MakeSchedule
+from disttrain.optim.several import Part, SeveralFactory
+from disttrain.optim.trials import refuse_closures
 from disttrain.runtime import (
     Device,
     Group,
@@ -29,10 +35,12 @@ from disttrain.runtime import (
     MeshSizes,
     apply_device,
     build_mesh,
+    check_device,
     choose_device,
     plan_mesh,
     read_launch,
 )
+from disttrain.runtime.environment import accelerate_variables
 from disttrain.runtime.seeds import seed_everything
 from disttrain.strategy import AbstractStrategy, World, strategy_class
 
@@ -51,10 +59,37 @@ class Plan:
     folder: Path
 
 
+def settle_strategy(config: Config) -> Config:
+    """The config that runs: `strategy.name=accelerate` as what `accelerate launch` asks for. Local.
+
+    Raises LaunchError where something else started this process, ConfigError for what cannot be honoured.
+    """
+    launch, handed = read_launch(), accelerate_variables()
+    if config.strategy.name != TRANSLATED:
+        if (
+            handed
+            and launch.rank == 0
+            and (other := asked_otherwise(read_environment(handed, launch.world_size), config))
+        ):
+            _log.warning("accelerate launch asks for %s; strategy.name=accelerate would follow it", other)
+        return config
+    if not handed:
+        raise LaunchError(
+            explain(
+                "strategy.name=accelerate takes the strategy from `accelerate launch`.",
+                f"a process started by {launch.launcher}",
+                "start it with `accelerate launch --config_file FILE -m disttrain.run CONFIG`, "
+                "or name the strategy: none, ddp, fsdp or deepspeed",
+            )
+        )
+    return translate(read_environment(handed, launch.world_size), config)
+
+
 def plan_run(config: Config) -> Plan:
     """Place this process and check what depends on the world's size. Local; touches no group and no GPU memory."""
     launch = read_launch()
     device = choose_device(config.run.device, launch, config.run.threads)
+    check_device(device, compute=config.precision.compute, compiles=config.memory.compile)
     mesh = config.mesh
     sizes = plan_mesh(launch.world_size, replicate=mesh.replicate, shard=mesh.shard, tensor=mesh.tensor)
     strategy = strategy_class(config.strategy.name)
@@ -69,9 +104,11 @@ def plan_run(config: Config) -> Plan:
             )
         )
     if config.model is not None:
-        model_factory(config)
+        strategy.check_model(config.strategy.options, sizes, model_factory(config))
     if config.optim is not None:
-        optimizer_factory_of(config)
+        make = optimizer_factory_of(config)
+        refuse_closures(make, "optim.target")
+        strategy.check_optimizer(make)
     schedule_factory_of(config, 1)
     for section in ("objective", "data.train", "data.collate"):
         target = attrgetter(section)(config) if section == "objective" or config.data is not None else None
@@ -116,10 +153,18 @@ def model_factory(config: Config) -> Callable[[], nn.Module]:
 
 
 def optimizer_factory_of(config: Config) -> MakeOptimizer:
-    """The configured optimizer over groups that spare vectors from weight decay."""
+    """The configured optimizer, or several as one, over groups that spare vectors from weight decay."""
     optim = _needed(config.optim, "optim")
+    if not isinstance(optim, tuple):
+        return _one_optimizer(config, optim, "optim")
+    keys = [f"optim.{at}" for at in range(len(optim))]
+    parts = [Part(_one_optimizer(config, one, key), one.match, key) for one, key in zip(optim, keys, strict=True)]
+    return SeveralFactory(tuple(parts))
+
+
+def _one_optimizer(config: Config, optim: OptimConfig, key: str) -> MakeOptimizer:
     make = resolve_target(optim.target, section="optim", folder=config.folder)
-    return optimizer_factory(make, optim.args, no_decay=optim.no_decay, decay_vectors=optim.decay_vectors)
+    return optimizer_factory(make, optim.args, no_decay=optim.no_decay, decay_vectors=optim.decay_vectors, key=key)
 
 
 def schedule_factory_of(config: Config, total_steps: int) -> MakeSchedule | None:

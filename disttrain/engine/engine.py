@@ -28,8 +28,11 @@ from disttrain.engine.record import Record
 from disttrain.engine.snapshot import Parts, Progress
 from disttrain.engine.transfer import to_device
 from disttrain.errors import ConfigError, explain
+from disttrain.model.batch_norm import explaining_single_values, synchronized
 from disttrain.objective import Objective
-from disttrain.optim.named import MakeOptimizer
+from disttrain.optim.build import check_step
+from disttrain.optim.named import MakeOptimizer, MakeSchedule, NamedParameter
+from disttrain.optim.trials import refuse_closures
 from disttrain.resilience import Interrupts
 from disttrain.runtime.seeds import derive_seed, seed_all
 from disttrain.strategy import Ingredients, Prepared, StepOutcome, StepSums
@@ -43,7 +46,7 @@ class Engine:
     """
 
     def __init__(self, config: Config | Mapping[str, Any] | str | Path, overrides: Any = ()) -> None:
-        self.config = load_config(config, overrides)
+        self.config = build.settle_strategy(load_config(config, overrides))
         self.plan = build.plan_run(self.config)
         self.world = build.start_world(self.plan)
         self._interrupts = Interrupts()
@@ -117,8 +120,17 @@ class Engine:
         if make_model is None:
             ingredients = self._configured(name, objective)
         else:
-            made = _plain(make_optimizer) if make_optimizer is not None else None
-            ingredients = Ingredients(name, make_model, made, make_schedule, self._adopt(name, objective))
+            ingredients = Ingredients(
+                name,
+                make_model,
+                _plain(make_optimizer) if make_optimizer is not None else None,
+                _checked(make_schedule) if make_schedule is not None else None,
+                self._adopt(name, objective),
+            )
+        if ingredients.make_optimizer is not None:
+            if make_optimizer is not None:
+                refuse_closures(ingredients.make_optimizer, f"The optimizer of {name!r}")
+            self.strategy.check_optimizer(ingredients.make_optimizer, self.world.mesh)
         prepared = self.strategy.prepare(ingredients)
         self._prepared[name] = prepared
         if make_model is None and self.config.model is not None and self.config.model.weights:
@@ -133,9 +145,12 @@ class Engine:
             if self.total_steps is None:
                 raise ConfigError(explain("A schedule needs to know the run's steps.", "none", "set run.steps"))
             make_schedule = build.schedule_factory_of(config, self.total_steps)
+        make_model = build.model_factory(config)
+        if config.model is not None and config.model.sync_batch_norm:
+            make_model = synchronized(make_model, self.world.mesh.data_group)
         return Ingredients(
             name,
-            build.model_factory(config),
+            make_model,
             build.optimizer_factory_of(config),
             make_schedule,
             self._adopt(name, objective if objective is not None else build.objective_of(config)),
@@ -232,7 +247,7 @@ class Engine:
             raise ConfigError(explain("A step's list of micro-batches.", found, do))
         flags = (1.0 if self._interrupts.requested else 0.0,)
         used = self._objective(name, objective)
-        with self._others_frozen(name):
+        with self._others_frozen(name), explaining_single_values():
             sums = self.strategy.accumulate(prepared, micro_batches, used, flags)
         self._used[name] = used
         self._stopped = self._stopped or sums.flags[0] > 0
@@ -250,11 +265,10 @@ class Engine:
         if name not in self._pending:
             raise ConfigError(explain(f"step({name!r})", "nothing accumulated", "call accumulate or backward before"))
         sums = self._pending.pop(name)
-        clip = self.config.optim.clip_norm if self.config.optim is not None else None
         upcoming = self.progress.steps + 1
         # Where it will be saved a gradient that is not finite is found before it reaches the weights.
         want_norm = self.record.due(upcoming, self.total_steps) or self._falls_on("checkpoint", upcoming)
-        outcome = self.strategy.step(prepared, sums, clip_norm=clip, want_norm=want_norm)
+        outcome = self.strategy.step(prepared, sums, clip_norm=self.config.clip_norm, want_norm=want_norm)
         if not outcome.applied:
             self.progress.skipped += 1
         self.record.stepped(name, sums, outcome, prepared, self._used[name])
@@ -481,4 +495,19 @@ class Engine:
 
 def _plain(make: Callable[[list[nn.Parameter]], Optimizer]) -> MakeOptimizer:
     """A user's factory takes the bare list of trainable parameters."""
-    return lambda named: make([one.parameter for one in named])
+
+    def build(named: Sequence[NamedParameter]) -> Optimizer:
+        optimizer = make([one.parameter for one in named])
+        check_step(type(optimizer), "make_optimizer's optimizer")
+        return optimizer
+
+    return build
+
+
+def _checked(make: Callable[[Optimizer], LRScheduler]) -> MakeSchedule:
+    def build(optimizer: Optimizer) -> LRScheduler:
+        schedule = make(optimizer)
+        check_step(type(schedule), "make_schedule's schedule")
+        return schedule
+
+    return build

@@ -184,6 +184,8 @@ class Record:
             if prepared.optimizer is not None:
                 line[f"{prefix}lr"] = outcome.lr
             line[f"{prefix}grad_norm"] = outcome.grad_norm
+            if outcome.loss_scale is not None:
+                line[f"{prefix}loss_scale"] = outcome.loss_scale
         line |= self._rate.measure(samples=progress.samples, tokens=progress.tokens, step=progress.steps)
         line |= {"world_size": self._group.size, "strategy": self._config.strategy.name}
         if progress.skipped:

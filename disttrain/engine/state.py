@@ -13,11 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from disttrain.checkpoint import Shard, whole_shard
 from disttrain.errors import CheckpointError, explain
+from disttrain.optim.several import Several
 from disttrain.strategy import Prepared
+from disttrain.strategy.loss_scale import LossScale
 from disttrain.strategy.state import copy_part, local_shard
 
 IDENTITY = (
@@ -51,6 +54,8 @@ def identity_of(config: Mapping[str, Any]) -> dict[str, Any]:
         for part in key.split("."):
             value = value.get(part) if isinstance(value, Mapping) else None
         found[key] = value
+    if isinstance(config.get("optim"), list):
+        found["optim.target"] = [{key: one[key] for key in ("match", "target")} for one in config["optim"]]
     return found
 
 
@@ -76,7 +81,8 @@ def optimizer_document(prepared: Prepared) -> dict[str, Any]:
     optimizer, schedule = prepared.optimizer, prepared.schedule
     return {
         "updates": prepared.updates,
-        "optimizer": None if optimizer is None else f"{type(optimizer).__module__}:{type(optimizer).__qualname__}",
+        "optimizer": _kind(optimizer),
+        "loss_scale": vars(prepared.loss_scale),
         "groups": []
         if optimizer is None
         else [
@@ -87,12 +93,20 @@ def optimizer_document(prepared: Prepared) -> dict[str, Any]:
     }
 
 
+def _kind(optimizer: Optimizer | None) -> str | list[str] | None:
+    """The optimizer's class, or those of several."""
+    if isinstance(optimizer, Several):
+        return [str(_kind(part)) for part in optimizer.parts]
+    return None if optimizer is None else f"{type(optimizer).__module__}:{type(optimizer).__qualname__}"
+
+
 def restore_optimizer(prepared: Prepared, document: Mapping[str, Any], *, same_settings: bool) -> None:
     """Put groups and schedule back. With other settings than saved, the new ones hold from here on. Local.
 
     Raises CheckpointError where a schedule that is no function of the step is to go on with other settings.
     """
     prepared.updates = int(document["updates"])
+    prepared.loss_scale = LossScale(**document.get("loss_scale", {}))  # earlier checkpoints knew none
     optimizer, schedule = prepared.optimizer, prepared.schedule
     if optimizer is None:
         return

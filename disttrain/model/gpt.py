@@ -51,7 +51,7 @@ class GPT(nn.Module):
         _check_shares(dropout, rope_base)
         # Two thirds of 4 * width keep the parameters of a two-matrix block (2002.05202); multiples of 64 suit kernels.
         hidden = -(-8 * width // (3 * 64)) * 64 if hidden is None else hidden
-        self.context, self.rope_base = context, rope_base
+        self.context, self.rope_base, self.heads, self.kv_heads = context, rope_base, heads, kv_heads
         self.tokens = TokenTable(vocab, width)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(Block(width, heads, kv_heads, hidden, dropout) for _ in range(layers))
@@ -71,6 +71,33 @@ class GPT(nn.Module):
         x_btc = self.norm(x_btc)
         logits_btv: Tensor = self.tokens(x_btc, to_logits=True) if self.head is None else self.head(x_btc)
         return logits_btv
+
+    @property
+    def tp_plan(self) -> dict[str, str]:
+        """How tensor parallel cuts it, in Hugging Face's words: attention by heads, SwiGLU by hidden features, the
+        table and the head by vocabulary; what lies between along time where that is asked for."""
+        block = {
+            "attention_norm": "sequence_parallel",
+            "attention.q": "colwise",
+            "attention.k": "colwise",
+            "attention.v": "colwise",
+            "attention.out": "rowwise",
+            "swiglu_norm": "sequence_parallel",
+            "swiglu.gate": "colwise",
+            "swiglu.up": "colwise",
+            "swiglu.down": "rowwise",
+            "dropout": "sequence_parallel",
+        }
+        ends = {"tokens": "embedding_rowwise", "dropout": "sequence_parallel", "norm": "sequence_parallel"}
+        head = {} if self.head is None else {"head": "colwise_gather_output"}
+        return {**ends, **{f"blocks.*.{name}": style for name, style in block.items()}, **head}
+
+    def check_tensor_parallel(self, degree: int) -> None:
+        """Raise ConfigError where `degree` ranks cannot each have whole heads of queries, keys and values."""
+        if self.heads % degree or self.kv_heads % degree:
+            found = f"heads={self.heads}, kv_heads={self.kv_heads}"
+            do = "choose a degree that divides both, or other model.args"
+            raise ConfigError(explain(f"mesh.tensor={degree} gives each rank its share of gpt's heads.", found, do))
 
     def init_weights(self, generator_for: GeneratorFor) -> Iterator[tuple[str, Tensor]]:
         """Each parameter's and buffer's name with its whole initial value on the CPU, from shapes alone."""
@@ -106,37 +133,37 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, heads: int, kv_heads: int) -> None:
         super().__init__()
-        self.heads, self.kv_heads, self.head_width = heads, kv_heads, width // heads
-        self.qkv = Linear(width, (heads + 2 * kv_heads) * self.head_width)
+        self.shared, self.head_width = kv_heads < heads, width // heads
+        self.q = Linear(width, width)
+        self.k = Linear(width, kv_heads * self.head_width)
+        self.v = Linear(width, kv_heads * self.head_width)
         self.out = Linear(width, width)
 
     def forward(self, x_btc: Tensor, rotary_td: Tensor) -> Tensor:
-        # Queries and keys lie side by side, so that one product makes them and one application turns them.
-        qkv = self.qkv(x_btc).view(*x_btc.shape[:2], self.heads + 2 * self.kv_heads, self.head_width)
-        qk, v = qkv.tensor_split([self.heads + self.kv_heads], dim=2)
-        q, k = rotate(qk, rotary_td).tensor_split([self.heads], dim=2)
+        # However many heads there are: under tensor parallel a rank has its own alone.
+        q, k, v = (part(x_btc).unflatten(-1, (-1, self.head_width)) for part in (self.q, self.k, self.v))
         y_bhtd = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
+            rotate(q, rotary_td).transpose(1, 2),
+            rotate(k, rotary_td).transpose(1, 2),
             v.transpose(1, 2),
             is_causal=True,
-            enable_gqa=self.kv_heads < self.heads,
+            enable_gqa=self.shared,
         )
         y_btc: Tensor = self.out(y_bhtd.transpose(1, 2).flatten(2))
         return y_btc
 
 
 class SwiGLU(nn.Module):
-    """silu(gate) * up, then down; gate and up are one product."""
+    """silu(gate) * up, then down."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.gate_up = Linear(width, 2 * hidden)
+        self.gate = Linear(width, hidden)
+        self.up = Linear(width, hidden)
         self.down = Linear(hidden, width)
 
     def forward(self, x_btc: Tensor) -> Tensor:
-        gate_btf, up_btf = self.gate_up(x_btc).chunk(2, dim=-1)
-        y_btc: Tensor = self.down(F.silu(gate_btf) * up_btf)
+        y_btc: Tensor = self.down(F.silu(self.gate(x_btc)) * self.up(x_btc))
         return y_btc
 
 

@@ -31,23 +31,31 @@ _OWN_LENGTH = {"total_steps", "epochs", "steps_per_epoch"}
 
 
 def optimizer_factory(
-    make: Callable[..., Any], args: Mapping[str, Any], *, no_decay: Sequence[str] = (), decay_vectors: bool = False
+    make: Callable[..., Any],
+    args: Mapping[str, Any],
+    *,
+    no_decay: Sequence[str] = (),
+    decay_vectors: bool = False,
+    key: str = "optim",
 ) -> MakeOptimizer:
     """`make(groups, **args)` for named parameters; raises ConfigError where `args` do not fit `make`.
 
-    `no_decay` are name patterns (fnmatch) of further parameters without weight decay.
+    `no_decay` are name patterns (fnmatch) of further parameters without weight decay; `key` is the config's for it.
     """
-    check_arguments(make, ([],), args, what="optim.target")
-    _check_step(make, "optim.target")
+    check_arguments(make, ([],), args, what=f"{key}.target")
+    check_step(make, f"{key}.target")
+    if make is torch.optim.SparseAdam:
+        do = "use torch.optim.Adam, and nn.Embedding with sparse=False"
+        raise ConfigError(explain(f"{key}.target steps on dense gradients.", "SparseAdam, which takes none", do))
 
     def build(named: Sequence[NamedParameter]) -> Optimizer:
         decay = args.get("weight_decay", _default(make, "weight_decay"))
-        groups = decay_groups(named, decay, no_decay=no_decay, decay_vectors=decay_vectors)
+        groups = decay_groups(named, decay, no_decay=no_decay, decay_vectors=decay_vectors, key=key)
         chosen = {} if {"fused", "foreach"} & set(args) else implementation(make, named)
-        optimizer = _make(make, groups, args, "optim.args", **chosen)
+        optimizer = _make(make, groups, args, f"{key}.args", **chosen)
         if not isinstance(optimizer, Optimizer):
             raise ConfigError(
-                explain("optim.target makes a torch.optim.Optimizer.", f"a {type(optimizer).__qualname__}", "name one")
+                explain(f"{key}.target makes a torch.optim.Optimizer.", f"a {type(optimizer).__qualname__}", "name one")
             )
         return optimizer
 
@@ -55,7 +63,12 @@ def optimizer_factory(
 
 
 def decay_groups(
-    named: Sequence[NamedParameter], decay: Any, *, no_decay: Sequence[str] = (), decay_vectors: bool = False
+    named: Sequence[NamedParameter],
+    decay: Any,
+    *,
+    no_decay: Sequence[str] = (),
+    decay_vectors: bool = False,
+    key: str = "optim",
 ) -> list[dict[str, Any]]:
     """Parameter groups: decayed, and not. One group where there is nothing to tell apart.
 
@@ -66,7 +79,7 @@ def decay_groups(
         if not any(one.name == PROBE or fnmatchcase(one.name, pattern) for one in named):
             raise ConfigError(
                 explain(
-                    "optim.no_decay names trainable parameters.",
+                    f"{key}.no_decay names trainable parameters.",
                     f"{pattern!r}, which none of {len(named)} matches",
                     f"name some of them: {', '.join(one.name for one in named[:20])}{', ...' if named[20:] else ''}",
                 )
@@ -109,7 +122,7 @@ def schedule_factory(make: Callable[..., Any], args: Mapping[str, Any], *, total
     if "total_steps" in names and not _OWN_LENGTH & set(given):
         given["total_steps"] = total_steps
     check_arguments(make, (None,), given, what="schedule.target")
-    _check_step(make, "schedule.target")
+    check_step(make, "schedule.target")
 
     def build(optimizer: Optimizer) -> LRScheduler:
         schedule = _make(make, optimizer, given, "schedule.args")
@@ -134,7 +147,7 @@ def _make(make: Callable[..., Any], first: Any, args: Mapping[str, Any], what: s
         ) from error
 
 
-def _check_step(make: Callable[..., Any], what: str) -> None:
+def check_step(make: Callable[..., Any], what: str) -> None:
     """Refuse a class whose `step` needs an argument: nobody here has a closure or a metric for it."""
     try:
         signature = inspect.signature(make.step) if isinstance(make, type) and hasattr(make, "step") else None

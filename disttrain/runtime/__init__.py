@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from disttrain.runtime.device import Device, apply_device, choose_device
+    from disttrain.runtime.device import Device, apply_device, check_device, choose_device
     from disttrain.runtime.environment import Launch, export_for_libraries, read_launch
     from disttrain.runtime.group import Group, OtherRankError
     from disttrain.runtime.mesh import Mesh, MeshSizes, build_mesh, plan_mesh
@@ -23,6 +23,7 @@ __all__ = [
     "OtherRankError",
     "apply_device",
     "build_mesh",
+    "check_device",
     "choose_device",
     "export_for_libraries",
     "plan_mesh",
@@ -30,7 +31,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "device": ("Device", "apply_device", "choose_device"),
+    "device": ("Device", "apply_device", "check_device", "choose_device"),
     "environment": ("Launch", "export_for_libraries", "read_launch"),
     "group": ("Group", "OtherRankError"),
     "mesh": ("Mesh", "MeshSizes", "build_mesh", "plan_mesh"),

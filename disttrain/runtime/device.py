@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 
@@ -41,6 +42,45 @@ def choose_device(asked: str, launch: Launch, threads: int | None = None) -> Dev
             )
         )
     return Device(torch.device("cuda", index), "cpu:gloo,cuda:nccl", share)
+
+
+def check_device(device: Device, *, compute: str, compiles: bool) -> None:
+    """Refuse a precision that the device lacks, and compilation where nothing can compile. Local.
+
+    `compute` is the config's name of a type. Raises LaunchError.
+    """
+    kind = device.device.type
+    if compute == "fp16" and kind == "cpu":
+        raise LaunchError(
+            explain(
+                "precision.compute=fp16 needs a device that computes in it.",
+                "run.device is cpu",
+                "use precision.compute=bf16, which a CPU has, or run on a GPU",
+            )
+        )
+    missing = _missing_compiler(kind) if compiles else None
+    if missing is not None:
+        raise LaunchError(
+            explain(
+                "memory.compile=true compiles the model's blocks with torch.compile.",
+                missing,
+                "install it on every node, or set memory.compile=false",
+            )
+        )
+
+
+def _missing_compiler(kind: str) -> str | None:
+    """What torch.compile lacks for a kind of device, None where it has it all."""
+    if kind == "cuda":
+        return None if find_spec("triton") is not None else "no package triton, which writes its GPU kernels"
+    from torch._inductor.cpp_builder import get_cpp_compiler  # seconds, and only where one compiles
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return "no C++ compiler (g++, or what CXX names) on this node"
+    return None
 
 
 def apply_device(device: Device) -> None:

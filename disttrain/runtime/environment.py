@@ -41,10 +41,58 @@ def read_launch(environ: Mapping[str, str] | None = None) -> Launch:
     """The launch this process belongs to. Local; raises LaunchError where the variables contradict each other."""
     env = os.environ if environ is None else environ
     if "RANK" in env or "WORLD_SIZE" in env:
-        return _checked(_torchrun(env))
-    if env.get("SLURM_STEP_NUM_TASKS") and env.get("SLURM_STEP_ID", "").isdigit() and "SLURM_PROCID" in env:
+        launch = _checked(_torchrun(env))
+        if launch.world_size == 1 and launch.launcher != "environment":  # by hand it is the user's own word
+            _refuse_strangers(env, launch)
+        return launch
+    if _by_accelerate(env) and env.get("MASTER_ADDR"):
+        raise LaunchError(
+            explain(
+                "accelerate launch was told to start several processes.",
+                "one process, which knows of no other: that is what it starts for distributed_type MULTI_CPU or NO",
+                "use distributed_type: MULTI_GPU, FSDP or DEEPSPEED (on CPU with use_cpu: true), or num_processes: 1; "
+                "where one was meant, unset MASTER_ADDR",
+            )
+        )
+    if _in_srun(env):
         return _checked(_srun(env))
-    return Launch("plain python", rank=0, local_rank=0, world_size=1, local_world_size=1)
+    launch = Launch("plain python", rank=0, local_rank=0, world_size=1, local_world_size=1)
+    _refuse_strangers(env, launch)
+    return launch
+
+
+def accelerate_variables(environ: Mapping[str, str] | None = None) -> Mapping[str, str]:
+    """What `accelerate launch` handed to this process; nothing where something else started it. Local."""
+    env = os.environ if environ is None else environ
+    ours = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_", "WORLD_SIZE")
+    return {name: text for name, text in env.items() if name.startswith(ours)} if _by_accelerate(env) else {}
+
+
+def _by_accelerate(env: Mapping[str, str]) -> bool:
+    return "ACCELERATE_MIXED_PRECISION" in env  # the one that it always sets
+
+
+def _in_srun(env: Mapping[str, str]) -> bool:
+    return bool(env.get("SLURM_STEP_NUM_TASKS")) and env.get("SLURM_STEP_ID", "").isdigit() and "SLURM_PROCID" in env
+
+
+# Who starts several processes at once and says so: OpenMPI, MPICH and Intel MPI, MVAPICH; srun around another launcher.
+_STARTED_TOGETHER = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+def _refuse_strangers(env: Mapping[str, str], launch: Launch) -> None:
+    """Several processes that each would be a world of one, in one folder. Raises LaunchError."""
+    names = (*_STARTED_TOGETHER, *(["SLURM_STEP_NUM_TASKS"] if _in_srun(env) else []))
+    for name in names:
+        if env.get(name, "").isdecimal() and int(env[name]) > 1:
+            raise LaunchError(
+                explain(
+                    f"{name}={env[name]}: so many processes were started together.",
+                    f"this one by {launch.launcher}, in a world of one: each would train on its own",
+                    "start them with torchrun, srun or accelerate launch; where worlds of one are meant, "
+                    "say so in each: RANK=0 WORLD_SIZE=1 MASTER_ADDR=127.0.0.1 MASTER_PORT=0",
+                )
+            )
 
 
 def _torchrun(env: Mapping[str, str]) -> Launch:
@@ -59,13 +107,18 @@ def _torchrun(env: Mapping[str, str]) -> Launch:
             )
         )
     world = _number(env, "WORLD_SIZE")
-    accelerate = any(name.startswith("ACCELERATE_") for name in env)
+    agent = "accelerate launch" if _by_accelerate(env) else "torchrun"
     return Launch(
-        "accelerate launch" if accelerate else "torchrun" if "TORCHELASTIC_RUN_ID" in env else "environment",
+        agent if "TORCHELASTIC_RUN_ID" in env else "environment",
         rank=_number(env, "RANK"),
         local_rank=_number(env, "LOCAL_RANK", 0),
         world_size=world,
-        local_world_size=_number(env, "LOCAL_WORLD_SIZE", min(world, 1) if "LOCAL_RANK" not in env else world),
+        # DeepSpeed's own launcher says LOCAL_SIZE
+        local_world_size=_number(
+            env,
+            "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in env else "LOCAL_SIZE",
+            min(world, 1) if "LOCAL_RANK" not in env else world,
+        ),
         master_addr=env["MASTER_ADDR"],
         master_port=_number(env, "MASTER_PORT"),
         restarts=_number(env, "TORCHELASTIC_RESTART_COUNT", 0),

@@ -1,7 +1,8 @@
 """The step's arithmetic, once, for every strategy: exact sums over ranks and micro-batches, no averages of averages.
 
 Gradients are those of `sum of the items' losses`, divided by the step's weight once, at the step. Where the loss has
-several terms each has its own weight, so the weights are agreed on before the first backward instead.
+several terms each has its own weight, so the weights are agreed on before the first backward instead. Under fp16 losses
+are scaled (`LossScale`), and gradients are divided by that too.
 Refuses losses that are not finite, before they can reach a weight.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from disttrain.data import MicroBatch
 from disttrain.errors import ConfigError, TrainingError, explain
+from disttrain.model.batch_norm import left_out, synchronized_norms
 from disttrain.objective import Context, Loss, Objective
 from disttrain.runtime.seeds import derive_seed, seed_all
 from disttrain.strategy.contract import Prepared, StepSums, World
@@ -40,7 +43,8 @@ def run_micro_batches(
 ) -> StepSums:
     """The plain loop. The forward runs `through` a wrapper of `ObjectiveCall`, or else the objective on the model;
     `communicating(last)` surrounds forward and backward of each micro-batch."""
-    denominators = _agree_on_weights(world, micro_batches, objective)
+    denominators = _agree_on_weights(world, prepared, micro_batches, objective)
+    factor = prepared.loss_scale.factor(divided=denominators is not None) if world.scaled else None
     prepared.trail.begin()
     ledger = Ledger(world)
     for place, micro in enumerate(micro_batches):
@@ -51,7 +55,7 @@ def run_micro_batches(
                     loss = objective(prepared.model, micro.batch, context)
                 else:
                     loss = Loss(*through(objective, micro.batch, context))
-            total = _one_total(loss, denominators)
+            total = _one_total(loss, denominators, factor)
             if not total.requires_grad:
                 raise TrainingError(
                     explain(
@@ -64,6 +68,8 @@ def run_micro_batches(
         ledger.add(loss, real=micro.real)
     prepared.accumulations += 1
     sums = ledger.reduce(flags, divided=denominators is not None, trail=prepared.trail)
+    if factor is not None:
+        sums = replace(sums, denominator=sums.denominator * factor, scaled=True)
     if not all(math.isfinite(number) for number in (*sums.totals.values(), *sums.weights.values())):
         refuse_non_finite(f"totals {dict(sums.totals)} over weights {dict(sums.weights)}")
     if min(sums.weights.values()) < 0.0:
@@ -93,21 +99,32 @@ def seed_micro_batch(world: World, prepared: Prepared, micro: MicroBatch, *, tra
 
 
 def _agree_on_weights(
-    world: World, micro_batches: Sequence[MicroBatch], objective: Objective
+    world: World, prepared: Prepared, micro_batches: Sequence[MicroBatch], objective: Objective
 ) -> Mapping[str, float] | None:
-    """Each term's weight over the whole step, where several terms need them before the first backward."""
+    """Each term's weight over the whole step, where several terms need them before the first backward.
+
+    A scaled loss of one term learns its weight too, in a step's first accumulation: all of a step's have one scale.
+    """
     if not objective.has_weigh:
         return None
-    if len(objective.weigh(micro_batches[0].batch)) == 1:
+    alone = len(objective.weigh(micro_batches[0].batch)) == 1
+    if alone and not (world.scaled and prepared.accumulations == 0):
         return None
     ledger = Ledger(world)
     for micro in micro_batches:
         ledger.add(Loss({}, objective.weigh(micro.batch)), real=micro.real)
-    return ledger.reduce(divided=True).weights
+    weights = ledger.reduce(divided=True).weights
+    if not alone:
+        return weights
+    prepared.loss_scale.expect(next(iter(weights.values())))
+    return None
 
 
-def _one_total(loss: Loss, denominators: Mapping[str, float] | None) -> Tensor:
-    """What to back-propagate: the sum of the terms, each over its weight where that is known."""
+def _one_total(loss: Loss, denominators: Mapping[str, float] | None, factor: float | None) -> Tensor:
+    """What to back-propagate: the sum of the terms, each over its weight where that is known, times the scale's
+    `factor` where there is one. A total in fp16 has no room for a scale."""
+    if factor is not None:
+        return _one_total(loss, denominators, None).float() * factor
     if denominators is None:
         return next(iter(loss.totals.values()))
     parts = [total / denominators[term] if denominators[term] else total * 0.0 for term, total in loss.totals.items()]
@@ -116,13 +133,19 @@ def _one_total(loss: Loss, denominators: Mapping[str, float] | None) -> Tensor:
 
 @contextmanager
 def _replay(prepared: Prepared, real: bool) -> Iterator[None]:
-    """A replayed micro-batch keeps collectives aligned and leaves no trace: buffers are put back."""
+    """A replayed micro-batch keeps collectives aligned and leaves no trace: buffers are put back.
+
+    Those of synchronized batch norms follow the other ranks' micro-batches of this round, as everywhere.
+    """
     if real:
         yield
         return
     modules = [module for module in (prepared.model, prepared.objective) if module is not None]
-    kept = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
-    yield
+    norms = synchronized_norms(modules)
+    shared = {id(buffer) for norm in norms for buffer in norm.buffers()}
+    kept = [(one, one.clone()) for module in modules for one in module.buffers() if id(one) not in shared]
+    with left_out(norms):
+        yield
     with torch.no_grad():
         for buffer, value in kept:
             buffer.copy_(value)
@@ -163,7 +186,9 @@ class Gradients:
         gradients = [gradient for gradient in (self.locals if chosen is None else chosen) if gradient.numel()]
         if not gradients:
             return torch.zeros((), dtype=torch.float64, device=self.locals[0].device if self.locals else None)
-        return torch.stack(torch._foreach_norm(gradients)).double().square().sum()
+        # bf16 gradients would get norms of 8 bits; wider ones keep their own type, bit for bit.
+        wide = torch.float32 if gradients[0].dtype == torch.bfloat16 else None
+        return torch.stack(torch._foreach_norm(gradients, dtype=wide)).double().square().sum()
 
     def scale(self, factor: float) -> None:
         """Multiply all local gradients in place."""

@@ -7,28 +7,48 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from disttrain.errors import ConfigError, explain
 from disttrain.model import build_model
 from disttrain.optim.named import NamedParameter
 from disttrain.strategy.contract import Ingredients, Prepared, World
+from disttrain.strategy.memory_savers import save_memory
 
 
 def build_on_host(world: World, ingredients: Ingredients) -> nn.Module:
     """The model as its constructor makes it under the seed, in the world's dtype, still on the host. Collective."""
     model = build_model(ingredients.make_model, seed=world.seed, meta=False)
-    cast(model, world.dtype)
+    settle(world, model)
     check_same_everywhere(world, model, ingredients.name)
     return model
 
 
+def settle(world: World, model: nn.Module) -> None:
+    """What every strategy does to a model that was just built, on the host or the meta device, before it wraps or cuts:
+    the world's dtype, and its memory savers. Local; raises ConfigError."""
+    cast(model, world.dtype)
+    save_memory(model, world.memory)
+
+
 def cast(module: nn.Module, dtype: torch.dtype) -> None:
-    """Cast floating parameters and buffers where a dtype other than the constructor's is asked for."""
-    if dtype != torch.float32:
-        module.to(dtype)
+    """Cast floating parameters and buffers where a dtype other than the constructor's is asked for, and from then on
+    the floating tensors that its forward is called with."""
+    if dtype == torch.float32:
+        return
+    module.to(dtype)
+    module.register_forward_pre_hook(partial(_cast_inputs, dtype), with_kwargs=True)
+
+
+def _cast_inputs(dtype: torch.dtype, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    return tree_map_only(
+        Tensor, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, (args, kwargs)
+    )
 
 
 def check_same_everywhere(world: World, model: nn.Module, name: str) -> None:

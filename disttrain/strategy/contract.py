@@ -26,6 +26,7 @@ from disttrain.errors import ConfigError, explain
 from disttrain.objective import Objective
 from disttrain.optim.named import MakeOptimizer, MakeSchedule, NamedParameter
 from disttrain.runtime import Device, Group, Mesh, MeshSizes
+from disttrain.strategy.loss_scale import LossScale
 from disttrain.strategy.trail import Trail
 
 MakeModel = Callable[[], nn.Module]
@@ -55,6 +56,11 @@ class World:
         """That of matrix products, None where it is the parameters' own."""
         return DTYPES[self.precision.compute] if self.precision.compute != self.precision.master else None
 
+    @property
+    def scaled(self) -> bool:
+        """Whether losses are scaled: fp16's gradients would vanish."""
+        return self.precision.compute == "fp16"
+
     def computing(self) -> AbstractContextManager[Any]:
         """The context in which forwards run."""
         if self.autocast is None:
@@ -79,8 +85,8 @@ class Prepared:
     each tensor once, those of a trainable objective under `objective.`. `wrapped` is the strategy's own.
     `members` names the parameters of each of the optimizer's groups, in the order of both. `updates` counts calls of
     `step`, skipped ones too, and `accumulations` those of `accumulate` since the last: they key the randomness of
-    micro-batches. `loading` holds optimizer state that is a Python number while a checkpoint is written into tensors.
-    `trail` is this rank's way through an accumulation or an evaluation.
+    micro-batches. `loss_scale` is moved under fp16 alone. `loading` holds optimizer state that is a Python number while
+    a checkpoint is written into tensors. `trail` is this rank's way through an accumulation or an evaluation.
     """
 
     name: str
@@ -93,6 +99,7 @@ class Prepared:
     wrapped: Any = None
     updates: int = 0
     accumulations: int = 0
+    loss_scale: LossScale = field(default_factory=LossScale)
     loading: list[LoadingNumber] = field(default_factory=list)
     trail: Trail = field(default_factory=Trail)
 
@@ -102,7 +109,8 @@ class StepSums:
     """What a step's micro-batches add up to over all ranks, read from the step's one all-reduce.
 
     `totals` and `weights` are per term; `sums` are the objective's own; `flags` are the engine's, added over ranks.
-    `denominator` is what gradients are still to be divided by (1.0 where the loss was divided at once).
+    `denominator` is what gradients are still to be divided by (1.0 where the loss was divided at once); the loss scale
+    is in it, where they are `scaled`.
     """
 
     totals: Mapping[str, float]
@@ -110,6 +118,7 @@ class StepSums:
     sums: Mapping[str, Tensor]
     flags: tuple[float, ...]
     denominator: float
+    scaled: bool = False
 
     @property
     def loss(self) -> float:
@@ -141,17 +150,20 @@ class StepSums:
             {**self.sums, **more.sums, **{name: self.sums[name] + more.sums[name] for name in shared}},
             tuple(a + b for a, b in zip(self.flags, more.flags, strict=True)),
             self.denominator + more.denominator,
+            self.scaled,
         )
 
 
 @dataclass(frozen=True)
 class StepOutcome:
     """`grad_norm` is the global 2-norm before clipping, None where nobody asked for or needed it; `lr` is the rate of
-    this step's first group."""
+    this step's first group; `loss_scale` is that of this step, None where losses are not scaled. A step that was not
+    `applied` left weights, optimizer state and schedule as they were."""
 
     grad_norm: float | None
     applied: bool
     lr: float = 0.0
+    loss_scale: float | None = None
 
 
 @dataclass(frozen=True)
@@ -177,6 +189,22 @@ class AbstractStrategy(ABC):
         """Refuse what this strategy cannot do in such a world, before any process group exists. Local.
 
         Raises ConfigError, or LaunchError where it is the environment that lacks something.
+        """
+        return
+
+    @classmethod
+    def check_optimizer(cls, make: MakeOptimizer, mesh: Mesh | None = None) -> None:
+        """Refuse an optimizer that would step otherwise, or not at all, on what this strategy makes of parameters.
+
+        Local, before any process group exists; with a mesh it may go further, and is collective. Raises ConfigError.
+        """
+        return
+
+    @classmethod
+    def check_model(cls, options: Any, sizes: MeshSizes, make_model: MakeModel) -> None:
+        """Refuse a model that cannot be cut so, before any process group exists. Local; builds shapes at most.
+
+        Raises ConfigError.
         """
         return
 

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -22,7 +24,15 @@ from disttrain.runtime import Device, MeshSizes
 from disttrain.strategy.arithmetic import run_micro_batches
 from disttrain.strategy.call import ObjectiveCall
 from disttrain.strategy.construction import build_on_host, equip, name_parameters
-from disttrain.strategy.contract import AbstractStrategy, Ingredients, Prepared, StepOutcome, StepSums, refuse_axes
+from disttrain.strategy.contract import (
+    DTYPES,
+    AbstractStrategy,
+    Ingredients,
+    Prepared,
+    StepOutcome,
+    StepSums,
+    refuse_axes,
+)
 from disttrain.strategy.state import replicated_shards, whole_tensors
 from disttrain.strategy.update import torch_step
 
@@ -54,7 +64,14 @@ class DDP(AbstractStrategy):
                 find_unused_parameters=self.options.find_unused,
                 gradient_as_bucket_view=True,
             )
+            if self._reduced_apart:
+                prepared.wrapped.register_comm_hook(DTYPES[self.world.precision.reduce], add_up_in)
         return prepared
+
+    @property
+    def _reduced_apart(self) -> bool:
+        """Whether gradients are added up in another type than the parameters', which is DDP's own."""
+        return self.world.precision.reduce != self.world.precision.master
 
     def accumulate(
         self, prepared: Prepared, micro_batches: Sequence[MicroBatch], objective: Objective, flags: Sequence[float] = ()
@@ -68,11 +85,19 @@ class DDP(AbstractStrategy):
         return run_micro_batches(*step, through=ddp, communicating=communicating)
 
     def step(self, prepared: Prepared, sums: StepSums, *, clip_norm: float | None, want_norm: bool) -> StepOutcome:
-        # DDP divides by the world size; the sum is what the arithmetic wants.
-        return torch_step(prepared, sums, clip_norm=clip_norm, want_norm=want_norm, factor=float(self.world.group.size))
+        # DDP divides by the world size, where its own reduction is used; the sum is what the arithmetic wants.
+        factor = 1.0 if self._reduced_apart else float(self.world.group.size)
+        return torch_step(prepared, sums, clip_norm=clip_norm, want_norm=want_norm, factor=factor)
 
     def shards(self, prepared: Prepared, stored: Mapping[str, Any] | None = None) -> list[Shard]:
         return replicated_shards(prepared, stored, replica=(self.world.group.rank, self.world.group.size))
 
     def whole(self, prepared: Prepared) -> Iterator[tuple[str, Tensor]]:
         return whole_tensors(prepared.model)
+
+
+def add_up_in(dtype: torch.dtype, bucket: Any) -> torch.futures.Future[Tensor]:
+    """DDP's hook for a bucket of gradients: their sum over all ranks, added up in `dtype`. Collective."""
+    own = bucket.buffer()
+    added: torch.futures.Future[list[Tensor]] = dist.all_reduce(own.to(dtype), async_op=True).get_future()
+    return added.then(lambda future: own.copy_(future.value()[0]))

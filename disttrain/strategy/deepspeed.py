@@ -3,8 +3,9 @@
 DeepSpeed averages over ranks and micro-batches; here every micro-batch back-propagates `total * world size`, and the
 step's whole weight goes in as the loss scale that its optimizer divides by, so that gradients, norm and clipping are
 those of `sum of losses / sum of weights`, as everywhere. Clipping is always stated: left out, DeepSpeed clips at 1.0.
-Refuses 0-d and complex parameters, and optimizers that are not elementwise; float64 and autocast, which its partitions
-do not know, are refused with the config.
+Mixed precision is torch's autocast over float32 parameters, as in every strategy; DeepSpeed knows of float32 then.
+Refuses 0-d and complex parameters, and optimizers that are not elementwise; float64, which its partitions do not know,
+is refused with the config.
 """
 
 from __future__ import annotations
@@ -14,22 +15,26 @@ import logging
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from disttrain.checkpoint import Shard
+from disttrain.config.deepspeed_native import CLIP_DEFAULT, clip_left_out, ranks_of
 from disttrain.config.schema import PrecisionConfig
 from disttrain.data import MicroBatch
-from disttrain.errors import ConfigError, explain
-from disttrain.objective import Objective
-from disttrain.optim.elementwise import is_elementwise
-from disttrain.runtime import Device, MeshSizes, export_for_libraries, read_launch
+from disttrain.errors import ConfigError, LaunchError, explain
+from disttrain.logs import room_logger
+from disttrain.model import build_model, says_how
+from disttrain.objective import Context, Objective
+from disttrain.optim.named import MakeOptimizer
+from disttrain.optim.several import factories_of
+from disttrain.optim.trials import is_elementwise, kind_of
+from disttrain.runtime import Device, Mesh, MeshSizes, export_for_libraries, read_launch
 from disttrain.strategy.arithmetic import refuse_non_finite, run_micro_batches
 from disttrain.strategy.call import ObjectiveCall
-from disttrain.strategy.construction import build_on_host, equip, name_parameters
+from disttrain.strategy.construction import build_on_host, equip, name_parameters, settle
 from disttrain.strategy.contract import (
     AbstractStrategy,
     Ingredients,
@@ -41,7 +46,12 @@ from disttrain.strategy.contract import (
 )
 from disttrain.strategy.reached import agree_on_reached
 from disttrain.strategy.state import replicated_shards
+from disttrain.strategy.zero_config import engine_config
+from disttrain.strategy.zero_construction import cut_whole, fill_cut, with_whole_shape
+from disttrain.strategy.zero_gradients import discard_step, forget_step
 from disttrain.strategy.zero_partitions import partition_shards, spread_loaded
+
+_log = room_logger("strategy")
 
 _GROUPS_KEPT = (
     "_WORLD_GROUP",
@@ -60,40 +70,80 @@ class DeepSpeed(AbstractStrategy):
 
     @classmethod
     def check(cls, options: Any, sizes: MeshSizes, device: Device, precision: PrecisionConfig) -> None:
-        """The package is there and can be imported; the mesh is of one axis."""
+        """The package is there and can be imported, with what offloading to disk needs; the mesh is of one axis, and
+        of as many ranks as a native JSON counts."""
         refuse_axes("deepspeed", sizes, "replicate", "tensor")
-        _import_deepspeed(device.device)
+        module = _import_deepspeed(device.device)
+        if "nvme" in (options.offload, options.offload_parameters):
+            _refuse_nvme(module)
+        ranks = ranks_of(options.native)
+        if ranks not in (None, sizes.data_parallel):
+            raise ConfigError(
+                explain(
+                    "strategy.deepspeed.native gives train_batch_size = micro-batch x accumulation x ranks.",
+                    f"sizes for {ranks} rank(s), in a world of {sizes.data_parallel}",
+                    "take gradient_accumulation_steps out of the JSON, or start as many processes",
+                )
+            )
+
+    @classmethod
+    def check_optimizer(cls, make: MakeOptimizer, mesh: Mesh | None = None) -> None:
+        """It treats every element by itself: what DeepSpeed steps on are flat parts."""
+        for one in factories_of(make):
+            if not is_elementwise(one):
+                kind = kind_of(one)
+                raise ConfigError(
+                    explain(
+                        "strategy.name=deepspeed cuts parameters into flat parts, each stepped by itself.",
+                        f"{kind.__qualname__ if kind else 'an optimizer'}, which looks at a whole parameter",
+                        "use strategy ddp, or an elementwise optimizer such as AdamW or SGD",
+                    )
+                )
 
     def __init__(self, options: Any, world: World) -> None:
         super().__init__(options, world)
         self._deepspeed = _import_deepspeed(world.device)
+        self._config = engine_config(options, world.precision, world.device.type)
+        if clip_left_out(options.native):
+            _log.info(
+                "native JSON without gradient_clipping: DeepSpeed alone would clip at %s, here optim.clip_norm decides",
+                CLIP_DEFAULT,
+            )
 
     def prepare(self, ingredients: Ingredients) -> Prepared:
-        model = build_on_host(self.world, ingredients).to(self.world.device)
-        _refuse_parameters(model)
-        if ingredients.make_optimizer is not None and not is_elementwise(ingredients.make_optimizer):
-            raise ConfigError(
-                explain(
-                    "strategy.name=deepspeed cuts parameters into flat parts, each stepped by itself.",
-                    f"an optimizer of {ingredients.name!r} that looks at a whole parameter and would see its parts",
-                    "use strategy ddp, or an elementwise optimizer such as AdamW or SGD",
-                )
-            )
+        model = self._build(ingredients)
         prepared = Prepared(ingredients.name, model, ingredients.objective)
-        equip(prepared, ingredients, name_parameters(model, ingredients.objective))
+        named = name_parameters(model, ingredients.objective)
+        equip(prepared, ingredients, tuple(map(with_whole_shape, named)))
         if prepared.optimizer is None:
             return prepared
         with warnings.catch_warnings():
             # DeepSpeed 0.19 touches what torch 2.13 deprecates; nothing a user could mend.
             warnings.simplefilter("ignore", FutureWarning)
             engine, *_ = self._deepspeed.initialize(
-                model=ObjectiveCall(model, ingredients.objective),
+                model=_Call(model, ingredients.objective, self.world, keeps=self.options.stage < 3),
                 optimizer=prepared.optimizer,
-                config=native_config(self.options),
+                config=self._config,
                 dist_init_required=False,
             )
         prepared.wrapped = engine
         return prepared
+
+    def _build(self, ingredients: Ingredients) -> nn.Module:
+        device, seed = self.world.device, self.world.seed
+        cuts = self.options.stage == 3 and ingredients.make_optimizer is not None
+        if not cuts or not says_how(ingredients.make_model):
+            model = build_on_host(self.world, ingredients)
+            _refuse_parameters(model)
+            if not cuts:
+                return model.to(device)
+            cut_whole(model, device, self._deepspeed.zero.Init(config_dict_or_path=self._config))
+            return model
+        model = build_model(ingredients.make_model, seed=seed, meta=True)
+        settle(self.world, model)
+        _refuse_parameters(model)
+        fill_cut(model, device, self._deepspeed.zero.Init(config_dict_or_path=self._config), seed=seed)
+        return model
 
     def accumulate(
         self, prepared: Prepared, micro_batches: Sequence[MicroBatch], objective: Objective, flags: Sequence[float] = ()
@@ -101,31 +151,18 @@ class DeepSpeed(AbstractStrategy):
         engine = prepared.wrapped
         world_size = self.world.group.size
 
-        @contextmanager
-        def communicating(last: bool) -> Iterator[None]:
-            engine.set_gradient_accumulation_boundary(last)
-            yield
-
         def backward(total: Tensor) -> None:
             if world_size > 1:
                 agree_on_reached(total, prepared.named)
             engine.backward(total * world_size)
 
-        step = self.world, prepared, micro_batches, objective, flags
-        with self._added_to_before(prepared):
-            return run_micro_batches(*step, through=engine, backward=backward, communicating=communicating)
+        def through(*call: Any) -> Any:
+            # DeepSpeed ends an autocast that it did not enter, with a warning; `_Call` enters it inside.
+            with torch.autocast(self.world.device.type, enabled=False):
+                return engine(*call)
 
-    @contextmanager
-    def _added_to_before(self, prepared: Prepared) -> Iterator[None]:
-        """Stages 1 and 2 put an accumulation's gradients in the place of the one's before; stage 3 adds them up."""
-        zero = prepared.wrapped.optimizer
-        if prepared.accumulations == 0 or hasattr(zero, "fp32_partitioned_groups_flat"):
-            yield
-            return
-        before = {group: [part.clone() for part in parts] for group, parts in zero.averaged_gradients.items()}
-        yield
-        for group, parts in before.items():
-            torch._foreach_add_(zero.averaged_gradients[group], parts)
+        step = self.world, prepared, micro_batches, objective, flags
+        return run_micro_batches(*step, through=through, backward=backward)
 
     def step(self, prepared: Prepared, sums: StepSums, *, clip_norm: float | None, want_norm: bool) -> StepOutcome:
         engine = prepared.wrapped
@@ -134,8 +171,7 @@ class DeepSpeed(AbstractStrategy):
         prepared.accumulations = 0
         rate = float(zero.optimizer.param_groups[0]["lr"])
         if sums.weight == 0.0:
-            zero.zero_grad()
-            self._forget_stale(prepared)
+            discard_step(zero)
             return StepOutcome(None, applied=False, lr=rate)
         zero.clip_grad = float(clip_norm or 0.0)
         kept, zero.loss_scaler.cur_scale = zero.loss_scaler.cur_scale, sums.denominator
@@ -143,19 +179,19 @@ class DeepSpeed(AbstractStrategy):
             engine.step()
         finally:
             zero.loss_scaler.cur_scale = kept
-        self._forget_stale(prepared)
+        forget_step(zero)
         norm = float(engine.get_global_grad_norm() or 0.0)
-        if not engine.was_step_applied() or not math.isfinite(norm):
+        finite = engine.was_step_applied() and math.isfinite(norm)
+        loss_scale = prepared.loss_scale.value if sums.scaled else None
+        if sums.scaled:
+            prepared.loss_scale.update(finite=finite, weight=sums.weight)
+        elif not finite:
             refuse_non_finite(f"a gradient norm of {norm}")
+        if not finite:  # all ranks see the same: the norm is that of all
+            return StepOutcome(None, applied=False, lr=rate, loss_scale=loss_scale)
         if prepared.schedule is not None:
             prepared.schedule.step()
-        return StepOutcome(norm, applied=True, lr=rate)
-
-    def _forget_stale(self, prepared: Prepared) -> None:
-        """Stage 3 would apply the last step's gradient again to a parameter that this step does not reach."""
-        buffer = getattr(prepared.wrapped.optimizer, "grad_partitions_flat_buffer", None)
-        if buffer is not None:
-            buffer.zero_()
+        return StepOutcome(norm, applied=True, lr=rate, loss_scale=loss_scale)
 
     def shards(self, prepared: Prepared, stored: Mapping[str, Any] | None = None) -> list[Shard]:
         group = self.world.group
@@ -177,12 +213,30 @@ class DeepSpeed(AbstractStrategy):
             elif name in _GROUPS_KEPT:
                 setattr(groups, name, None)
         vars(importlib.import_module("deepspeed.comm.comm"))["cdb"] = None
+        linear = getattr(self._deepspeed.zero.Init, "linear_bk", None)
+        if linear is not None:  # stage 3 puts its own linear layer in torch's place, for good
+            torch.nn.functional.linear = linear
 
     def whole(self, prepared: Prepared) -> Iterator[tuple[str, Tensor]]:
         model = prepared.model
         for name, tensor in model.state_dict(keep_vars=True).items():
             with self._deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
                 yield name, tensor.detach().to("cpu", copy=True)
+
+
+class _Call(ObjectiveCall):
+    """The call under the world's autocast. Where a cast weight is not kept (`keeps`), stage 3's cut ones do not stay in
+    memory whole, in another type, from forward to backward."""
+
+    def __init__(self, model: nn.Module, objective: nn.Module | None, world: World, *, keeps: bool) -> None:
+        super().__init__(model, objective)
+        self._device, self._dtype, self._keeps = world.device.type, world.autocast, keeps
+
+    def forward(self, objective: Objective, batch: Any, context: Context) -> tuple[Any, Any, Any]:
+        if self._dtype is None:
+            return super().forward(objective, batch, context)
+        with torch.autocast(self._device, dtype=self._dtype, cache_enabled=self._keeps):
+            return super().forward(objective, batch, context)
 
 
 def _refuse_parameters(model: nn.Module) -> None:
@@ -202,22 +256,15 @@ def _refuse_parameters(model: nn.Module) -> None:
             )
 
 
-def native_config(options: Any) -> dict[str, Any]:
-    """DeepSpeed's own config. One sample, one micro-batch and no clipping: the arithmetic is ours, batch by batch."""
-    bucket = int(options.bucket_mb * 2**20 / 4)  # DeepSpeed counts elements; its default is 2 GiB a rank
-    zero: dict[str, Any] = {"stage": options.stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
-    if options.stage == 3:
-        zero |= {"stage3_prefetch_bucket_size": bucket}
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": 0.0,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": zero,
-        "steps_per_print": None,
-        "wall_clock_breakdown": False,
-    }
+def _refuse_nvme(deepspeed: Any) -> None:
+    """Raise LaunchError for what DeepSpeed's asynchronous file access lacks here; ConfigError where it has it all."""
+    asked = "strategy.deepspeed offloads to nvme."
+    builder = importlib.import_module("deepspeed.ops.op_builder").AsyncIOBuilder()
+    if not builder.is_compatible(verbose=False):
+        found = "no libaio with its headers, or no compiler: DeepSpeed cannot build its async_io"
+        raise LaunchError(explain(asked, found, "apt-get install libaio-dev g++ ninja-build, or use offload=cpu"))
+    found = f"state on disk, which checkpoints cannot reach yet (deepspeed {deepspeed.__version__} has its async_io)"
+    raise ConfigError(explain(asked, found, "use strategy.deepspeed.offload=cpu until a later release"))
 
 
 def _import_deepspeed(device: torch.device) -> Any:

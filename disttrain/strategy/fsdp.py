@@ -2,72 +2,179 @@
 
 Order of wrapping: repeated blocks first, each a group of its own, then the model with all that is left (embeddings,
 heads, tied weights: one group, so that a tie never crosses groups), then the optimizer over the shards.
-0-d and empty parameters, which FSDP2 cannot cut, and those of a trainable objective stay whole on every rank; their
-gradients are added up in one flat all-reduce.
+Over `mesh.shard` ranks tensors are cut in parts; over `mesh.replicate` the parts are held again (HSDP), and gradients
+added up over both. 0-d and empty parameters, which FSDP2 cannot cut, and those of a trainable objective stay whole on
+every rank; their gradients are added up in one flat all-reduce. Over `mesh.tensor` layers are cut first, by a plan.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from disttrain.checkpoint import Shard
+from disttrain.config.schema import PrecisionConfig
+from disttrain.config.strategies import FSDPOptions
 from disttrain.data import MicroBatch
 from disttrain.errors import ConfigError, explain
 from disttrain.logs import room_logger
 from disttrain.model import build_model, fill, says_how
 from disttrain.objective import Objective
+from disttrain.optim.named import MakeOptimizer, NamedParameter
+from disttrain.optim.several import factories_of
+from disttrain.optim.trials import is_exact_on_shards, kind_of
+from disttrain.runtime import Device, Mesh, MeshSizes
 from disttrain.runtime.seeds import generators_for
 from disttrain.strategy.arithmetic import Gradients, run_micro_batches
-from disttrain.strategy.construction import build_on_host, cast, equip, name_parameters
-from disttrain.strategy.contract import AbstractStrategy, Ingredients, Prepared, StepOutcome, StepSums
+from disttrain.strategy.blocks import choose_blocks
+from disttrain.strategy.construction import build_on_host, equip, name_parameters, settle
+from disttrain.strategy.contract import (
+    DTYPES,
+    AbstractStrategy,
+    Ingredients,
+    MakeModel,
+    Prepared,
+    StepOutcome,
+    StepSums,
+    World,
+)
 from disttrain.strategy.state import copy_part, sharded_shards, whole_tensors
+from disttrain.strategy.tensor_parallel import TensorParallel, is_part
+from disttrain.strategy.tensor_plan import plan_modules
 from disttrain.strategy.update import torch_step
 
 _log = room_logger("strategy")
 
+_UNSHARDABLE: dict[type[Optimizer] | None, str] = {
+    torch.optim.Adafactor: "whose norms torch's DTensor does not take",
+    torch.optim.Muon: "whose products in bfloat16 come out otherwise by parts, and which fails where parts are few",
+    torch.optim.Rprop: "whose masks torch's DTensor does not take",
+}
+"""Of torch's own (2.13), known before there is a group to try them in: two raise at the first step; the weights that
+Muon trains differ by 4e-3 after five steps at two ranks."""
+
+
+_SHARE_OF_FREE = 4
+"""`reduce: auto` keeps whole gradients through an accumulation while they take at most a fourth of the free memory."""
+
+
+@dataclass(frozen=True)
+class _Sharded:
+    """How a prepared model is cut by a tensor plan, if at all, and whether its gradients are reduced at every
+    micro-batch, not in the last one's backward alone."""
+
+    tensor: TensorParallel | None
+    every: bool
+
 
 class FSDP(AbstractStrategy):
-    """Full shard over the mesh's `shard` axis; a gradient is reduced once an optimizer step, in the last backward."""
+    """Full shard over the mesh's `shard` axis, copies of the shards over `replicate`."""
+
+    def __init__(self, options: FSDPOptions, world: World) -> None:
+        super().__init__(options, world)
+        mesh = world.mesh.device_mesh
+        sizes = world.mesh.sizes
+        self._mesh = mesh["replicate", "shard"] if sizes.replicate > 1 else mesh["shard"]
+        # The ranks that hold one copy of a model between them.
+        self._holders = dist.group.WORLD if sizes.replicate == 1 else self._mesh.get_group("shard")
+        if sizes.replicate > 1 and sizes.tensor > 1:
+            self._holders = mesh["shard", "tensor"]._flatten("holders").get_group()
+
+    @classmethod
+    def check(cls, options: Any, sizes: MeshSizes, device: Device, precision: PrecisionConfig) -> None:
+        """The groups of ranks that `reshard` keeps parameters in are parts of `mesh.shard`."""
+        if not isinstance(options.reshard, bool) and sizes.shard % options.reshard:
+            divisors = [str(n) for n in range(2, sizes.shard + 1) if sizes.shard % n == 0]
+            raise ConfigError(
+                explain(
+                    f"strategy.fsdp.reshard={options.reshard} keeps parameters in groups of so many ranks.",
+                    f"mesh.shard={sizes.shard}, which it does not divide",
+                    f"set it to {', '.join(divisors) or 'no number here'}, or to true or false",
+                )
+            )
+        if not isinstance(options.reshard, bool) and sizes.tensor > 1:
+            raise ConfigError(
+                explain(
+                    f"strategy.fsdp.reshard={options.reshard} keeps parameters in groups of ranks.",
+                    f"mesh.tensor={sizes.tensor}, whose ranks torch would mix into those groups",
+                    "set it to true or false with tensor parallel",
+                )
+            )
+
+    @classmethod
+    def check_model(cls, options: Any, sizes: MeshSizes, make_model: MakeModel) -> None:
+        """The tensor plan fits a model that says how it is filled, whose shapes cost nothing."""
+        if sizes.tensor > 1 and says_how(make_model):
+            plan_modules(build_model(make_model, seed=0, meta=True), options.tensor, sizes.tensor)
+
+    @classmethod
+    def check_optimizer(cls, make: MakeOptimizer, mesh: Mesh | None = None) -> None:
+        """It steps a parameter that is cut by rows as it would step the whole; with a mesh that is tried."""
+        for one in factories_of(make):
+            kind = kind_of(one)
+            reason = _UNSHARDABLE.get(kind)
+            if reason is None and mesh is not None and not is_exact_on_shards(one, mesh.device_mesh["shard"]):
+                reason = "which steps a matrix otherwise, or not at all, where it is cut by rows"
+            if reason is not None:
+                raise ConfigError(
+                    explain(
+                        "strategy.name=fsdp cuts parameters by rows, and each optimizer steps on DTensors of them.",
+                        f"{kind.__qualname__ if kind else 'an optimizer'}, {reason}",
+                        "use strategy ddp, or an elementwise optimizer such as AdamW or SGD",
+                    )
+                )
 
     def prepare(self, ingredients: Ingredients) -> Prepared:
         if says_how(ingredients.make_model):
             model = build_model(ingredients.make_model, seed=self.world.seed, meta=True)
-            cast(model, self.world.dtype)
+            settle(self.world, model)
+            tensor = self._cut(model)
             blocks = self._shard(model)
             self._fill(model)
         else:
             model = build_on_host(self.world, ingredients)
+            tensor = self._cut(model)
             blocks = self._shard(model)
-            model.to(self.world.device)
+            model._apply(lambda tensor: tensor.to(self._home(tensor)))  # type: ignore[no-untyped-call]
         prepared = Prepared(ingredients.name, model, ingredients.objective)
+        if tensor is not None and ingredients.make_optimizer is not None:
+            ingredients = replace(ingredients, make_optimizer=group_by_mesh(ingredients.make_optimizer))
         equip(prepared, ingredients, name_parameters(model, ingredients.objective))
+        prepared.wrapped = _Sharded(tensor, every=self._reduces_every(model))
         for name, block in blocks:
             # Blocks are gathered when they are called: a rank that calls another one would get a mixture of both.
             block.register_forward_pre_hook(lambda module, args, name=name: prepared.trail.note(name))
         return prepared
 
+    def _cut(self, model: nn.Module) -> TensorParallel | None:
+        if self.world.mesh.sizes.tensor == 1:
+            return None
+        tensor = TensorParallel(self.world.mesh.device_mesh["tensor"], self.options.tensor)
+        tensor.cut(model)
+        return tensor
+
     def _shard(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         """Shard in place; returns the blocks that became groups of their own."""
-        mesh = self.world.mesh.device_mesh["shard"]
         for parameter in model.parameters():
             # FSDP2 refuses other layouts (channels_last, a transposed tensor), which change no value.
             parameter.data = parameter.data.contiguous()
         uncut = {parameter for parameter in model.parameters() if parameter.dim() == 0 or parameter.numel() == 0}
         blocks = choose_blocks(model, self.options.blocks)
+        shard = partial(fully_shard, mesh=self._mesh, mp_policy=self._policy(), offload_policy=self._offload())
         for _, block in blocks:
             ignored = uncut & set(block.parameters())
-            fully_shard(block, mesh=mesh, reshard_after_forward=self.options.reshard, ignored_params=ignored or None)
-        root = fully_shard(model, mesh=mesh, reshard_after_forward=False, ignored_params=uncut or None)
+            shard(block, reshard_after_forward=self.options.reshard, ignored_params=ignored or None)
+        root = shard(model, reshard_after_forward=False, ignored_params=uncut or None)
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 # Not recursive (torch 2.13): missed on one module, the norm is 5-7 % wrong and AdamW hides it.
@@ -76,12 +183,46 @@ class FSDP(AbstractStrategy):
                 module.set_force_sum_reduction_for_comms(True)
         if hasattr(root, "set_reduce_scatter_unused_params"):
             root.set_reduce_scatter_unused_params(True)
+        self._prefetch([block for _, block in blocks])
         _log.info("fsdp: %d block(s) sharded each on its own, the rest as one group", len(blocks))
         return blocks
 
+    def _policy(self) -> MixedPrecisionPolicy:
+        """Parameters travel, and gradients are computed, in the type of matrix products; gradients are added up in
+        `precision.reduce`. Forwards run under autocast all the same, so that what it keeps wide stays wide."""
+        return MixedPrecisionPolicy(self.world.autocast, DTYPES[self.world.precision.reduce])
+
+    def _offload(self) -> OffloadPolicy:
+        pinned = self.world.device.type == "cuda"
+        return CPUOffloadPolicy(pin_memory=pinned) if self.options.offload else OffloadPolicy()
+
+    def _home(self, tensor: Tensor) -> torch.device:
+        """Where a parameter or buffer lives between steps."""
+        return torch.device("cpu") if self.options.offload and isinstance(tensor, DTensor) else self.world.device
+
+    def _prefetch(self, blocks: Sequence[nn.Module]) -> None:
+        """Each block has those gathered that come next, in the model's order, and in the backward those before."""
+        ahead, behind = self.options.prefetch_forward, self.options.prefetch_backward
+        sharded: list[FSDPModule] = [block for block in blocks if isinstance(block, FSDPModule)]
+        for place, block in enumerate(sharded):
+            if ahead:
+                block.set_modules_to_forward_prefetch(sharded[place + 1 : place + 1 + ahead])
+            if behind:
+                block.set_modules_to_backward_prefetch(sharded[max(0, place - behind) : place][::-1])
+
+    def _reduces_every(self, model: nn.Module) -> bool:
+        """`reduce`, decided. Collective where it is `auto` on a GPU, so that all ranks decide alike."""
+        if self.options.reduce != "auto" or self.world.device.type != "cuda":
+            return bool(self.options.reduce == "every")
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        whole_bytes = trained * DTYPES[self.world.precision.reduce].itemsize
+        fits = whole_bytes * _SHARE_OF_FREE <= torch.cuda.mem_get_info(self.world.device)[0]
+        return self.world.group.minimum(int(fits)) == 0
+
     def _fill(self, model: nn.Module) -> None:
         """Shard by shard: a rank holds one whole tensor at a time, and keeps its own part of it."""
-        model.to_empty(device=self.world.device)
+        to_home = lambda tensor: torch.empty_like(tensor, device=self._home(tensor))  # noqa: E731
+        model._apply(to_home)  # type: ignore[no-untyped-call]
         places: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
         places.update(model.named_buffers(remove_duplicate=False))
         fill(model, generators_for(self.world.seed), lambda name, value: copy_part(places[name], value))
@@ -92,14 +233,26 @@ class FSDP(AbstractStrategy):
         root = prepared.model
         assert isinstance(root, FSDPModule)
 
+        sharded: _Sharded = prepared.wrapped
+        every = sharded.every
+
         @contextmanager
         def communicating(last: bool) -> Iterator[None]:
-            root.set_requires_gradient_sync(last)
-            root.set_is_last_backward(last)
+            root.set_requires_gradient_sync(last or every)
+            root.set_requires_all_reduce(last)  # over `replicate` shards are added up once, whatever was before
+            root.set_is_last_backward(last or every)
             yield
 
+        step = self.world, prepared, micro_batches, objective, flags
+        tensor = sharded.tensor
+        if tensor is None:
+            with self._whole_reduced(prepared):
+                return run_micro_batches(*step, communicating=communicating)
+        through = partial(tensor.through, model=prepared.model)
         with self._whole_reduced(prepared):
-            return run_micro_batches(self.world, prepared, micro_batches, objective, flags, communicating=communicating)
+            sums = run_micro_batches(*step, through=through, backward=tensor.backward, communicating=communicating)
+        tensor.check_alike(prepared.named)
+        return sums
 
     @contextmanager
     def _whole_reduced(self, prepared: Prepared) -> Iterator[None]:
@@ -117,7 +270,7 @@ class FSDP(AbstractStrategy):
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [parameter.grad for parameter in whole if parameter.grad is not None]
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        dist.all_reduce(flat)
+        dist.all_reduce(flat, group=self.world.mesh.data_group)
         at = 0
         for gradient in gradients:
             gradient.copy_(flat[at : at + gradient.numel()].view_as(gradient))
@@ -128,13 +281,18 @@ class FSDP(AbstractStrategy):
 
     def step(self, prepared: Prepared, sums: StepSums, *, clip_norm: float | None, want_norm: bool) -> StepOutcome:
         def square(gradients: Gradients) -> Tensor:
-            cut = [isinstance(named.parameter, DTensor) for named in prepared.named]
-            local = gradients.square(
-                [gradient for gradient, is_cut in zip(gradients.locals, cut, strict=True) if is_cut]
-            )
-            dist.all_reduce(local)
-            whole = [gradient for gradient, is_cut in zip(gradients.locals, cut, strict=True) if not is_cut]
-            return local + gradients.square(whole) if whole else local
+            """Each part once, whoever else holds it, in one all-reduce over the ranks that hold one copy."""
+            pairs = [(named.parameter, local) for named, local in zip(prepared.named, gradients.locals, strict=True)]
+            # What no tensor plan cuts is the same on all ranks of the axis: one of them brings it.
+            cut = [
+                local
+                for parameter, local in pairs
+                if isinstance(parameter, DTensor) and (self.world.mesh.counts or is_part(parameter))
+            ]
+            whole = [local for parameter, local in pairs if not isinstance(parameter, DTensor)]
+            total = gradients.square(cut).to(self.world.device)  # offloaded gradients are the host's
+            dist.all_reduce(total, group=self._holders)
+            return total + gradients.square(whole).to(total.device)
 
         outcome = torch_step(prepared, sums, clip_norm=clip_norm, want_norm=want_norm, square=square)
         free_whole(prepared.model)
@@ -161,64 +319,26 @@ class FSDP(AbstractStrategy):
         return whole_tensors(prepared.model)
 
 
+def group_by_mesh(make: MakeOptimizer) -> MakeOptimizer:
+    """The same, its parameter groups parted where they hold DTensors of several meshes: torch's fused and foreach
+    kernels refuse the mixture. Local."""
+
+    def build(named: Sequence[NamedParameter]) -> Optimizer:
+        optimizer = make(named)
+        groups: list[dict[str, Any]] = []
+        for group in optimizer.param_groups:
+            by_mesh: dict[Any, list[Tensor]] = {}
+            for parameter in group["params"]:
+                by_mesh.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+            groups += [{**group, "params": parameters} for parameters in by_mesh.values()]
+        optimizer.param_groups = groups
+        return optimizer
+
+    return build
+
+
 def free_whole(model: nn.Module) -> None:
     """Let go of gathered parameters that a forward without a backward left: the next forward gathers anew. Local."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-
-
-def choose_blocks(model: nn.Module, wanted: Sequence[str] | None) -> list[tuple[str, nn.Module]]:
-    """The modules that become groups of their own: those named, or else the repeated ones.
-
-    `wanted` holds class names or patterns of module names. Unnamed: the children of a ModuleList or Sequential that
-    share a class with another child, hold parameters, and share none of them with the rest of the model.
-    Raises ConfigError where a wanted name matches nothing.
-    """
-    named = [
-        (name, module) for name, module in model.named_modules() if name and any(True for _ in module.parameters())
-    ]
-    if wanted is not None:
-        chosen = [
-            (name, module)
-            for name, module in named
-            if any(type(module).__name__ == want or fnmatchcase(name, want) for want in wanted)
-        ]
-        for want in wanted:
-            if not any(type(module).__name__ == want or fnmatchcase(name, want) for name, module in chosen):
-                raise ConfigError(
-                    explain(
-                        f"strategy.fsdp.blocks names {want!r}, a class or a pattern of module names.",
-                        f"modules {', '.join(sorted({type(m).__name__ for _, m in named})) or 'without parameters'}",
-                        "name one of these classes, a pattern such as 'layers.*', or leave blocks out",
-                    )
-                )
-        return _outermost_last(chosen)
-    return _outermost_last(_repeated(model))
-
-
-def _repeated(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    uses: Counter[int] = Counter()
-    for module in model.modules():
-        uses.update(id(parameter) for parameter in module._parameters.values() if parameter is not None)
-    chosen: list[tuple[str, nn.Module]] = []
-    for prefix, parent in model.named_modules():
-        if not isinstance(parent, nn.ModuleList | nn.Sequential):
-            continue
-        if any(prefix.startswith(f"{name}.") for name, _ in chosen):
-            continue
-        classes = Counter(type(child) for child in parent.children())
-        for key, child in parent.named_children():
-            own: Counter[int] = Counter()
-            for module in child.modules():
-                own.update(id(parameter) for parameter in module._parameters.values() if parameter is not None)
-            private = all(uses[key_] == count for key_, count in own.items())
-            # A lone layer gains nothing from a group of its own; a block is a module of modules.
-            if classes[type(child)] > 1 and own and private and any(True for _ in child.children()):
-                chosen.append((f"{prefix}.{key}" if prefix else key, child))
-    return chosen
-
-
-def _outermost_last(chosen: Sequence[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
-    """Inner groups must be sharded before the ones around them."""
-    return sorted(chosen, key=lambda pair: -pair[0].count("."))

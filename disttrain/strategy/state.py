@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from disttrain.checkpoint import Box, Shard, whole_shard
@@ -56,6 +56,11 @@ def local_shard(name: str, tensor: DTensor) -> Shard:
             raise CheckpointError(explain(f"{name} is to be saved.", found, do))
         if placement.is_replicate():
             index, count = index * size + place, count * size
+    # A DTensor of one axis alone is held again along the others of the mesh that the axis is of.
+    root = mesh._get_root_mesh()
+    for axis in root.mesh_dim_names or ():
+        if axis not in (mesh.mesh_dim_names or ()):
+            index, count = index * root[axis].size() + root.get_local_rank(axis), count * root[axis].size()
     sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, mesh, tensor.placements)
     box = Box(tuple(offsets), tuple(sizes))
     return Shard(name, tuple(tensor.shape), box, tensor.to_local().detach(), (index, count))
@@ -76,8 +81,17 @@ def whole_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Name and full CPU value of each entry of the state dict; gathers DTensors, so all ranks call it."""
     for name, tensor in model.state_dict().items():
         if isinstance(tensor, Tensor):
-            full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            full = _gathered(tensor) if isinstance(tensor, DTensor) else tensor
             yield name, full.detach().to("cpu", copy=True)
+
+
+def _gathered(tensor: DTensor) -> Tensor:
+    """The full tensor, one axis of the mesh after the other: in one go torch warns of two axes on one dim."""
+    placements = list(tensor.placements)
+    for axis in range(len(placements)):
+        placements[axis] = Replicate()
+        tensor = tensor.redistribute(placements=placements)
+    return tensor.to_local()
 
 
 def _tensors(prepared: Prepared, stored: Mapping[str, Any] | None) -> Iterator[tuple[str, Tensor]]:

@@ -22,7 +22,8 @@ def torch_step(
     square: Callable[[Gradients], Tensor] = Gradients.square,
 ) -> StepOutcome:
     """`factor` turns the gradients at hand into those of the summed loss (DDP averages over ranks); `square` gives the
-    global sum of squares. The norm is read, and refused if it is not finite, before a weight changes."""
+    global sum of squares. The norm is read, and refused if it is not finite, before a weight changes. Scaled gradients
+    always have theirs read, and where it is not finite the step is skipped: neither weights nor schedule move."""
     if prepared.optimizer is None:
         raise ValueError(f"{prepared.name!r} was prepared without an optimizer: it cannot step")
     prepared.updates += 1
@@ -33,12 +34,18 @@ def torch_step(
         return StepOutcome(None, applied=False, lr=rate)
     gradients = Gradients(prepared)
     scale = factor / sums.denominator
-    norm = None
-    if want_norm or clip_norm:
+    norm, loss_scale = None, prepared.loss_scale.value if sums.scaled else None
+    if want_norm or clip_norm or sums.scaled:
         norm = math.sqrt(float(square(gradients))) * abs(scale)
-        if not math.isfinite(norm):
+        finite = math.isfinite(norm)
+        if not finite:
             prepared.optimizer.zero_grad(set_to_none=True)
+        if sums.scaled:
+            prepared.loss_scale.update(finite=finite, weight=sums.weight)
+        elif not finite:
             refuse_non_finite(f"a gradient norm of {norm}")
+        if not finite:
+            return StepOutcome(None, applied=False, lr=rate, loss_scale=loss_scale)
     if clip_norm and norm is not None:
         # torch.nn.utils.clip_grad_norm_'s own form, its 1e-6 included, so that plain loops agree.
         scale *= min(1.0, clip_norm / (norm + 1e-6))
@@ -48,4 +55,4 @@ def torch_step(
     if prepared.schedule is not None:
         prepared.schedule.step()
     prepared.optimizer.zero_grad(set_to_none=True)
-    return StepOutcome(norm, applied=True, lr=rate)
+    return StepOutcome(norm, applied=True, lr=rate, loss_scale=loss_scale)

@@ -64,7 +64,9 @@ def train_one(engine: Any, objective: Any = None) -> dict[str, Any]:
 
 def to_numpy(weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """Plain arrays: they cross processes without shared memory."""
-    return {name: value.numpy() for name, value in weights.items()}
+    return {
+        name: (value.float() if value.dtype == torch.bfloat16 else value).numpy() for name, value in weights.items()
+    }
 
 
 def worst(found: Sequence[float], expected: Sequence[float]) -> float:

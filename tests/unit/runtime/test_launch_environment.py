@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 
 from disttrain.errors import LaunchError
 from disttrain.runtime import Launch, read_launch
-from disttrain.runtime.environment import cpu_quota, export_for_libraries, first_host, quiet_torch, wished_threads
+from disttrain.runtime.environment import (
+    accelerate_variables,
+    cpu_quota,
+    export_for_libraries,
+    first_host,
+    quiet_torch,
+    wished_threads,
+)
 
 ELASTIC = {
     "RANK": "5",
@@ -36,7 +43,10 @@ SRUN = {
     "SLURM_STEP_NODELIST": "gpu[003-006,9],login1",
     "SLURM_RESTART_COUNT": "1",
 }
+# What accelerate's launcher of single processes exports, for num_processes: 1.
+ACCELERATE_ONE = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "True", "OMP_NUM_THREADS": "2"}
 BY_HAND = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"}
+ALONE_EACH = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
 ALONE = Launch("plain python", rank=0, local_rank=0, world_size=1, local_world_size=1)
 STEP_PORT = 15000 + (4711 * 31 + 3) % 15000
 
@@ -58,6 +68,31 @@ STEP_PORT = 15000 + (4711 * 31 + 3) % 15000
             {**ELASTIC, "ACCELERATE_MIXED_PRECISION": "no"},
             Launch("accelerate launch", 5, 1, 8, 4, "node0", 29400, 2, "quick"),
         ),
+        "accelerate launch of one process": (ACCELERATE_ONE, ALONE),
+        "a setting of accelerate's, and no launch of it": (
+            {**ELASTIC, "ACCELERATE_LOG_LEVEL": "debug"},
+            Launch("torchrun", 5, 1, 8, 4, "node0", 29400, 2, "quick"),
+        ),
+        "DeepSpeed's own launcher, as accelerate starts it for several machines": (
+            {
+                **BY_HAND,
+                "ACCELERATE_MIXED_PRECISION": "no",
+                "WORLD_SIZE": "8",
+                "RANK": "5",
+                "LOCAL_RANK": "1",
+                "LOCAL_SIZE": "4",
+            },
+            Launch("environment", 5, 1, 8, 4, "10.0.0.1", 1234),
+        ),
+        "mpirun, and each a world of one by the user's word": (
+            {**BY_HAND, "RANK": "0", "WORLD_SIZE": "1", "OMPI_COMM_WORLD_SIZE": "4"},
+            Launch("environment", 0, 0, 1, 1, "10.0.0.1", 1234),
+        ),
+        "mpirun of torchruns that know each other": (
+            {**ELASTIC, "OMPI_COMM_WORLD_SIZE": "2"},
+            Launch("torchrun", 5, 1, 8, 4, "node0", 29400, 2, "quick"),
+        ),
+        "mpirun of one": ({"OMPI_COMM_WORLD_SIZE": "1", "PMI_SIZE": "1"}, ALONE),
         "set by hand, one process a node": (BY_HAND, Launch("environment", 1, 0, 2, 1, "10.0.0.1", 1234)),
         "set by hand, all on this node": (
             {**BY_HAND, "LOCAL_RANK": "1"},
@@ -109,6 +144,15 @@ def test_every_launcher_is_known(environ: dict[str, str], expected: Launch) -> N
         ({**SRUN, "SLURM_PROCID": "7"}, "srun says where this process stands.\n  found: rank 7 of 7"),
         ({**SRUN, "SLURM_LOCALID": "1"}, "local rank 1 of 1"),
         ({**SRUN, "SLURM_STEP_NUM_TASKS": "many"}, "SLURM_STEP_NUM_TASKS is to be a whole number"),
+        # MULTI_CPU, or no type, with num_processes: 2: accelerate exports where to meet, and starts one
+        ({**ACCELERATE_ONE, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}, "to start several processes"),
+        ({**SRUN, **ACCELERATE_ONE, "MASTER_ADDR": "127.0.0.1"}, "found: one process, which knows of no other"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE=2: so many processes were started together"),
+        ({"PMI_SIZE": "3"}, "found: this one by plain python, in a world of one"),
+        ({"MV2_COMM_WORLD_SIZE": "4"}, "MV2_COMM_WORLD_SIZE=4"),
+        ({**ACCELERATE_ONE, "OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE=2"),
+        ({**ELASTIC, **ALONE_EACH, "OMPI_COMM_WORLD_SIZE": "2"}, "this one by torchrun, in a world of one"),
+        ({**ELASTIC, **ALONE_EACH, **SRUN, **ACCELERATE_ONE}, "SLURM_STEP_NUM_TASKS=7"),
         ({**SRUN, "SLURM_STEP_NODELIST": "gpu["}, "SLURM names the nodes of this job.\n  found: 'gpu['"),
     ],
 )
@@ -117,6 +161,12 @@ def test_an_environment_that_contradicts_itself_is_refused(environ: dict[str, st
         read_launch(environ)
     assert said in str(refused.value)
     assert "to do: " in str(refused.value)
+
+
+def test_what_accelerate_hands_on_is_read_under_its_launch_alone() -> None:
+    handed = {"ACCELERATE_MIXED_PRECISION": "no", "FSDP_VERSION": "2", "WORLD_SIZE": "2"}
+    assert accelerate_variables({**handed, "HOME": "/root", "LD_LIBRARY_PATH": ""}) == handed
+    assert accelerate_variables({**ELASTIC, "FSDP_VERSION": "2"}) == {}
 
 
 @pytest.mark.parametrize(

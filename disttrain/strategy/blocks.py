@@ -1,0 +1,70 @@
+"""A model's blocks: its large repeated parts, each of which is sharded, recomputed or compiled on its own."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from disttrain.errors import ConfigError, explain
+
+
+def choose_blocks(
+    model: nn.Module, wanted: Sequence[str] | None, key: str = "strategy.fsdp.blocks"
+) -> list[tuple[str, nn.Module]]:
+    """Name and module of each block: those named, or else the repeated ones. Local.
+
+    `wanted`, the value of the config's `key`, holds class names or patterns of module names. Unnamed: the children of a
+    ModuleList or Sequential that share a class with another child, hold parameters, and share none of them with the
+    rest of the model.
+    Raises ConfigError where a wanted name matches nothing.
+    """
+    named = [
+        (name, module) for name, module in model.named_modules() if name and any(True for _ in module.parameters())
+    ]
+    if wanted is not None:
+        chosen = [
+            (name, module)
+            for name, module in named
+            if any(type(module).__name__ == want or fnmatchcase(name, want) for want in wanted)
+        ]
+        for want in wanted:
+            if not any(type(module).__name__ == want or fnmatchcase(name, want) for name, module in chosen):
+                raise ConfigError(
+                    explain(
+                        f"{key} names {want!r}, a class or a pattern of module names.",
+                        f"modules {', '.join(sorted({type(m).__name__ for _, m in named})) or 'without parameters'}",
+                        "name one of these classes, a pattern such as 'layers.*', or leave blocks out",
+                    )
+                )
+        return _outermost_last(chosen)
+    return _outermost_last(_repeated(model))
+
+
+def _repeated(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    uses: Counter[int] = Counter()
+    for module in model.modules():
+        uses.update(id(parameter) for parameter in module._parameters.values() if parameter is not None)
+    chosen: list[tuple[str, nn.Module]] = []
+    for prefix, parent in model.named_modules():
+        if not isinstance(parent, nn.ModuleList | nn.Sequential):
+            continue
+        if any(prefix.startswith(f"{name}.") for name, _ in chosen):
+            continue
+        classes = Counter(type(child) for child in parent.children())
+        for key, child in parent.named_children():
+            own: Counter[int] = Counter()
+            for module in child.modules():
+                own.update(id(parameter) for parameter in module._parameters.values() if parameter is not None)
+            private = all(uses[key_] == count for key_, count in own.items())
+            # A lone layer gains nothing from a group of its own; a block is a module of modules.
+            if classes[type(child)] > 1 and own and private and any(True for _ in child.children()):
+                chosen.append((f"{prefix}.{key}" if prefix else key, child))
+    return chosen
+
+
+def _outermost_last(chosen: Sequence[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    """Whoever wraps blocks wraps inner ones before those around them."""
+    return sorted(chosen, key=lambda pair: -pair[0].count("."))

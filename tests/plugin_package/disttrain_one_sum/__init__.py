@@ -1,0 +1,14 @@
+"""`one_sum`'s options and entry. Imports no torch: `disttrain check` reads nothing else of the package."""
+
+from pydantic import Field
+
+from disttrain.config import StrategyEntry, StrategyOptions
+
+
+class OneSumOptions(StrategyOptions):
+    """`bucket_mb` is the most that is added up at once: the copy it needs beside the gradients."""
+
+    bucket_mb: float = Field(25.0, gt=0)
+
+
+ENTRY = StrategyEntry("one_sum", OneSumOptions, "disttrain_one_sum.strategy:OneSum")

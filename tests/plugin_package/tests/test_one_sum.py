@@ -1,0 +1,9 @@
+"""The contract that every strategy of disttrain keeps, on this one."""
+
+from disttrain.testing import StrategyContract
+
+
+class TestOneSum(StrategyContract):
+    overrides = ("strategy.name=one_sum", "strategy.one_sum.bucket_mb=0.001")  # several buckets of so small a model
+    sizes = (1, 2, 3)
+    whole = False  # a sample of the cases: seconds instead of minutes

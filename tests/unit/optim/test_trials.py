@@ -1,0 +1,109 @@
+"""What an optimizer can do is found by what it does, not by its name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from world import run_world
+
+from disttrain.errors import ConfigError
+from disttrain.optim import optimizer_factory
+from disttrain.optim.named import MakeOptimizer
+from disttrain.optim.several import Part, SeveralFactory
+from disttrain.optim.trials import is_elementwise, is_exact_on_shards, refuse_closures
+
+
+def factory(make: Any, **args: Any) -> MakeOptimizer:
+    return lambda named: make([one.parameter for one in named], **args)
+
+
+class NormedSGD(torch.optim.SGD):
+    """Each parameter's step has length lr, as in LARS: another length for each part of a cut parameter."""
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad /= parameter.grad.norm()
+        super().step()
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "Adadelta", "NAdam", "RAdam", "Rprop"])
+def test_torchs_elementwise_optimizers_are_seen_as_such(name: str) -> None:
+    assert is_elementwise(factory(getattr(torch.optim, name), lr=0.1))
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adafactor, torch.optim.Muon, NormedSGD])
+def test_those_that_look_at_a_whole_parameter_are_found(make: Any) -> None:
+    assert not is_elementwise(factory(make, lr=0.1))
+
+
+@pytest.mark.parametrize("options", [{}, {"no_decay": ["norm.*"]}, {"decay_vectors": True}], ids=str)
+def test_what_a_config_says_of_weight_decay_hides_nothing(options: dict[str, Any]) -> None:
+    args = {"lr": 0.1, "weight_decay": 0.1}
+    assert is_elementwise(optimizer_factory(torch.optim.AdamW, args, **options))
+    assert not is_elementwise(optimizer_factory(torch.optim.Adafactor, args, **options))
+
+
+def test_a_factory_bound_to_its_own_parameters_is_trusted() -> None:
+    own = torch.nn.Parameter(torch.zeros(3))
+    assert is_elementwise(lambda named: torch.optim.SGD([own], lr=0.1))
+    assert is_elementwise(lambda named: torch.optim.SGD([named[7].parameter], lr=0.1))
+
+
+def test_several_are_elementwise_where_each_is() -> None:
+    sgd, muon = factory(torch.optim.SGD, lr=0.1), factory(torch.optim.Muon, lr=0.1)
+    assert is_elementwise(SeveralFactory((Part(sgd, ("a",), "optim.0"), Part(sgd, ("b",), "optim.1"))))
+    assert not is_elementwise(SeveralFactory((Part(sgd, ("a",), "optim.0"), Part(muon, ("b",), "optim.1"))))
+
+
+class SAM(torch.optim.SGD):
+    """As people write it: a closure that is not optional in truth (arXiv 2010.01412)."""
+
+    def step(self, closure: Any = None) -> None:
+        assert closure is not None, "sharpness-aware minimization requires closure"
+        closure()
+        super().step()
+
+
+@pytest.mark.parametrize("make", [torch.optim.LBFGS, SAM])
+def test_those_that_need_a_closure_are_refused_by_name(make: Any) -> None:
+    with pytest.raises(ConfigError, match=f"optim.target is stepped without(.|\n)*{make.__name__}.*closure"):
+        refuse_closures(factory(make, lr=0.1), "optim.target")
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Muon, torch.optim.Adafactor, NormedSGD])
+def test_those_that_only_take_one_are_not(make: Any) -> None:
+    refuse_closures(factory(make, lr=0.1), "optim.target")
+
+
+def test_one_that_cannot_be_tried_is_trusted() -> None:
+    refuse_closures(lambda named: SAM([named[7].parameter], lr=0.1), "optim.target")
+
+
+class Masked(torch.optim.SGD):
+    """Elementwise, in a way that torch's DTensor does not take."""
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad[parameter.grad.abs() < 0.1] = 0.0
+        super().step()
+
+
+def on_shards(names: list[str]) -> list[bool]:
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    kinds = {"NormedSGD": NormedSGD, "Masked": Masked}
+    found = [is_exact_on_shards(factory(kinds.get(name) or getattr(torch.optim, name), lr=0.1), mesh) for name in names]
+    dist.destroy_process_group()
+    return found
+
+
+def test_what_steps_rightly_on_shards_is_measured() -> None:
+    """A norm over a DTensor is that of the whole: LAMB-like optimizers are right there, though not elementwise."""
+    expected = {"AdamW": True, "SGD": True, "NormedSGD": True, "Muon": False, "Masked": False, "Rprop": False}
+    assert run_world(2, on_shards, list(expected)) == [list(expected.values())] * 2

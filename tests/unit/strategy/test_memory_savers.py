@@ -1,0 +1,116 @@
+"""What a block keeps for its backward, counted in bytes at the end of the forward, against closed forms."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from disttrain.config.schema import MemoryConfig
+from disttrain.errors import ConfigError, LaunchError
+from disttrain.runtime import Device, check_device
+from disttrain.strategy.memory_savers import save_memory
+
+BATCH, WIDTH, HIDDEN = 64, 32, 128
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.dropout = nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH), nn.Dropout(0.2)
+
+    def forward(self, x: Tensor, *, gain: float = 1.0) -> Tensor:
+        return x + gain * self.dropout(self.down(torch.sin(self.up(x))))
+
+
+class Stack(nn.Module):
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x, gain=0.5)
+        return x
+
+
+def build(layers: int, **memory: Any) -> Stack:
+    torch.manual_seed(1)
+    model = Stack(layers)
+    save_memory(model, MemoryConfig(**memory))
+    return model
+
+
+def kept_bytes(model: nn.Module) -> int:
+    """Bytes allocated in a forward and still there at its end, from torch's own allocator."""
+    x = torch.ones(BATCH, WIDTH)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        y = model(x)
+    assert y.requires_grad  # alive until here, with all that its backward holds
+    return sum(event.nbytes() for event in found.profiler.kineto_results.events() if event.name() == "[memory]")
+
+
+def test_each_block_keeps_what_the_setting_says() -> None:
+    activation, hidden, random_state = 4 * BATCH * WIDTH, 4 * BATCH * HIDDEN, torch.get_rng_state().numel()
+    grows = {
+        recompute: kept_bytes(build(5, recompute=recompute)) - kept_bytes(build(4, recompute=recompute))
+        for recompute in ("none", "full", "selective")
+    }
+    # The block's output, which is the next one's input, and where the random numbers stood.
+    assert 0 <= grows["full"] - (activation + random_state) <= 64  # and a number or two of checkpoint's own
+    # Beside these the results of both products.
+    assert grows["selective"] == grows["full"] + hidden + activation
+    # sin's input and result, what dropout scales by (a mask, as wide as its input where torch keeps it so), the output.
+    assert grows["none"] >= 2 * hidden + 2 * activation
+
+
+@pytest.mark.parametrize("recompute", ["full", "selective"])
+def test_recomputing_changes_no_bit_and_no_name(recompute: str) -> None:
+    found = []
+    for model in (build(3), build(3, recompute=recompute)):
+        torch.manual_seed(2)
+        y = model(torch.ones(BATCH, WIDTH, requires_grad=True))
+        y.square().sum().backward()
+        found.append([y, *(parameter.grad for parameter in model.parameters())])
+        assert list(model.state_dict()) == list(Stack(3).state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("memory", [{"recompute": "full"}, {"compile": True}])
+def test_a_deep_copy_computes_with_its_own_weights(memory: dict[str, Any]) -> None:
+    model = build(2, **memory)
+    twin = copy.deepcopy(model)
+    for block in twin.blocks:
+        assert block.forward is not model.blocks[0].forward
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+        if "compile" in memory:  # what it is bound to; to compile it would take seconds
+            assert all(block.forward.__self__ is block for block in twin.blocks)
+        else:
+            assert torch.equal(twin(torch.ones(1, WIDTH)), torch.ones(1, WIDTH))
+
+
+def test_a_model_without_blocks_has_nothing_to_save() -> None:
+    for memory, asked in (({"recompute": "full"}, "memory.recompute=full"), ({"compile": True}, "memory.compile=true")):
+        with pytest.raises(ConfigError, match=asked):
+            save_memory(nn.Sequential(nn.Linear(3, 3), nn.Tanh()), MemoryConfig(**memory))
+    with pytest.raises(ConfigError, match=r"memory\.blocks names 'Blok'"):
+        build(2, recompute="full", blocks=("Blok",))
+
+
+def test_blocks_can_be_named() -> None:
+    model = build(4, recompute="full", blocks=("blocks.2", "blocks.3"))
+    assert ["forward" in vars(block) for block in model.blocks] == [False, False, True, True]
+
+
+def test_no_compiler_is_told_before_a_process_group_exists(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = Device(torch.device("cpu"), "gloo", 1)
+    check_device(cpu, compute="fp32", compiles=False)
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    with pytest.raises(LaunchError, match=r"no C\+\+ compiler"):
+        check_device(cpu, compute="fp32", compiles=True)
