@@ -1,13 +1,15 @@
 """The real `accelerate launch`: each of our files trains one world, by its strategy, with a world of one's numbers.
 
-What a file means is tested in `tests/unit/config/test_accelerate.py`.
+What a file means is tested in `tests/unit/config/test_accelerate_translation.py`.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -106,7 +108,8 @@ def test_two_machines_are_one_world(alone: Path, tmp_path: Path, free_port: int)
         errors = [machine.communicate(timeout=300)[1] for machine in machines]
     finally:
         for machine in machines:
-            machine.kill()
+            if machine.poll() is None:
+                os.killpg(machine.pid, signal.SIGKILL)
     assert [machine.returncode for machine in machines] == [0, 0], errors
     assert_one_world(only_run(tmp_path), alone, "fsdp")
 
