@@ -46,7 +46,7 @@ from disttrain.strategy.contract import (
     World,
 )
 from disttrain.strategy.methods import gather_around_methods
-from disttrain.strategy.sharding import free_whole, introduce, reduces_every, shard_model
+from disttrain.strategy.sharding import complete_accumulated, free_whole, introduce, reduces_every, shard_model
 from disttrain.strategy.state import copy_part, sharded_shards, whole_tensors
 from disttrain.strategy.tensor_parallel import TensorParallel, is_part
 from disttrain.strategy.tensor_plan import plan_modules
@@ -184,6 +184,8 @@ class FSDP(AbstractStrategy):
             root.set_requires_gradient_sync(last or every)
             root.set_requires_all_reduce(last)  # over `replicate` shards are added up once, whatever was before
             root.set_is_last_backward(last or every)
+            if last:
+                complete_accumulated(root)
             yield
 
         step = self.world, prepared, micro_batches, objective, flags

@@ -116,3 +116,19 @@ def introduce(model: nn.Module) -> None:
         if isinstance(module, FSDPModule):
             module.unshard()
             module.reshard()
+
+
+def complete_accumulated(model: nn.Module) -> None:
+    """Zeros where a group holds gradients of an accumulation's earlier micro-batches and a parameter of it has none.
+
+    Torch 2.13 adds these up in the type of reductions, and refuses beside them a gradient that is new, or never comes,
+    in the type of computation. Local.
+    """
+    for module in model.modules():
+        group = module._get_fsdp_state()._fsdp_param_group if isinstance(module, FSDPModule) else None
+        parameters = group.fsdp_params if group is not None else []
+        if all(one.unsharded_accumulated_grad is None for one in parameters):
+            continue
+        for one in parameters:
+            if one.unsharded_accumulated_grad is None and one._unsharded_param.requires_grad:
+                one.unsharded_accumulated_grad = torch.zeros_like(one._unsharded_param, dtype=one.reduce_dtype)
