@@ -193,7 +193,7 @@ class FSDP(AbstractStrategy):
         """Parameters travel, and gradients are computed, in the type of matrix products; gradients are added up in
         `precision.reduce`. Forwards run under autocast all the same, so that what it keeps wide stays wide."""
         reduce = DTYPES[self.world.precision.reduce]
-        # Unsaid where gradients have that type: torch 2.13 would look for one in blocks that no forward has reached yet.
+        # Unsaid where gradients have that type: torch 2.13 then looks for none in blocks that no forward has reached.
         same = reduce == (self.world.autocast or self.world.dtype)
         return MixedPrecisionPolicy(self.world.autocast, None if same else reduce)
 
