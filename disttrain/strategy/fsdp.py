@@ -153,6 +153,13 @@ class FSDP(AbstractStrategy):
         equip(prepared, ingredients, name_parameters(model, ingredients.objective))
         prepared.wrapped = _Sharded(tensor, every=self._reduces_every(model))
         gather_around_methods(model)
+        if self._policy().reduce_dtype is not None:
+            for _, block in blocks:
+                # Torch 2.13 converts the gradients of an accumulation in all blocks, those that no forward reaches too,
+                # and fails where one was never gathered.
+                assert isinstance(block, FSDPModule)
+                block.unshard()
+                block.reshard()
         for name, block in blocks:
             # Blocks are gathered when they are called: a rank that calls another one would get a mixture of both.
             block.register_forward_pre_hook(lambda module, args, name=name: prepared.trail.note(name))
