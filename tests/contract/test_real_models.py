@@ -217,3 +217,26 @@ def test_an_own_loops_parts_that_need_a_callback_are_refused_by_name(
     config = {"run": {"name": "refused", "dir": str(tmp_path), "steps": 1}, "strategy": {"name": "none"}}
     with disttrain.Engine(config, QUIET) as engine, pytest.raises(ConfigError, match=told):
         engine.prepare("model", NoBlocks, make_optimizer, make_schedule)
+
+
+def unfreeze(folder: Path, strategies: list[str]) -> list[str]:
+    told = []
+    for strategy in strategies:
+        config = {"run": {"name": strategy, "dir": str(folder), "seed": SEED, "steps": STEPS}}
+        with disttrain.Engine(config, [*QUIET, *STRATEGIES[strategy], "checkpoint.at_end=false"]) as engine:
+            model = engine.prepare("model", FrozenBlocks, sgd)
+            for step in range(2):
+                try:
+                    engine.accumulate("model", engine.micro_batches(batches(step)[engine.rank :: 2]), squares)
+                    engine.step("model")
+                except ConfigError as error:
+                    told.append(str(error))
+                    break
+                engine.log()
+                model.embed.requires_grad_(True)
+    return told
+
+
+def test_what_is_unfrozen_later_is_not_left_untrained_in_silence(tmp_path: Path) -> None:
+    for told in run_world(2, unfreeze, tmp_path, ["ddp", "fsdp", "zero2", "zero3"]):
+        assert len(told) == 4 and all("embed.weight, embed.bias, unfrozen later" in one for one in told), told
