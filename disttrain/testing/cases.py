@@ -56,6 +56,12 @@ class Case:
 _CORNERS = (("adamw", 1, CLIP), ("sgd", 3, None), ("adamw", 3, None), ("sgd", 1, CLIP))
 """Every optimizer, accumulation and clip twice, every pair of their values at least once."""
 
+_OTHER = {
+    "fp64": (("adamw", 3, CLIP), ("sgd", 1, None)),
+    # SGD is clipped: the bounds are those of roundings, not of what momentum makes of them when nothing holds it.
+    "bf16": (("adamw", 3, None), ("sgd", 1, CLIP)),
+}
+
 EVERY: tuple[Case, ...] = (
     *(
         Case(model, optimizer, accumulation, clip)
@@ -66,9 +72,9 @@ EVERY: tuple[Case, ...] = (
     ),
     *(
         Case(model, optimizer, accumulation, clip, precision)
-        for precision in ("fp64", "bf16")
+        for precision, corners in _OTHER.items()
         for model in MODELS
-        for optimizer, accumulation, clip in (("adamw", 3, CLIP), ("sgd", 1, None))
+        for optimizer, accumulation, clip in corners
     ),
 )
 
@@ -82,6 +88,6 @@ def sample(size: int, sizes: Sequence[int], turn: int = 0, models: Sequence[str]
         if number % len(sizes) == place:
             corner = _CORNERS[(number + turn) % len(_CORNERS)]
             found.append(Case(models[(number + turn) % len(models)], *corner))
-    wide = Case(models[(place + turn + 1) % len(models)], "adamw", 3, CLIP, "fp64")
-    narrow = Case(models[(place + turn + 2) % len(models)], "sgd", 1, None, "bf16")
+    wide = Case(models[(place + turn + 1) % len(models)], *_OTHER["fp64"][0], "fp64")
+    narrow = Case(models[(place + turn + 2) % len(models)], *_OTHER["bf16"][1], "bf16")
     return (*found, wide, narrow)
