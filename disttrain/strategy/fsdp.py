@@ -45,7 +45,7 @@ from disttrain.strategy.contract import (
     StepSums,
     World,
 )
-from disttrain.strategy.sharding import free_whole, reduces_every, shard_model
+from disttrain.strategy.sharding import free_whole, gather_once, reduces_every, shard_model
 from disttrain.strategy.state import copy_part, sharded_shards, whole_tensors
 from disttrain.strategy.tensor_parallel import TensorParallel, is_part
 from disttrain.strategy.tensor_plan import plan_modules
@@ -140,6 +140,7 @@ class FSDP(AbstractStrategy):
             tensor = self._cut(model)
             blocks = shard_model(model, self._mesh, self.options, self.world)
             model._apply(lambda tensor: tensor.to(self._home(tensor)))  # type: ignore[no-untyped-call]
+        gather_once(model, self.world)
         prepared = Prepared(ingredients.name, model, ingredients.objective)
         equip(prepared, ingredients, name_parameters(model, ingredients.objective))
         prepared.wrapped = _Sharded(tensor, every=reduces_every(model, self.options, self.world))

@@ -37,7 +37,7 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, options: FSDPOptions, world:
     blocks = choose_blocks(model, options.blocks)
     pinned = world.device.type == "cuda"
     offload = CPUOffloadPolicy(pin_memory=pinned) if options.offload else OffloadPolicy()
-    reduced = DTYPES[world.precision.reduce]
+    reduced = None if _reduced_as_computed(world) else DTYPES[world.precision.reduce]
     if world.autocast is not None:
         # Their kernels want parameters as wide as the running statistics: groups of their own, in the master type.
         for module in model.modules():
@@ -75,6 +75,24 @@ def _prefetch(blocks: Sequence[nn.Module], options: FSDPOptions) -> None:
             block.set_modules_to_forward_prefetch(sharded[place + 1 : place + 1 + ahead])
         if behind:
             block.set_modules_to_backward_prefetch(sharded[max(0, place - behind) : place][::-1])
+
+
+def _reduced_as_computed(world: World) -> bool:
+    return DTYPES[world.precision.reduce] == (world.autocast or world.dtype)
+
+
+def gather_once(model: nn.Module, world: World) -> None:
+    """Gather and free each group once, where gradients are accumulated in another type than they are computed in.
+    Collective.
+
+    torch 2.13 asks a group that no forward has called yet for its whole parameters' gradients, and finds no such thing.
+    """
+    if _reduced_as_computed(world):
+        return
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+            module.reshard()
 
 
 def reduces_every(model: nn.Module, options: FSDPOptions, world: World) -> bool:
