@@ -118,6 +118,12 @@ def _clipping(found: Translation, norm: Any, key: str) -> None:
         return
     if found.config.optim is None:
         found.refuse(key, "and the config has no section optim", "add optim.clip_norm, or take it out")
+    elif isinstance(found.config.optim, tuple):
+        if float(norm) != (found.config.clip_norm or 0.0):
+            stated = shown(found.config.clip_norm)
+            found.refuse(
+                key, f"where the list under optim has clip_norm={stated}", "say one number in both, or here none"
+            )
     else:
         found.put("optim.clip_norm", float(norm), key, *([None] if norm == 0 else []))
 

@@ -28,6 +28,7 @@ from disttrain.engine.record import Record
 from disttrain.engine.snapshot import Parts, Progress
 from disttrain.engine.transfer import to_device
 from disttrain.errors import ConfigError, explain
+from disttrain.launch.accelerate import settle_strategy
 from disttrain.model.batch_norm import explaining_single_values, synchronized
 from disttrain.objective import Objective
 from disttrain.optim.build import check_step
@@ -36,7 +37,7 @@ from disttrain.optim.trials import refuse_closures
 from disttrain.resilience import Interrupts
 from disttrain.runtime.seeds import derive_seed, seed_all
 from disttrain.strategy import Ingredients, Prepared, StepOutcome, StepSums
-from disttrain.strategy.construction import check_same_everywhere
+from disttrain.strategy.construction import check_same_everywhere, refuse_unfrozen
 
 
 class Engine:
@@ -46,7 +47,7 @@ class Engine:
     """
 
     def __init__(self, config: Config | Mapping[str, Any] | str | Path, overrides: Any = ()) -> None:
-        self.config = build.settle_strategy(load_config(config, overrides))
+        self.config = settle_strategy(load_config(config, overrides))
         self.plan = build.plan_run(self.config)
         self.world = build.start_world(self.plan)
         self._interrupts = Interrupts()
@@ -269,6 +270,8 @@ class Engine:
         # Where it will be saved a gradient that is not finite is found before it reaches the weights.
         want_norm = self.record.due(upcoming, self.total_steps) or self._falls_on("checkpoint", upcoming)
         outcome = self.strategy.step(prepared, sums, clip_norm=self.config.clip_norm, want_norm=want_norm)
+        if want_norm:
+            refuse_unfrozen(prepared)
         if not outcome.applied:
             self.progress.skipped += 1
         self.record.stepped(name, sums, outcome, prepared, self._used[name])

@@ -88,6 +88,23 @@ def name_parameters(model: nn.Module, objective: nn.Module | None) -> tuple[Name
     return tuple(NamedParameter(name, parameter, parameter.shape) for name, parameter in named)
 
 
+def refuse_unfrozen(prepared: Prepared) -> None:
+    """Raise ConfigError for parameters that were frozen when the optimizer was made: nothing would train them. Local.
+
+    Asked after a step, when every strategy has its own parameters in place again.
+    """
+    known = {id(one.parameter) for one in prepared.named}
+    late = [name for name, one in prepared.model.named_parameters() if one.requires_grad and id(one) not in known]
+    if late:
+        raise ConfigError(
+            explain(
+                f"{prepared.name!r} trains what required a gradient when it was prepared.",
+                f"{', '.join(late[:5])}{', ...' if late[5:] else ''}, unfrozen later: in no optimizer",
+                "save, and go on from the weights (model.weights, load_weights) in an engine that prepares it unfrozen",
+            )
+        )
+
+
 def equip(prepared: Prepared, ingredients: Ingredients, named: Sequence[NamedParameter]) -> None:
     """Build optimizer and schedule over `named`. Raises ConfigError for a model without trainable parameters."""
     if ingredients.make_optimizer is None:

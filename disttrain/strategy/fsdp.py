@@ -45,7 +45,8 @@ from disttrain.strategy.contract import (
     StepSums,
     World,
 )
-from disttrain.strategy.sharding import free_whole, gather_once, reduces_every, shard_model
+from disttrain.strategy.methods import gather_around_methods
+from disttrain.strategy.sharding import complete_accumulated, free_whole, introduce, reduces_every, shard_model
 from disttrain.strategy.state import copy_part, sharded_shards, whole_tensors
 from disttrain.strategy.tensor_parallel import TensorParallel, is_part
 from disttrain.strategy.tensor_plan import plan_modules
@@ -140,10 +141,11 @@ class FSDP(AbstractStrategy):
             tensor = self._cut(model)
             blocks = shard_model(model, self._mesh, self.options, self.world)
             model._apply(lambda tensor: tensor.to(self._home(tensor)))  # type: ignore[no-untyped-call]
-        gather_once(model, self.world)
+        introduce(model)
         prepared = Prepared(ingredients.name, model, ingredients.objective)
         equip(prepared, ingredients, name_parameters(model, ingredients.objective))
         prepared.wrapped = _Sharded(tensor, every=reduces_every(model, self.options, self.world))
+        gather_around_methods(model)
         for name, block in blocks:
             # Blocks are gathered when they are called: a rank that calls another one would get a mixture of both.
             block.register_forward_pre_hook(lambda module, args, name=name: prepared.trail.note(name))
@@ -182,6 +184,8 @@ class FSDP(AbstractStrategy):
             root.set_requires_gradient_sync(last or every)
             root.set_requires_all_reduce(last)  # over `replicate` shards are added up once, whatever was before
             root.set_is_last_backward(last or every)
+            if last:
+                complete_accumulated(root)
             yield
 
         step = self.world, prepared, micro_batches, objective, flags

@@ -37,7 +37,7 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, options: FSDPOptions, world:
     blocks = choose_blocks(model, options.blocks)
     pinned = world.device.type == "cuda"
     offload = CPUOffloadPolicy(pin_memory=pinned) if options.offload else OffloadPolicy()
-    reduced = None if _reduced_as_computed(world) else DTYPES[world.precision.reduce]
+    reduced = DTYPES[world.precision.reduce]
     if world.autocast is not None:
         # Their kernels want parameters as wide as the running statistics: groups of their own, in the master type.
         for module in model.modules():
@@ -47,7 +47,9 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, options: FSDPOptions, world:
                 )
     # Parameters travel, and gradients are computed, in the type of matrix products. Forwards run under autocast all the
     # same, so that what it keeps wide stays wide.
-    policy = MixedPrecisionPolicy(world.autocast, reduced)
+    # Where gradients have the type of reductions it stays unsaid: torch 2.13 would accumulate them in a copy.
+    same = reduced == (world.autocast or world.dtype)
+    policy = MixedPrecisionPolicy(world.autocast, None if same else reduced)
     shard = partial(fully_shard, mesh=mesh, offload_policy=offload, mp_policy=policy)
     for _, block in blocks:
         ignored = uncut & set(block.parameters())
@@ -77,24 +79,6 @@ def _prefetch(blocks: Sequence[nn.Module], options: FSDPOptions) -> None:
             block.set_modules_to_backward_prefetch(sharded[max(0, place - behind) : place][::-1])
 
 
-def _reduced_as_computed(world: World) -> bool:
-    return DTYPES[world.precision.reduce] == (world.autocast or world.dtype)
-
-
-def gather_once(model: nn.Module, world: World) -> None:
-    """Gather and free each group once, where gradients are accumulated in another type than they are computed in.
-    Collective.
-
-    torch 2.13 asks a group that no forward has called yet for its whole parameters' gradients, and finds no such thing.
-    """
-    if _reduced_as_computed(world):
-        return
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.unshard()
-            module.reshard()
-
-
 def reduces_every(model: nn.Module, options: FSDPOptions, world: World) -> bool:
     """Whether gradients are reduced at every micro-batch: `reduce`, decided. Collective where it is `auto` on a GPU, so
     that all ranks decide alike."""
@@ -122,3 +106,31 @@ def free_whole(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def introduce(model: nn.Module) -> None:
+    """Gather and free each group once. Collective.
+
+    A block that no forward has called yet has no whole parameter, which torch 2.13 asks for at the end of a backward
+    without a reduction where gradients are added up in a type that is stated.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+            module.reshard()
+
+
+def complete_accumulated(model: nn.Module) -> None:
+    """Zeros where a group holds gradients of an accumulation's earlier micro-batches and a parameter of it has none.
+
+    Torch 2.13 adds these up in the type of reductions, and refuses beside them a gradient that is new, or never comes,
+    in the type of computation. Local.
+    """
+    for module in model.modules():
+        group = module._get_fsdp_state()._fsdp_param_group if isinstance(module, FSDPModule) else None
+        parameters = group.fsdp_params if group is not None else []
+        if all(one.unsharded_accumulated_grad is None for one in parameters):
+            continue
+        for one in parameters:
+            if one.unsharded_accumulated_grad is None and one._unsharded_param.requires_grad:
+                one.unsharded_accumulated_grad = torch.zeros_like(one._unsharded_param, dtype=one.reduce_dtype)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from disttrain.config import Config
+from disttrain.config.schema import OptimConfig
 from disttrain.engine.parity.compare import Difference
 
 CLIP, DTYPE, DROPOUT, STATISTICS = "clip", "dtype", "dropout", "batch_statistics"
@@ -149,7 +150,11 @@ def _settings_of(overrides: Sequence[str]) -> list[Trial]:
 
 
 def _clips(own: Config, case: Config) -> list[Trial]:
-    clip = (own.optim.clip_norm if own.optim is not None else None) or None
+    if isinstance(own.optim, tuple):  # no one key says it: a case cannot be tried with another
+        return []
+    if isinstance(own.optim, tuple):  # which of several says it, an override would have to know
+        return []
+    clip = own.clip_norm or None
     told = f"optim.clip_norm is {clip:g}" if clip else "optim.clip_norm is off"
     trials = []
     if case.strategy.name == "deepspeed" and clip != 1.0:
@@ -175,11 +180,11 @@ def clip_left_to_deepspeed(own: Config, case: Config) -> Trial | None:
     native: Any = case.strategy.deepspeed.native if case.strategy.name == "deepspeed" else None
     if not isinstance(native, Mapping) or native.get("gradient_clipping") not in (None, "auto"):
         return None
-    if own.optim is None or own.optim.clip_norm == 1.0:
+    if own.optim is None or isinstance(own.optim, tuple) or own.clip_norm == 1.0:
         return None
     text = (
         "the native JSON leaves gradient_clipping open: DeepSpeed alone clips at 1.0, its default, and differs from "
-        f"every other strategy; here optim.clip_norm decides, which is {own.optim.clip_norm or 'off'}"
+        f"every other strategy; here optim.clip_norm decides, which is {own.clip_norm or 'off'}"
     )
     return Trial(CLIP, text, "", ("optim.clip_norm=1.0",), alone=True)
 
@@ -203,11 +208,10 @@ def _both_sides(own: Config, case: Config, probe: Mapping[str, Any]) -> list[Tri
     if probe["draws"]:
         text = "what the forward draws (dropout) is not the same"
         trials.append(Trial(DROPOUT, text, "equal with dropout off", quiet=("dropout",)))
-    if own.optim is not None and own.optim.clip_norm:
+    if own.clip_norm and not isinstance(own.optim, tuple):
         text = "clipping: its norm, or its threshold, is another one"
         trials.append(Trial(CLIP, text, "equal with clipping off on both sides", ("optim.clip_norm=null",)))
-    if not probe["elementwise"]:
-        assert own.optim is not None
+    if not probe["elementwise"] and isinstance(own.optim, OptimConfig):
         rate = own.optim.args.get("lr")
         lr = rate if isinstance(rate, int | float) else 1e-3
         text = f"{optimizer_text(own)}: cut parameters are other numbers to it"
@@ -221,9 +225,10 @@ def _both_sides(own: Config, case: Config, probe: Mapping[str, Any]) -> list[Tri
 
 def optimizer_text(own: Config) -> str:
     """What is said of an optimizer that is not elementwise."""
-    target = own.optim.target if own.optim is not None else ""
-    name = target if isinstance(target, str) else getattr(target, "__qualname__", str(target))
-    return f"{name} is not elementwise, it looks at whole parameters"
+    listed = own.optim if isinstance(own.optim, tuple) else [own.optim]
+    targets = [one.target for one in listed if one is not None]
+    names = [one if isinstance(one, str) else getattr(one, "__qualname__", str(one)) for one in targets]
+    return f"{' or '.join(names)} is not elementwise, it looks at whole parameters"
 
 
 def unexplained(probe: Mapping[str, Any]) -> Cause:

@@ -29,7 +29,7 @@ from disttrain.engine.snapshot import others_than
 from disttrain.engine.transfer import to_device
 from disttrain.model import build_model
 from disttrain.objective import Objective
-from disttrain.optim.elementwise import is_elementwise
+from disttrain.optim.trials import is_elementwise
 from disttrain.strategy import Prepared, World
 from disttrain.strategy.arithmetic import seed_micro_batch
 from disttrain.strategy.construction import name_parameters
@@ -130,7 +130,7 @@ def train_plain(plain: Plain, recorder: Recorder, *, steps: int, micro_batch: in
                 recorder.gradients(
                     prepared.updates, {name: one.grad for name, one in named.items() if one.grad is not None}
                 )
-            _step(optimizer, named, config.optim.clip_norm)
+            _step(optimizer, named, config.clip_norm)
             if schedule is not None:
                 schedule.step()
         losses.append(loss or 0.0)
