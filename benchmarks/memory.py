@@ -74,10 +74,11 @@ def shapes_of(model: dict[str, Any]) -> formula.Shapes:
     for layer in range(layers):
         parameters |= {
             f"blocks.{layer}.attention_norm.weight": (width,),
-            f"blocks.{layer}.attention.qkv.weight": (3 * width, width),
+            **{f"blocks.{layer}.attention.{part}.weight": (width, width) for part in "qkv"},
             f"blocks.{layer}.attention.out.weight": (width, width),
             f"blocks.{layer}.swiglu_norm.weight": (width,),
-            f"blocks.{layer}.swiglu.gate_up.weight": (2 * hidden, width),
+            f"blocks.{layer}.swiglu.gate.weight": (hidden, width),
+            f"blocks.{layer}.swiglu.up.weight": (hidden, width),
             f"blocks.{layer}.swiglu.down.weight": (width, hidden),
         }
     parameters["norm.weight"] = (width,)

@@ -18,9 +18,13 @@ from torch.distributed.tensor import Placement, Replicate, Shard
 from disttrain.config.faults import suggest
 from disttrain.config.strategies import TensorOptions
 from disttrain.errors import ConfigError, explain
+from disttrain.logs import room_logger
 
 WHOLE, FEATURES, TIME = Replicate(), Shard(-1), Shard(1)
 """Layouts of activations [batch, time, features]: on every rank, cut by features, cut by time."""
+
+
+_log = room_logger("strategy")
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,11 @@ def plan_modules(model: nn.Module, options: TensorOptions, degree: int) -> dict[
     words = _match(model, options)
     styles = {}
     for name, module in modules.items():
-        if name in words and words[name] != "replicate":
+        if name not in words or words[name] == "replicate":
+            continue
+        if _is_odd_vocabulary(name, module, words[name], options, degree):
+            _log.info("tensor: %s stays whole: its vocabulary is not a multiple of %d", name, degree)
+        else:
             styles[name] = _fit(name, module, words[name], degree)
             _check_heads(getattr(model, "config", None), name, module, words[name], degree)
     if options.sequence:
@@ -142,6 +150,16 @@ def _fit(name: str, module: nn.Module, word: str, degree: int) -> Style:
             "choose a degree that divides it, or a plan without this module",
         )
     return style
+
+
+def _is_odd_vocabulary(name: str, module: nn.Module, word: str, options: TensorOptions, degree: int) -> bool:
+    """Whether a model's own plan cuts a table or a head whose vocabulary does not divide: most do not. It may stay
+    whole, unless what was asked for needs it cut."""
+    asked = options.plan is not None or options.sequence or options.loss
+    if asked or not (word in TABLE or _is_head(name, module, word)):
+        return False
+    weight, dim = getattr(module, "weight", None), WORDS[word].weight
+    return weight is not None and dim is not None and weight.dim() > dim and bool(weight.shape[dim] % degree)
 
 
 def _check_heads(config: Any, name: str, module: nn.Module, word: str, degree: int) -> None:

@@ -72,6 +72,15 @@ def test_a_users_plan_stands_for_the_models_own_and_its_later_patterns_win() -> 
     }
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_odd_vocabulary_stays_whole_unless_it_is_asked_for(tied: bool) -> None:
+    odd = gpt(vocab=11, tied=tied)
+    assert not {"tokens", "head"} & set(plan_modules(odd, TensorOptions(), 2))
+    for asked in (TensorOptions(sequence=True), TensorOptions(loss=True), TensorOptions(plan=odd.tp_plan)):
+        with pytest.raises(ConfigError, match="'tokens'"):
+            plan_modules(odd, asked, 2)
+
+
 def test_transformers_4_called_a_table_rowwise() -> None:
     assert plan_modules(Pair(), TensorOptions(plan={"table": "rowwise"}), 2)["table"].weight == 0
 
