@@ -74,12 +74,16 @@ def installed_strategies() -> tuple[str, ...]:
 def uneven_micro_batch(global_batch: int, micro_batch: int) -> int | None:
     """Another micro-batch, near two thirds of this one, that leaves a smaller last one where there is such; else None.
 
-    Micro-batches of one size hide averages of averages.
+    Micro-batches of one size hide averages of averages. A last one of a single sample is avoided, which batch norm
+    refuses; so is a micro-batch that takes more memory, by two samples at most.
     """
-    largest = max(micro_batch - 1, min(global_batch, 3))
-    others = [size for size in range(1, largest + 1) if size != micro_batch]
+    others = [size for size in range(1, min(global_batch, micro_batch + 2) + 1) if size != micro_batch]
     uneven = [size for size in others if global_batch % size]
-    return min(uneven or others, key=lambda size: (abs(3 * size - 2 * micro_batch), size), default=None)
+
+    def distance(size: int) -> tuple[bool, bool, int, int]:
+        return global_batch % size == 1, size > micro_batch, abs(3 * size - 2 * micro_batch), size
+
+    return min(uneven or others, key=distance, default=None)
 
 
 def plan_cases(load: Load, asked: Asked, *, global_batch: int, micro_batch: int | None) -> list[Case]:

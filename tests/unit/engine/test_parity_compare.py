@@ -206,6 +206,11 @@ def test_the_other_micro_batch_leaves_an_uneven_last_one_where_one_can(whole: in
     assert whole % found or whole <= 3
 
 
+def test_the_last_one_is_no_single_sample_where_two_more_help() -> None:
+    assert uneven_micro_batch(16, 4) == 6
+    assert uneven_micro_batch(32, 16) == 11
+
+
 def test_one_sample_has_no_other_micro_batch() -> None:
     assert uneven_micro_batch(1, 1) is None
 
