@@ -258,10 +258,10 @@ class FSDP(AbstractStrategy):
         step = self.world, prepared, micro_batches, objective, flags
         tensor = sharded.tensor
         if tensor is None:
-            with self._whole_reduced(prepared):
+            with _explaining_mixture(), self._whole_reduced(prepared):
                 return run_micro_batches(*step, communicating=communicating)
         through = partial(tensor.through, model=prepared.model)
-        with self._whole_reduced(prepared):
+        with _explaining_mixture(), self._whole_reduced(prepared):
             sums = run_micro_batches(*step, through=through, backward=tensor.backward, communicating=communicating)
         tensor.check_alike(prepared.named)
         return sums
@@ -350,6 +350,23 @@ def group_by_mesh(make: MakeOptimizer) -> MakeOptimizer:
         return optimizer
 
     return build
+
+
+@contextmanager
+def _explaining_mixture() -> Iterator[None]:
+    """Torch 2.13 adds up a group's gradients in one type, and gives those that no micro-batch reached another."""
+    try:
+        yield
+    except AssertionError as error:
+        if "uniform gradient dtype" not in str(error):
+            raise
+        raise ConfigError(
+            explain(
+                "Gradients of an accumulation are kept in precision.reduce until they are added up over ranks.",
+                f"parameters that no micro-batch of this step reached, which have another type: {error}",
+                "set strategy.fsdp.reduce=every, or freeze what is never used",
+            )
+        ) from error
 
 
 def free_whole(model: nn.Module) -> None:
