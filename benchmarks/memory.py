@@ -17,8 +17,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks import memory_formula as formula  # noqa: E402 - found from its folder
-from benchmarks.ranks import run_ranks  # noqa: E402
+from benchmarks import memory_formula as formula
+from benchmarks.ranks import run_ranks
 
 MODELS: dict[str, dict[str, Any]] = {
     "deep": {"layers": 14, "width": 512, "heads": 8, "vocab": 8192, "context": 8, "tied": True},
@@ -88,9 +88,7 @@ def shapes_of(model: dict[str, Any]) -> formula.Shapes:
         tuple(f"blocks.{layer}" for layer in range(layers)),
         head="tokens.weight" if model["tied"] else "head.weight",
         tied=model["tied"],
-        activations=formula.gpt_activations(
-            tokens=model["context"], layers=layers, width=width, hidden=hidden, vocab=vocab
-        ),
+        activations=formula.gpt_activations(tokens=model["context"], layers=layers, width=width, hidden=hidden),
     )
 
 
@@ -171,7 +169,7 @@ def main() -> None:
         print(f"| {name} | {row} |", flush=True)
         if given.terms:
             terms = ", ".join(f"{key} {value * 4 / 1e6:.1f}" for key, value in expected.terms.items() if value)
-            print(f"  {expected.moment}: {terms}; activations {expected.activations / 1e6:.1f}; ranks {ranks}")
+            print(f"  {expected.moment}: {terms}; ranks {ranks}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Memory of one rank at the worst moment of a training step, from shapes and settings alone: pure, without torch.
 
-Written down from torch's and DeepSpeed's sources before anything was measured; `memory.py` measures against it. Counts
-tensors in elements of the master dtype: parameters, masters, optimizer state, gradients, gathered groups, buckets, and
-activations as far as the caller knows them.
+Written down from torch's and DeepSpeed's sources before anything was measured; `memory.py` measures against it, and
+`docs/memory.md` says what that taught. Counts tensors in elements of the master dtype: parameters, masters, optimizer
+state, gradients, gathered groups, buckets; and activations in those of fsdp's moments at which they are alive.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Shape = tuple[int, ...]
 class Shapes:
     """A model's trainable tensors, each once under its first name. `blocks` are prefixes of names, in the order of the
     forward; what lies in none of them is the root. `head` is the tensor that makes logits; where it is `tied` it is
-    the token table too, and gets a gradient from both ends of the backward. `activations` is in bytes."""
+    the token table too, and gets a gradient from both ends of the backward. `activations` are elements, all blocks'."""
 
     parameters: Mapping[str, Shape]
     blocks: Sequence[str]
@@ -51,38 +51,38 @@ class Peak:
     """Elements of each part at the worst moment, and `bytes` of all."""
 
     terms: Mapping[str, float]
-    activations: int
     element_bytes: int = 4
     moment: str = field(default="")
 
     @property
     def bytes(self) -> int:
         """All terms."""
-        return int(sum(self.terms.values()) * self.element_bytes) + self.activations
+        return int(sum(self.terms.values()) * self.element_bytes)
 
 
-def worst(model: Shapes, always: Mapping[str, float], moments: Mapping[str, Mapping[str, float]]) -> Peak:
+def worst(always: Mapping[str, float], moments: Mapping[str, Mapping[str, float]]) -> Peak:
     """What is held always, and the most that any moment adds to it."""
     moment = max(moments, key=lambda name: sum(moments[name].values()))
-    return Peak({**always, **moments[moment]}, model.activations, moment=moment)
+    return Peak({**always, **moments[moment]}, moment=moment)
 
 
 def none(model: Shapes, *, states: int = 2, accumulation: int = 1) -> Peak:
     """Parameters, `states` tensors of optimizer state each, and a gradient each.
 
-    autograd hands its gradient over without a copy (torch/csrc/autograd/functions/accumulate_grad.h); a tied table's
-    two gradients meet at the end of the backward (input_buffer.cpp). An accumulation's later gradients are made beside
-    those that they are added to, one at a time.
+    autograd hands its gradient over without a copy (torch/csrc/autograd/functions/accumulate_grad.h). A tied table's
+    two gradients meet at the end of the backward, when activations are gone, and their sum is a third tensor
+    (input_buffer.cpp). An accumulation's later gradients are made beside those that they are added to.
     """
     size = model.numel()
-    head = math.prod(model.parameters[model.head])
-    extra = head if model.tied else 0
-    if accumulation > 1:
-        extra = max(model.largest, 2 * head if model.tied else 0)
+    extra = _making(model) - (_head(model) if model.tied and accumulation == 1 else 0)
     return worst(
-        model,
         {"parameters": size, "optimizer": states * size},
-        {"end of backward": {"gradients": size, "gradients in the making": extra}},
+        {
+            "end of backward": {
+                "gradients": size,
+                "gradients in the making": extra if model.tied or accumulation > 1 else 0,
+            }
+        },
     )
 
 
@@ -94,13 +94,20 @@ def ddp(model: Shapes, *, states: int = 2, accumulation: int = 1) -> Peak:
     last backward copies them into the buckets.
     """
     size = model.numel()
-    head = math.prod(model.parameters[model.head])
-    making = max(model.largest, 2 * head if model.tied else 0)
-    return worst(
-        model,
-        {"parameters": size, "optimizer": states * size, "buckets": size},
-        {"backward": {"gradients in the making": making, "accumulated": size if accumulation > 1 else 0}},
-    )
+    moments = {"end of backward": {"gradients in the making": _making(model)}}
+    if accumulation > 1:
+        making = 2 * _head(model) if model.tied else model.largest
+        moments["a micro-batch before the last"] = {"accumulated beside the buckets": size, "in the making": making}
+    return worst({"parameters": size, "optimizer": states * size, "buckets": size}, moments)
+
+
+def _head(model: Shapes) -> int:
+    return math.prod(model.parameters[model.head])
+
+
+def _making(model: Shapes) -> int:
+    """Gradients outside their place at once: a tied table's two and their sum, or the largest tensor's."""
+    return max(model.largest, 3 * _head(model) if model.tied else 0)
 
 
 def fsdp(
@@ -118,7 +125,7 @@ def fsdp(
     blocks = size - root
     count = len(model.blocks)
     whole = accumulation > 1 and not every
-    root_gradients = max(2 * head if model.tied else 0, root)
+    root_gradients = max(_making(model), root) if model.tied else root
     moments: dict[str, dict[str, float]] = {}
     if whole:
         moments["last backward, second block"] = {
@@ -129,6 +136,7 @@ def fsdp(
             "block whole": block,
             "next block gathered": block if reshard else blocks - block,
             "reduce-scatter input": block,
+            "activations": model.activations,
         }
     elif reshard:
         moments["backward of the second block"] = {
@@ -139,6 +147,7 @@ def fsdp(
             "next block gathered": block,
             "block's gradients": block,
             "reduce-scatter input": block,
+            "activations of two blocks": 2 * model.activations / count,
         }
         moments["end of backward"] = {
             "gradient shards": (size if accumulation > 1 else blocks) / shards,
@@ -154,6 +163,7 @@ def fsdp(
             "blocks whole": blocks - (block if count > 1 else 0),
             "block's gradients": block,
             "reduce-scatter input": block if count > 1 else 0,
+            "activations": model.activations,
         }
         moments["end of backward"] = {
             "gradient shards": blocks / shards,
@@ -161,43 +171,57 @@ def fsdp(
             "root's gradients": root_gradients,
             "reduce-scatter input": block,
         }
-    return worst(model, {"parameters": size / shards, "optimizer": states * size / shards}, moments)
+    return worst({"parameters": size / shards, "optimizer": states * size / shards}, moments)
 
 
-def zero(model: Shapes, *, stage: int, ranks: int, bucket: int, states: int = 2) -> Peak:
+def zero(model: Shapes, *, stage: int, ranks: int, bucket: int, states: int = 2, gloo: bool = True) -> Peak:
     """Flat partitions; `bucket` is in elements.
 
     Stages 1 and 2 (deepspeed/runtime/zero/stage_1_and_2.py, fp32): all parameters flat, a master copy of this rank's
     partition though the dtype is the same, its optimizer state. Stage 1 keeps every gradient until the backward's end,
-    stage 2 this partition's. Gradients go through a bucket and, while it is reduced, a flat copy of it. The step
-    flattens the partition's gradients once more.
-    Stage 3 (stage3.py): partitions of parameters, of optimizer state and of gradients, a bucket always, whole modules
-    while they compute; the step flattens the gradients once more.
+    stage 2 those that lie in this partition, in whole. Gradients go through a bucket and, while it is reduced, a flat
+    copy of it. The step flattens the partition's gradients once more, then gathers all parameters in place, of which
+    gloo makes a flat copy (torch/csrc/distributed/c10d/ProcessGroupGloo.cpp, AllgatherWork; NCCL does not).
+    Stage 3 (stage3.py): partitions of parameters, masters (a clone, where the device is compared as another name),
+    optimizer state and gradients, a bucket always; whole modules while they compute; the step flattens the gradients
+    once more.
     """
     size = model.numel()
     part = size / ranks
-    head = math.prod(model.parameters[model.head])
     if stage == 3:
         return worst(
-            model,
-            {"parameters": part, "optimizer": states * part, "gradients": part, "bucket": bucket},
+            {"parameters": part, "masters": part, "optimizer": states * part, "gradients": part, "bucket": bucket},
             {
-                "backward": {"parameters whole": size, "head's gradient": head, "bucket's copy": bucket},
+                "end of backward": {"table whole": _head(model), "gradients in the making": _making(model)},
                 "step": {"gradients, flat": part},
             },
         )
-    gradients = size if stage == 1 else part
-    backward = {"gradients": gradients, "bucket": bucket, "bucket's copy": bucket}
-    if stage == 2 and model.tied:
-        backward["head's gradient"] = head
-    return worst(
-        model,
-        {"parameters": size, "masters": part, "optimizer": states * part},
-        {"backward": backward, "step": {"gradients": part, "gradients, flat": part}},
-    )
+    held = size if stage == 1 else _in_partition(model, ranks)
+    moments: dict[str, dict[str, float]] = {
+        "bucket reduced": {"gradients": held, "bucket": bucket, "bucket's copy": bucket},
+        "step": {"gradients": held if stage == 2 else part, "gradients, flat": part},
+        "gather after the step": {"gloo's copy": size if gloo else 0},
+    }
+    if stage == 2:
+        moments["end of backward"] = {"gradients": held, "bucket": bucket, "in the making": _making(model)}
+    return worst({"parameters": size, "masters": part, "optimizer": states * part}, moments)
 
 
-def gpt_activations(*, tokens: int, layers: int, width: int, hidden: int, vocab: int, element_bytes: int = 4) -> int:
-    """What our GPT's forward keeps for its backward, roughly: per token and block some twelve vectors of the width and
-    four of the hidden width, and three rows of logits."""
-    return element_bytes * tokens * (layers * (12 * width + 4 * hidden) + 3 * vocab)
+def _in_partition(model: Shapes, ranks: int) -> int:
+    """Elements of the matrices that lie, in part at least, in one rank's flat range; the most of any rank. Vectors, a
+    group of their own without weight decay, are left out."""
+    sizes = [math.prod(shape) for shape in model.parameters.values() if len(shape) > 1]
+    part = -(-sum(sizes) // ranks)
+    found = [0] * ranks
+    start = 0
+    for size in sizes:
+        for rank in range(start // part, (start + size - 1) // part + 1):
+            found[rank] += size
+        start += size
+    return max(found)
+
+
+def gpt_activations(*, tokens: int, layers: int, width: int, hidden: int) -> int:
+    """Elements that our GPT's blocks keep for their backward, roughly: per token and block some twelve vectors of the
+    width and four of the hidden width."""
+    return tokens * layers * (12 * width + 4 * hidden)

@@ -26,7 +26,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.ranks import run_ranks  # noqa: E402 - found from its folder
+from benchmarks.ranks import run_ranks
 
 LEARNING_RATE, CLIP, BATCH, SAMPLES, REPORT = 1e-3, 1.0, 32, 4096, 10
 
@@ -60,7 +60,7 @@ def race(strategy: str, tensors: int, rounds: int, steps: int, folder: str) -> d
 
 
 def rows(found: dict[str, list[tuple[float, float]]]) -> Iterator[str]:
-    """The table's rows: medians over the rounds of the cost, of what it is above raw's in the same round, of the ratio."""
+    """The table's rows: medians over the rounds of the cost, of what is above raw's of the round, of the ratio."""
     for name, times in found.items():
         cells = []
         for kind in (0, 1):

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from disttrain.config import load_to_train
 from disttrain.errors import FINISHED, INTERRUPTED, ConfigError, DisttrainError, LaunchError
+from disttrain.launch.accelerate import settle_strategy
 from disttrain.logs import room_logger, start_logs
 from disttrain.runtime.environment import Launch, quiet_torch, read_launch
 
@@ -73,7 +74,7 @@ def _speaks(launch: Launch | None) -> bool:
 
 
 def _train(config: str, overrides: Sequence[str]) -> int:
-    loaded = load_to_train(config, overrides)  # a bad config is told before torch is loaded
+    loaded = settle_strategy(load_to_train(config, overrides))  # a bad config is told before torch is loaded
     quiet_torch()
     from disttrain.engine.loop import train
 

@@ -10,8 +10,6 @@ from typing import Any
 
 from disttrain.cli.json_text import json_text
 from disttrain.config import TRAINED_FROM, Config, ConfigFaultsError, Fault, load_config, render_config, resolve_target
-from disttrain.config.accelerate import translate
-from disttrain.config.accelerate_settings import read_file
 from disttrain.config.faults import UnknownNameError
 from disttrain.config.render import every_source, source_of
 from disttrain.config.source_search import find_faults
@@ -57,13 +55,7 @@ def _faults_of(
 ) -> tuple[Config | None, Sequence[Fault]]:
     try:
         config = load_config(source, overrides)
-        if accelerate is not None:
-            if config.strategy.name != TRANSLATED:
-                where = source_of(("strategy", "name"), config.sources)
-                do = "add strategy.name=accelerate: otherwise accelerate only starts the processes"
-                found = f"{config.strategy.name!r}, which takes nothing from {accelerate}"
-                raise ConfigFaultsError([Fault("strategy.name", where, found, do)])
-            config = translate(read_file(accelerate), config)
+        config = config if accelerate is None else _translated(config, accelerate)
     except ConfigFaultsError as error:
         return None, error.faults
     faults = find_faults(config.values(), config.sources, config.folder)
@@ -71,6 +63,19 @@ def _faults_of(
         with redirect_stdout(sys.stderr):  # what a user's module prints is no result
             faults = _import_all(config)
     return config, ConfigFaultsError(faults).faults
+
+
+def _translated(config: Config, file: str) -> Config:
+    """Raises ConfigFaultsError."""
+    from disttrain.config.accelerate import translate
+    from disttrain.config.accelerate_settings import read_file
+
+    if config.strategy.name != TRANSLATED:
+        where = source_of(("strategy", "name"), config.sources)
+        do = "add strategy.name=accelerate: otherwise accelerate only starts the processes"
+        found = f"{config.strategy.name!r}, which takes nothing from {file}"
+        raise ConfigFaultsError([Fault("strategy.name", where, found, do)])
+    return translate(read_file(file), config)
 
 
 def _import_all(config: Config) -> list[Fault]:

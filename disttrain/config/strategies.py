@@ -66,9 +66,9 @@ class FSDPOptions(StrategyOptions):
 
 
 class DeepSpeedOptions(StrategyOptions):
-    """ZeRO `stage`, the size of its communication buckets, and where optimizer state (`offload`) and at stage 3 the
-    parameters (`offload_parameters`) are kept. `native` is DeepSpeed's own JSON, a file or a mapping, for what has no
-    name here."""
+    """ZeRO `stage`, the size of its communication buckets (left out: 25, or what `native` says), and where optimizer
+    state (`offload`) and at stage 3 the parameters (`offload_parameters`) are kept. `native` is DeepSpeed's own JSON, a
+    file (from this config's folder) or a mapping, for what has no name here; it may contradict nothing that has."""
 
     stage: Literal[1, 2, 3] = 2
     bucket_mb: float | None = Field(None, gt=0)

@@ -53,8 +53,11 @@ def plan_step(samples: int, micro_batch: int, part: tuple[int, int]) -> list[Slo
     own = [
         Slot(j, j * micro_batch, min(micro_batch, samples - j * micro_batch), True) for j in range(index, total, parts)
     ]
+    missing = -(-total // parts) - len(own)
+    if not missing:
+        return own
     replay = replace(own[-1], real=False) if own else Slot(0, 0, min(micro_batch, samples), False)
-    return own + [replay] * (-(-total // parts) - len(own))
+    return own + [replay] * missing
 
 
 def even_share(samples: int, part: tuple[int, int]) -> int:

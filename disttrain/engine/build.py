@@ -17,11 +17,9 @@ from typing import Any
 from torch import nn
 
 from disttrain.config import Config, Target, build_nested, build_target, check_arguments, resolve_target
-from disttrain.config.accelerate import asked_otherwise, translate
-from disttrain.config.accelerate_settings import read_environment
 from disttrain.config.schema import OptimConfig
-from disttrain.config.strategies import TRANSLATED
-from disttrain.errors import ConfigError, LaunchError, explain
+from disttrain.errors import ConfigError, explain
+from disttrain.launch.accelerate import unheeded
 from disttrain.logs import room_logger
 from disttrain.objective import Objective
 from disttrain.optim import optimizer_factory, schedule_factory
@@ -40,7 +38,6 @@ from disttrain.runtime import (
     plan_mesh,
     read_launch,
 )
-from disttrain.runtime.environment import accelerate_variables
 from disttrain.runtime.seeds import seed_everything
 from disttrain.strategy import AbstractStrategy, World, strategy_class
 
@@ -59,35 +56,11 @@ class Plan:
     folder: Path
 
 
-def settle_strategy(config: Config) -> Config:
-    """The config that runs: `strategy.name=accelerate` as what `accelerate launch` asks for. Local.
-
-    Raises LaunchError where something else started this process, ConfigError for what cannot be honoured.
-    """
-    launch, handed = read_launch(), accelerate_variables()
-    if config.strategy.name != TRANSLATED:
-        if (
-            handed
-            and launch.rank == 0
-            and (other := asked_otherwise(read_environment(handed, launch.world_size), config))
-        ):
-            _log.warning("accelerate launch asks for %s; strategy.name=accelerate would follow it", other)
-        return config
-    if not handed:
-        raise LaunchError(
-            explain(
-                "strategy.name=accelerate takes the strategy from `accelerate launch`.",
-                f"a process started by {launch.launcher}",
-                "start it with `accelerate launch --config_file FILE -m disttrain.run CONFIG`, "
-                "or name the strategy: none, ddp, fsdp or deepspeed",
-            )
-        )
-    return translate(read_environment(handed, launch.world_size), config)
-
-
 def plan_run(config: Config) -> Plan:
     """Place this process and check what depends on the world's size. Local; touches no group and no GPU memory."""
     launch = read_launch()
+    if launch.rank == 0 and (other := unheeded(config)):
+        _log.warning("accelerate launch asks for %s; strategy.name=accelerate would follow it", other)
     device = choose_device(config.run.device, launch, config.run.threads)
     check_device(device, compute=config.precision.compute, compiles=config.memory.compile)
     mesh = config.mesh

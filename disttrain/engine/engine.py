@@ -28,6 +28,7 @@ from disttrain.engine.record import Record
 from disttrain.engine.snapshot import Parts, Progress
 from disttrain.engine.transfer import to_device
 from disttrain.errors import ConfigError, explain
+from disttrain.launch.accelerate import settle_strategy
 from disttrain.model.batch_norm import explaining_single_values, synchronized
 from disttrain.objective import Objective
 from disttrain.optim.build import check_step
@@ -46,7 +47,7 @@ class Engine:
     """
 
     def __init__(self, config: Config | Mapping[str, Any] | str | Path, overrides: Any = ()) -> None:
-        self.config = build.settle_strategy(load_config(config, overrides))
+        self.config = settle_strategy(load_config(config, overrides))
         self.plan = build.plan_run(self.config)
         self.world = build.start_world(self.plan)
         self._interrupts = Interrupts()

@@ -72,7 +72,8 @@ def decay_groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups: decayed, and not. One group where there is nothing to tell apart.
 
-    DTensors and plain tensors never share a group: torch's foreach and fused kernels refuse the mixture.
+    DTensors of one mesh, of another and plain tensors never share a group: torch's foreach and fused kernels refuse the
+    mixture.
     Raises ConfigError for a pattern that no parameter's name matches.
     """
     for pattern in no_decay:
@@ -84,15 +85,16 @@ def decay_groups(
                     f"name some of them: {', '.join(one.name for one in named[:20])}{', ...' if named[20:] else ''}",
                 )
             )
-    spare: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+    spare: dict[tuple[bool, Any], list[torch.nn.Parameter]] = {}
     for one in named:
         spared = bool(decay) and (
             (len(one.shape) < 2 and not decay_vectors) or any(fnmatchcase(one.name, pattern) for pattern in no_decay)
         )
-        spare.setdefault((spared, isinstance(one.parameter, DTensor)), []).append(one.parameter)
+        mesh = one.parameter.device_mesh if isinstance(one.parameter, DTensor) else None
+        spare.setdefault((spared, mesh), []).append(one.parameter)
     return [
         {"params": parameters, **({"weight_decay": 0.0} if spared else {})}
-        for (spared, _), parameters in sorted(spare.items(), key=lambda item: (item[0][0], not item[0][1]))
+        for (spared, _), parameters in sorted(spare.items(), key=lambda item: (item[0][0], item[0][1] is None))
     ]
 
 

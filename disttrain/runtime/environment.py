@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from disttrain.errors import LaunchError, explain
+from disttrain.runtime.agent import asked_processes
 
 
 @dataclass(frozen=True)
@@ -44,16 +45,11 @@ def read_launch(environ: Mapping[str, str] | None = None) -> Launch:
         launch = _checked(_torchrun(env))
         if launch.world_size == 1 and launch.launcher != "environment":  # by hand it is the user's own word
             _refuse_strangers(env, launch)
+        if launch.launcher == "accelerate launch":
+            _refuse_fewer(asked_processes(env), launch.world_size)
         return launch
-    if _by_accelerate(env) and env.get("MASTER_ADDR"):
-        raise LaunchError(
-            explain(
-                "accelerate launch was told to start several processes.",
-                "one process, which knows of no other: that is what it starts for distributed_type MULTI_CPU or NO",
-                "use distributed_type: MULTI_GPU, FSDP or DEEPSPEED (on CPU with use_cpu: true), or num_processes: 1; "
-                "where one was meant, unset MASTER_ADDR",
-            )
-        )
+    if _by_accelerate(env):  # for several processes it says where they meet, even where it starts one
+        _refuse_fewer(asked_processes(env) or (2 if env.get("MASTER_ADDR") else 1), 1)
     if _in_srun(env):
         return _checked(_srun(env))
     launch = Launch("plain python", rank=0, local_rank=0, world_size=1, local_world_size=1)
@@ -74,6 +70,19 @@ def _by_accelerate(env: Mapping[str, str]) -> bool:
 
 def _in_srun(env: Mapping[str, str]) -> bool:
     return bool(env.get("SLURM_STEP_NUM_TASKS")) and env.get("SLURM_STEP_ID", "").isdigit() and "SLURM_PROCID" in env
+
+
+def _refuse_fewer(asked: int | None, started: int) -> None:
+    if asked is not None and asked > started:
+        raise LaunchError(
+            explain(
+                "accelerate launch was told to start several processes.",
+                f"a world of {started}: for distributed_type MULTI_CPU or NO it starts one, "
+                "and on each machine num_processes // num_machines",
+                "use distributed_type: MULTI_GPU, FSDP or DEEPSPEED (on CPU with use_cpu: true) and a num_processes "
+                "that num_machines divides, or num_processes: 1",
+            )
+        )
 
 
 # Who starts several processes at once and says so: OpenMPI, MPICH and Intel MPI, MVAPICH; srun around another launcher.

@@ -165,13 +165,14 @@ def refuse_non_finite(found: str) -> None:
 class Gradients:
     """Local gradients of a step that torch optimizers then take; shared by none, ddp and fsdp."""
 
+    @torch.no_grad()  # with a graph to keep, a DTensor's `to_local` takes 12 microseconds instead of a third of one
     def __init__(self, prepared: Prepared) -> None:
-        self._parameters = [named.parameter for named in prepared.named]
+        self.locals: list[Tensor] = []
         for named in prepared.named:
-            parameter = named.parameter
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            elif parameter.grad.layout != torch.strided:
+            gradient = named.parameter.grad
+            if gradient is None:
+                gradient = named.parameter.grad = torch.zeros_like(named.parameter)
+            elif gradient.layout != torch.strided:
                 raise ConfigError(
                     explain(
                         "Gradients are scaled, measured and clipped as dense tensors.",
@@ -179,7 +180,7 @@ class Gradients:
                         "build its nn.Embedding with sparse=False",
                     )
                 )
-        self.locals = [_local(parameter.grad) for parameter in self._parameters if parameter.grad is not None]
+            self.locals.append(_local(gradient))
 
     def square(self, chosen: Sequence[Tensor] | None = None) -> Tensor:
         """Sum of squares of the local gradients (or of those chosen), a 0-d tensor, in at least float32... float64."""

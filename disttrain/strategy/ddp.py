@@ -65,7 +65,9 @@ class DDP(AbstractStrategy):
                 gradient_as_bucket_view=True,
             )
             if self._reduced_apart:
-                prepared.wrapped.register_comm_hook(DTYPES[self.world.precision.reduce], add_up_in)
+                # DDP wants a hook without annotations, or with its own that are no texts.
+                hook = lambda dtype, bucket: add_up_in(dtype, bucket)  # noqa: E731
+                prepared.wrapped.register_comm_hook(DTYPES[self.world.precision.reduce], hook)
         return prepared
 
     @property

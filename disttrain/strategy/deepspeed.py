@@ -49,7 +49,7 @@ from disttrain.strategy.state import replicated_shards
 from disttrain.strategy.zero_config import engine_config
 from disttrain.strategy.zero_construction import cut_whole, fill_cut, with_whole_shape
 from disttrain.strategy.zero_gradients import discard_step, forget_step
-from disttrain.strategy.zero_partitions import partition_shards, spread_loaded
+from disttrain.strategy.zero_partitions import partition_shards, share_masters, spread_loaded
 
 _log = room_logger("strategy")
 
@@ -126,6 +126,7 @@ class DeepSpeed(AbstractStrategy):
                 config=self._config,
                 dist_init_required=False,
             )
+        share_masters(engine.optimizer)
         prepared.wrapped = engine
         return prepared
 

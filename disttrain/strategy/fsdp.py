@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -27,19 +27,16 @@ from disttrain.config.schema import PrecisionConfig
 from disttrain.config.strategies import FSDPOptions
 from disttrain.data import MicroBatch
 from disttrain.errors import ConfigError, explain
-from disttrain.logs import room_logger
 from disttrain.model import build_model, fill, says_how
 from disttrain.objective import Objective
-from disttrain.optim.named import MakeOptimizer, NamedParameter
-from disttrain.optim.several import SeveralFactory, factories_of
+from disttrain.optim.named import MakeOptimizer
+from disttrain.optim.several import factories_of
 from disttrain.optim.trials import is_exact_on_shards, kind_of
 from disttrain.runtime import Device, Mesh, MeshSizes
 from disttrain.runtime.seeds import generators_for
 from disttrain.strategy.arithmetic import Gradients, run_micro_batches
-from disttrain.strategy.blocks import choose_blocks
 from disttrain.strategy.construction import build_on_host, equip, name_parameters, settle
 from disttrain.strategy.contract import (
-    DTYPES,
     AbstractStrategy,
     Ingredients,
     MakeModel,
@@ -49,12 +46,11 @@ from disttrain.strategy.contract import (
     World,
 )
 from disttrain.strategy.methods import gather_around_methods
+from disttrain.strategy.sharding import complete_accumulated, free_whole, introduce, reduces_every, shard_model
 from disttrain.strategy.state import copy_part, sharded_shards, whole_tensors
 from disttrain.strategy.tensor_parallel import TensorParallel, is_part
 from disttrain.strategy.tensor_plan import plan_modules
 from disttrain.strategy.update import torch_step
-
-_log = room_logger("strategy")
 
 _UNSHARDABLE: dict[type[Optimizer] | None, str] = {
     torch.optim.Adafactor: "whose norms torch's DTensor does not take",
@@ -63,10 +59,6 @@ _UNSHARDABLE: dict[type[Optimizer] | None, str] = {
 }
 """Of torch's own (2.13), known before there is a group to try them in: two raise at the first step; the weights that
 Muon trains differ by 4e-3 after five steps at two ranks."""
-
-
-_SHARE_OF_FREE = 4
-"""`reduce: auto` keeps whole gradients through an accumulation while they take at most a fourth of the free memory."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +116,9 @@ class FSDP(AbstractStrategy):
         for one in factories_of(make):
             kind = kind_of(one)
             reason = _UNSHARDABLE.get(kind)
-            if reason is None and mesh is not None and not is_exact_on_shards(one, mesh.device_mesh["shard"]):
+            # A mesh of one rank shows nothing, whichever axis cuts.
+            axes = ["shard"] if mesh is None or mesh.sizes.tensor == 1 else ["shard", "tensor"]
+            if reason is None and mesh and not all(is_exact_on_shards(one, mesh.device_mesh[axis]) for axis in axes):
                 reason = "which steps a matrix otherwise, or not at all, where it is cut by rows"
             if reason is not None:
                 raise ConfigError(
@@ -140,18 +134,17 @@ class FSDP(AbstractStrategy):
             model = build_model(ingredients.make_model, seed=self.world.seed, meta=True)
             settle(self.world, model)
             tensor = self._cut(model)
-            blocks = self._shard(model)
+            blocks = shard_model(model, self._mesh, self.options, self.world)
             self._fill(model)
         else:
             model = build_on_host(self.world, ingredients)
             tensor = self._cut(model)
-            blocks = self._shard(model)
+            blocks = shard_model(model, self._mesh, self.options, self.world)
             model._apply(lambda tensor: tensor.to(self._home(tensor)))  # type: ignore[no-untyped-call]
+        introduce(model)
         prepared = Prepared(ingredients.name, model, ingredients.objective)
-        if tensor is not None and ingredients.make_optimizer is not None:
-            ingredients = replace(ingredients, make_optimizer=group_by_mesh(ingredients.make_optimizer))
         equip(prepared, ingredients, name_parameters(model, ingredients.objective))
-        prepared.wrapped = _Sharded(tensor, every=self._reduces_every(model))
+        prepared.wrapped = _Sharded(tensor, every=reduces_every(model, self.options, self.world))
         gather_around_methods(model)
         if self._policy().reduce_dtype is not None:
             for _, block in blocks:
@@ -172,6 +165,8 @@ class FSDP(AbstractStrategy):
         tensor.cut(model)
         return tensor
 
+<<<<<<< HEAD
+=======
     def _shard(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         """Shard in place; returns the blocks that became groups of their own."""
         for parameter in model.parameters():
@@ -208,28 +203,10 @@ class FSDP(AbstractStrategy):
         pinned = self.world.device.type == "cuda"
         return CPUOffloadPolicy(pin_memory=pinned) if self.options.offload else OffloadPolicy()
 
+>>>>>>> optim
     def _home(self, tensor: Tensor) -> torch.device:
         """Where a parameter or buffer lives between steps."""
         return torch.device("cpu") if self.options.offload and isinstance(tensor, DTensor) else self.world.device
-
-    def _prefetch(self, blocks: Sequence[nn.Module]) -> None:
-        """Each block has those gathered that come next, in the model's order, and in the backward those before."""
-        ahead, behind = self.options.prefetch_forward, self.options.prefetch_backward
-        sharded: list[FSDPModule] = [block for block in blocks if isinstance(block, FSDPModule)]
-        for place, block in enumerate(sharded):
-            if ahead:
-                block.set_modules_to_forward_prefetch(sharded[place + 1 : place + 1 + ahead])
-            if behind:
-                block.set_modules_to_backward_prefetch(sharded[max(0, place - behind) : place][::-1])
-
-    def _reduces_every(self, model: nn.Module) -> bool:
-        """`reduce`, decided. Collective where it is `auto` on a GPU, so that all ranks decide alike."""
-        if self.options.reduce != "auto" or self.world.device.type != "cuda":
-            return bool(self.options.reduce == "every")
-        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        whole_bytes = trained * DTYPES[self.world.precision.reduce].itemsize
-        fits = whole_bytes * _SHARE_OF_FREE <= torch.cuda.mem_get_info(self.world.device)[0]
-        return self.world.group.minimum(int(fits)) == 0
 
     def _fill(self, model: nn.Module) -> None:
         """Shard by shard: a rank holds one whole tensor at a time, and keeps its own part of it."""
@@ -253,15 +230,17 @@ class FSDP(AbstractStrategy):
             root.set_requires_gradient_sync(last or every)
             root.set_requires_all_reduce(last)  # over `replicate` shards are added up once, whatever was before
             root.set_is_last_backward(last or every)
+            if last:
+                complete_accumulated(root)
             yield
 
         step = self.world, prepared, micro_batches, objective, flags
         tensor = sharded.tensor
         if tensor is None:
-            with _explaining_mixture(), self._whole_reduced(prepared):
+            with self._whole_reduced(prepared):
                 return run_micro_batches(*step, communicating=communicating)
         through = partial(tensor.through, model=prepared.model)
-        with _explaining_mixture(), self._whole_reduced(prepared):
+        with self._whole_reduced(prepared):
             sums = run_micro_batches(*step, through=through, backward=tensor.backward, communicating=communicating)
         tensor.check_alike(prepared.named)
         return sums
@@ -329,48 +308,3 @@ class FSDP(AbstractStrategy):
     def whole(self, prepared: Prepared) -> Iterator[tuple[str, Tensor]]:
         free_whole(prepared.model)
         return whole_tensors(prepared.model)
-
-
-def group_by_mesh(make: MakeOptimizer) -> MakeOptimizer:
-    """The same, its parameter groups parted where they hold DTensors of several meshes: torch's fused and foreach
-    kernels refuse the mixture. Local."""
-    if isinstance(make, SeveralFactory):  # each of them by itself: they hold the groups
-        parts = [replace(part, make=group_by_mesh(part.make)) for part in make.parts]
-        return replace(make, parts=tuple(parts))
-
-    def build(named: Sequence[NamedParameter]) -> Optimizer:
-        optimizer = make(named)
-        groups: list[dict[str, Any]] = []
-        for group in optimizer.param_groups:
-            by_mesh: dict[Any, list[Tensor]] = {}
-            for parameter in group["params"]:
-                by_mesh.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
-            groups += [{**group, "params": parameters} for parameters in by_mesh.values()]
-        optimizer.param_groups = groups
-        return optimizer
-
-    return build
-
-
-@contextmanager
-def _explaining_mixture() -> Iterator[None]:
-    """Torch 2.13 adds up a group's gradients in one type, and gives those that no micro-batch reached another."""
-    try:
-        yield
-    except AssertionError as error:
-        if "uniform gradient dtype" not in str(error):
-            raise
-        raise ConfigError(
-            explain(
-                "Gradients of an accumulation are kept in precision.reduce until they are added up over ranks.",
-                f"parameters that no micro-batch of this step reached, which have another type: {error}",
-                "set strategy.fsdp.reduce=every, or freeze what is never used",
-            )
-        ) from error
-
-
-def free_whole(model: nn.Module) -> None:
-    """Let go of gathered parameters that a forward without a backward left: the next forward gathers anew. Local."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from disttrain.checkpoint import Box, Shard, flat_range_to_boxes, whole_shard
 from disttrain.strategy.contract import Prepared
 from disttrain.strategy.state import NUMBER, number_tensors, refuse_opaque
+from disttrain.strategy.zero_gradients import is_stage_three
 
 
 @dataclass(frozen=True)
@@ -59,10 +61,37 @@ def partition_shards(prepared: Prepared, stored: Mapping[str, Any] | None, *, ra
     return shards
 
 
+def share_masters(zero: Any) -> None:
+    """Let the flat partitions that the optimizer steps on lie in the parameters' own memory, where the type is one.
+
+    DeepSpeed 0.19 clones them there too (stage 3 means not to, but compares a device with its name): a rank's part of
+    the parameters twice. Its copy back after a step is then onto itself. Local.
+    """
+    if is_stage_three(zero):
+        pairs = zip(zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat, strict=True)
+    else:
+        partitions = (own[dist.get_rank()] for own in zero.parallel_partitioned_bit16_groups)
+        pairs = zip(zero.single_partition_of_fp32_groups, partitions, strict=True)
+    shared = [master for master, own in pairs if _share(master, own)]
+    for group in () if is_stage_three(zero) else zero.bit16_groups:
+        for parameter in group:
+            mapping = parameter._hp_mapping
+            if mapping is not None and shared:
+                flat, at = zero.single_partition_of_fp32_groups[mapping.param_group_index], mapping.hp_fragment_address
+                mapping.hp_fragment = flat.narrow(0, at.start, at.numel)
+
+
+def _share(master: Tensor, own: Tensor) -> bool:
+    same = master.dtype == own.dtype and master.device == own.device
+    if same:
+        master.data = own.data
+    return same
+
+
 def spread_loaded(prepared: Prepared) -> None:
     """After partitions were written: bring what forwards read up to date with them. Collective."""
     zero = prepared.wrapped.optimizer
-    if not hasattr(zero, "fp32_partitioned_groups_flat"):
+    if not is_stage_three(zero):
         zero.update_lp_params()
         return
     zero._partition_all_parameters()
@@ -73,7 +102,7 @@ def spread_loaded(prepared: Prepared) -> None:
 
 
 def _range_of(zero: Any, parameter: Any, rank: int) -> _Range:
-    if hasattr(zero, "fp32_partitioned_groups_flat"):
+    if is_stage_three(zero):
         group, place, _ = zero.grad_position[zero.get_param_id(parameter)]
         return _equal_range(parameter, zero.fp32_partitioned_groups_flat[group], place, rank)
     mapping = parameter._hp_mapping

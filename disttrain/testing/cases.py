@@ -15,7 +15,7 @@ MODELS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "gpt": {
             "target": "gpt",
-            "args": {"layers": 2, "width": 32, "heads": 4, "kv_heads": 2, "context": 8, "vocab": 11},
+            "args": {"layers": 2, "width": 32, "heads": 4, "kv_heads": 2, "context": 8, "vocab": 12},
         },
         "tied-frozen": {"target": f"{_HOME}:TiedFrozen"},
         "unused": {"target": f"{_HOME}:Unused"},

@@ -1,6 +1,6 @@
 """Three models that are small and awkward, ragged data for them, and the objective: plain PyTorch throughout.
 
-All read token ids [batch, time] and give logits [batch, time, VOCAB]. `tp_plan` says what tensor parallel may cut in two.
+All read token ids [batch, time] and give logits [batch, time, VOCAB]. `tp_plan` is what may be cut in two.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from contract.engine_runs import QUIET, STRATEGIES, train_all, train_one, worst
-from contract.test_user_models import SOURCE, YAML, expected
+from contract.test_user_models import SOURCE, YAML, expected, user_module
 from torch.profiler import ProfilerActivity, profile
 from world import run_world
 
@@ -64,6 +64,37 @@ def test_checkpoints_go_in_and_out_of_offload(awkward: Path) -> None:
     ]
     plain = expected("Awkward", torch.float32, sometimes=False)
     assert worst(run_world(2, train_in_turn, awkward, turns)[0], plain["losses"]) < 1e-5
+
+
+SKIPPED = 3
+
+
+def weightless_at_times(model: Any, batch: Any, context: Any) -> Any:
+    """The user's loss, one step of which has a gradient and no weight."""
+    total, weight = user_module().token_loss(model, batch)
+    return total, weight * (context.step != SKIPPED)
+
+
+def train_with_a_skip(config: Path, cases: dict[str, list[str]]) -> dict[str, dict[str, Any]]:
+    found = {}
+    for name, overrides in cases.items():
+        where = [f"run.dir={config.parent / 'runs'}", f"run.name={name}"]
+        with disttrain.Engine(config, [*QUIET, *overrides, *where]) as engine:
+            engine.prepare("model")
+            found[name] = train_one(engine, weightless_at_times)
+    return found
+
+
+def test_a_skipped_step_leaves_nothing_behind(awkward: Path) -> None:
+    cases = {name: [*STRATEGIES[name], *STEADY] for name in ("ddp", "zero1", "zero2", "zero3")}
+    cases |= {f"{name}-offload": [*STRATEGIES[name], *OFFLOAD, *STEADY] for name in ("zero1", "zero2", "zero3")}
+    found = run_world(2, train_with_a_skip, awkward, cases)[0]
+    plain = found.pop("ddp")
+    assert plain["losses"][SKIPPED] == 0.0 and plain["norms"][SKIPPED] is None
+    for name, run in found.items():
+        assert worst(run["losses"], plain["losses"]) < 1e-5, name
+        kept = [step for step in range(len(plain["norms"])) if step != SKIPPED]
+        assert worst([run["norms"][k] for k in kept], [plain["norms"][k] for k in kept]) < 1e-5, name
 
 
 GPT = """

@@ -115,7 +115,7 @@ def assert_equal(found: dict[str, Any], plain: dict[str, Any], precision: str, c
 
 CASES = [
     (2, "tied", {"two/fp32": TWO, "two/fp64": TWO, "loss/fp64": [*TWO, LOSS], "time/fp64": [*TWO, SEQUENCE]}),
-    (2, "untied", {"all/fp32": [*TWO, SEQUENCE, LOSS]}),
+    (2, "untied", {"all/fp32": [*TWO, SEQUENCE, LOSS], "again/fp64": [*TWO, SEQUENCE, "memory.recompute=full"]}),
     (2, "dropped", {"two/fp64": TWO, "time/fp64": [*TWO, SEQUENCE]}),
     (4, "tied", {"shard/fp32": TWO, "shard/fp64": TWO, "replicate/fp64": [*TWO, "mesh.replicate=2"]}),
     (4, "untied", {"all/fp64": [*TWO, SEQUENCE, LOSS, "strategy.fsdp.offload=true", "strategy.fsdp.reduce=every"]}),

@@ -20,7 +20,8 @@ from disttrain.runtime import plan_mesh
 
 @dataclass(frozen=True)
 class Case:
-    """One run to compare. `overrides` come after the user's own; `micro_batch` and `global_batch` are in samples.
+    """One run to compare. `overrides` come after the user's own; `micro_batch` and `global_batch` are in samples;
+    `parts` is how many parts of the data its mesh has.
 
     `refused` tells why the config itself cannot be honoured: such a case is not run.
     """
@@ -29,6 +30,7 @@ class Case:
     overrides: tuple[str, ...]
     world_size: int
     micro_batch: int
+    parts: int = 1
     refused: str | None = None
 
     @property
@@ -147,5 +149,5 @@ def _sized(
         except ConfigError:
             continue
         size = config.data.micro_batch if config.data is not None and isinstance(config.data.micro_batch, int) else None
-        found.append(Case(name, given, world_size, min(size or -(-global_batch // parts), global_batch)))
+        found.append(Case(name, given, world_size, min(size or -(-global_batch // parts), global_batch), parts))
     return found

@@ -80,7 +80,7 @@ class _Proof:
         default = not (asked.strategies or asked.cases or asked.micro_batches)
         uneven = uneven_micro_batch(self._own.data.global_batch, base) if default else None
         sizes = dict.fromkeys(
-            [base, *filter(None, [uneven]), *(case.micro_batch for case in cases if not case.refused)]
+            [base, *filter(None, [uneven]), *(self._seen_by(case) for case in cases if not case.refused)]
         )
         pairs = [Pair(Row("one process", 1, size, ()), reference_key(size), (), base) for size in sizes if size != base]
         pairs += [self._case(number, case) for number, case in enumerate(cases)]
@@ -115,7 +115,13 @@ class _Proof:
                 0, f"it needs {case.world_size} GPUs, this machine has {gpus}; run.device=cpu runs it on CPUs"
             )
             row = replace(row, verdict="skipped", error=error)
-        return Pair(row, f"case-{number}", case.overrides, case.micro_batch)
+        return Pair(row, f"case-{number}", case.overrides, self._seen_by(case))
+
+    def _seen_by(self, case: Case) -> int:
+        """The micro-batch of one process that sees what this case sees: batch norm over all ranks sees all theirs."""
+        assert self._own.data is not None and isinstance(self._own.data.global_batch, int)
+        synchronized = self._own.model is not None and self._own.model.sync_batch_norm
+        return min(case.micro_batch * (case.parts if synchronized else 1), self._own.data.global_batch)
 
     def _run_all(self, sizes: Sequence[int], base: int, pairs: Sequence[Pair]) -> Recorded:
         """References, then the cases of a world of one in the same process, then larger worlds. Returns the base's."""

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from disttrain.errors import LaunchError
-from disttrain.runtime import Launch, read_launch
+from disttrain.runtime import Launch, environment, read_launch
 from disttrain.runtime.environment import (
     accelerate_variables,
     cpu_quota,
@@ -146,7 +146,7 @@ def test_every_launcher_is_known(environ: dict[str, str], expected: Launch) -> N
         ({**SRUN, "SLURM_STEP_NUM_TASKS": "many"}, "SLURM_STEP_NUM_TASKS is to be a whole number"),
         # MULTI_CPU, or no type, with num_processes: 2: accelerate exports where to meet, and starts one
         ({**ACCELERATE_ONE, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}, "to start several processes"),
-        ({**SRUN, **ACCELERATE_ONE, "MASTER_ADDR": "127.0.0.1"}, "found: one process, which knows of no other"),
+        ({**SRUN, **ACCELERATE_ONE, "MASTER_ADDR": "127.0.0.1"}, "found: a world of 1: for distributed_type MULTI_CPU"),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE=2: so many processes were started together"),
         ({"PMI_SIZE": "3"}, "found: this one by plain python, in a world of one"),
         ({"MV2_COMM_WORLD_SIZE": "4"}, "MV2_COMM_WORLD_SIZE=4"),
@@ -161,6 +161,31 @@ def test_an_environment_that_contradicts_itself_is_refused(environ: dict[str, st
         read_launch(environ)
     assert said in str(refused.value)
     assert "to do: " in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("environ", "asked", "refused"),
+    [
+        ({**ELASTIC, "ACCELERATE_MIXED_PRECISION": "no"}, 8, False),
+        # nine over two machines: accelerate starts four on each
+        ({**ELASTIC, "ACCELERATE_MIXED_PRECISION": "no"}, 9, True),
+        ({**ELASTIC, "ACCELERATE_MIXED_PRECISION": "no"}, None, False),
+        (ACCELERATE_ONE, 1, False),
+        (ACCELERATE_ONE, 2, True),
+        # exported by a batch script, not by accelerate
+        ({**ACCELERATE_ONE, "MASTER_ADDR": "head"}, 1, False),
+        (ELASTIC, 9, False),
+    ],
+)
+def test_fewer_processes_than_accelerate_was_asked_for(
+    environ: dict[str, str], asked: int | None, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "asked_processes", lambda environ: asked)
+    if not refused:
+        assert read_launch(environ).world_size == int(environ.get("WORLD_SIZE", 1))
+        return
+    with pytest.raises(LaunchError, match="found: a world of"):
+        read_launch(environ)
 
 
 def test_what_accelerate_hands_on_is_read_under_its_launch_alone() -> None:
