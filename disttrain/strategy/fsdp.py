@@ -146,13 +146,6 @@ class FSDP(AbstractStrategy):
         equip(prepared, ingredients, name_parameters(model, ingredients.objective))
         prepared.wrapped = _Sharded(tensor, every=reduces_every(model, self.options, self.world))
         gather_around_methods(model)
-        if self._policy().reduce_dtype is not None:
-            for _, block in blocks:
-                # Torch 2.13 converts the gradients of an accumulation in all blocks, those that no forward reaches too,
-                # and fails where one was never gathered.
-                assert isinstance(block, FSDPModule)
-                block.unshard()
-                block.reshard()
         for name, block in blocks:
             # Blocks are gathered when they are called: a rank that calls another one would get a mixture of both.
             block.register_forward_pre_hook(lambda module, args, name=name: prepared.trail.note(name))
@@ -165,45 +158,6 @@ class FSDP(AbstractStrategy):
         tensor.cut(model)
         return tensor
 
-<<<<<<< HEAD
-=======
-    def _shard(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
-        """Shard in place; returns the blocks that became groups of their own."""
-        for parameter in model.parameters():
-            # FSDP2 refuses other layouts (channels_last, a transposed tensor), which change no value.
-            parameter.data = parameter.data.contiguous()
-        uncut = {parameter for parameter in model.parameters() if parameter.dim() == 0 or parameter.numel() == 0}
-        blocks = choose_blocks(model, self.options.blocks)
-        shard = partial(fully_shard, mesh=self._mesh, mp_policy=self._policy(), offload_policy=self._offload())
-        for _, block in blocks:
-            ignored = uncut & set(block.parameters())
-            shard(block, reshard_after_forward=self.options.reshard, ignored_params=ignored or None)
-        root = shard(model, reshard_after_forward=False, ignored_params=uncut or None)
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                # Not recursive (torch 2.13): missed on one module, the norm is 5-7 % wrong and AdamW hides it.
-                module.set_gradient_divide_factor(1.0)
-                # Else the factor becomes a PREMUL_SUM, which gloo does not know.
-                module.set_force_sum_reduction_for_comms(True)
-        if hasattr(root, "set_reduce_scatter_unused_params"):
-            root.set_reduce_scatter_unused_params(True)
-        self._prefetch([block for _, block in blocks])
-        _log.info("fsdp: %d block(s) sharded each on its own, the rest as one group", len(blocks))
-        return blocks
-
-    def _policy(self) -> MixedPrecisionPolicy:
-        """Parameters travel, and gradients are computed, in the type of matrix products; gradients are added up in
-        `precision.reduce`. Forwards run under autocast all the same, so that what it keeps wide stays wide."""
-        reduce = DTYPES[self.world.precision.reduce]
-        # Unsaid where gradients have that type: torch 2.13 then looks for none in blocks that no forward has reached.
-        same = reduce == (self.world.autocast or self.world.dtype)
-        return MixedPrecisionPolicy(self.world.autocast, None if same else reduce)
-
-    def _offload(self) -> OffloadPolicy:
-        pinned = self.world.device.type == "cuda"
-        return CPUOffloadPolicy(pin_memory=pinned) if self.options.offload else OffloadPolicy()
-
->>>>>>> optim
     def _home(self, tensor: Tensor) -> torch.device:
         """Where a parameter or buffer lives between steps."""
         return torch.device("cpu") if self.options.offload and isinstance(tensor, DTensor) else self.world.device

@@ -189,20 +189,12 @@ def test_every_case_equals_a_plain_loop_in_every_strategy(size: int, tmp_path: P
             assert float((found - value).norm()) < 1e-4 * float(value.norm()) + 1e-7, f"{key} {name}"
 
 
-def train_mixed(folder: Path) -> tuple[str, list[float]]:
-    mixed = ["precision.compute=bf16"]
-    try:
-        train(folder, ["fsdp"], *mixed, names=["idle"])
-        told = "nothing raised"
-    except ConfigError as error:
-        told = str(error)
-    every = train(folder / "every", ["fsdp"], *mixed, "strategy.fsdp.reduce=every", names=["idle"])
-    return told, every["fsdp idle"]["losses"]
+def train_mixed(folder: Path) -> list[float]:
+    return train(folder, ["fsdp"], "precision.compute=bf16", names=["idle"])["fsdp idle"]["losses"]
 
 
-def test_what_torch_cannot_accumulate_in_bf16_is_told_with_what_can(tmp_path: Path) -> None:
-    told, losses = run_world(2, train_mixed, tmp_path)[0]
-    assert "strategy.fsdp.reduce=every" in told
+def test_what_is_never_reached_in_an_accumulation_does_not_hinder_bf16(tmp_path: Path) -> None:
+    losses = run_world(2, train_mixed, tmp_path)[0]
     # bfloat16 keeps 8 bits: 4e-3 a rounding, and losses of order one are sums of a few
     assert worst(losses, plain(CASES["idle"])["losses"]) < 1e-2
 
