@@ -47,7 +47,9 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, options: FSDPOptions, world:
                 )
     # Parameters travel, and gradients are computed, in the type of matrix products. Forwards run under autocast all the
     # same, so that what it keeps wide stays wide.
-    policy = MixedPrecisionPolicy(world.autocast, reduced)
+    # Where gradients have the type of reductions it stays unsaid: torch 2.13 would accumulate them in a copy.
+    same = reduced == (world.autocast or world.dtype)
+    policy = MixedPrecisionPolicy(world.autocast, None if same else reduced)
     shard = partial(fully_shard, mesh=mesh, offload_policy=offload, mp_policy=policy)
     for _, block in blocks:
         ignored = uncut & set(block.parameters())
