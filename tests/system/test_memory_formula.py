@@ -1,13 +1,14 @@
-"""Memory per rank on real processes is what the formula says, within 5 %. The small model here; docs/memory.md has more."""
+"""Memory per rank on real processes is what the formula says, within 5 %; docs/memory.md has larger models."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
+from world import run_world
+
 from benchmarks import memory
 from benchmarks.memory_trace import MemoryTrace
-from world import run_world
 
 CASES: dict[str, dict[str, Any]] = {
     "ddp": {"strategy": {"name": "ddp"}},
