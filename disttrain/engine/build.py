@@ -159,7 +159,8 @@ def objective_of(config: Config) -> Objective:
 
 
 def build_callable(target: Target, section: str, folder: Path | None, *, takes: int = 2) -> Any:
-    """The part itself from a class or a factory `target(**args)`, or a plain function of `takes` arguments as it is.
+    """The part itself from a class or a factory `target(**args)`, or a plain function of `takes` arguments (and
+    `context`) as it is.
 
     A function that can be called with its `args` alone is a factory; one that still wants `takes` more is the part.
     """
@@ -167,7 +168,8 @@ def build_callable(target: Target, section: str, folder: Path | None, *, takes: 
     if not isinstance(found, type):
         try:
             signature = inspect.signature(found)
-            signature.bind(*[None] * takes, **target.args)
+            known = {"context": None} if "context" in signature.parameters and "context" not in target.args else {}
+            signature.bind(*[None] * takes, **known, **target.args)
         except (TypeError, ValueError):
             return build_target(target, section=section, folder=folder)
         try:

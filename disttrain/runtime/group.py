@@ -26,6 +26,7 @@ T = TypeVar("T")
 _FAILURE, _KNOWN_TO = "first_failure", "failure_known_to"
 _STAY_S = 5.0
 """How long rank 0, where it keeps the store, waits for the others to read the first cause before it takes it along."""
+_stores: dict[str, Store] = {}
 _worlds = itertools.count()
 """How many groups this process has started: a launcher's store outlives a group, so each gets a prefix of its own."""
 
@@ -151,12 +152,19 @@ class Group:
 
 
 def _rendezvous(launch: Launch, timeout: timedelta) -> Store:
-    """Where the ranks meet: the launcher's store, SLURM's first node, or this process alone."""
+    """Where the ranks meet: the launcher's store, SLURM's first node, or this process alone.
+
+    One for all of this process's worlds: where rank 0 keeps it, a rank that came early to a second one would meet the
+    first, about to close.
+    """
     if launch.world_size == 1 and launch.master_port == 0:
         return HashStore()
-    address = f"tcp://{launch.master_addr}:{launch.master_port}" if launch.launcher == "srun" else "env://"
-    store: Store = next(rendezvous(address, launch.rank, launch.world_size, timeout=timeout))[0]
-    return store
+    address = f"tcp://{launch.master_addr}:{launch.master_port}"
+    if address not in _stores:
+        way = address if launch.launcher == "srun" else "env://"
+        _stores[address] = next(rendezvous(way, launch.rank, launch.world_size, timeout=timeout))[0]
+    _stores[address].set_timeout(timeout)
+    return _stores[address]
 
 
 class OtherRankError(DisttrainError):

@@ -12,7 +12,8 @@ from launched import PROJECT, column, launch, user_environment
 
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 SET_UP = ("bash launch/quickstart.sh", "bash launch/test.sh")
-ELSEWHERE = ("sbatch ", "accelerate launch ", "disttrain parity ")  # by test_slurm.py, test_accelerate.py, test_parity.py
+# Started by test_slurm.py, test_accelerate.py and test_parity.py.
+ELSEWHERE = ("sbatch ", "accelerate launch ", "disttrain parity ")
 # How a command is shortened, by the config it names: test_configs.py runs the small ones whole.
 SHORT = {
     "configs/quickstart.yaml": ("run.steps=3", "eval.at_end=false"),
