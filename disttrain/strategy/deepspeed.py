@@ -285,6 +285,8 @@ def _import_deepspeed(device: torch.device) -> Any:
             )
         ) from error
     importlib.import_module("deepspeed.utils.logging").logger.setLevel(logging.WARNING)
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 deprecates, at every step; nothing a user could mend.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     # No op is compiled at first use: the one that would be serves inference on a CPU only, takes a compiler, up to a
     # minute, and a lock file for whose removal every later run waits if a kill leaves it behind.
     vars(importlib.import_module("deepspeed.ops")).setdefault("__compatible_ops__", {})

@@ -109,13 +109,13 @@ def free_whole(model: nn.Module) -> None:
 
 
 def introduce(model: nn.Module) -> None:
-    """Gather and free each group once. Collective.
+    """Gather and free each group once whose gradients are added up in a type that is stated. Collective.
 
-    A block that no forward has called yet has no whole parameter, which torch 2.13 asks for at the end of a backward
-    without a reduction where gradients are added up in a type that is stated.
+    A block that no forward has called yet has no whole parameter, which torch 2.13 asks for then at the end of a
+    backward without a reduction.
     """
     for module in model.modules():
-        if isinstance(module, FSDPModule):
+        if isinstance(module, FSDPModule) and module._get_fsdp_state()._mp_policy.reduce_dtype is not None:
             module.unshard()
             module.reshard()
 

@@ -22,7 +22,7 @@ import disttrain
 LAYERS, WIDTH, HIDDEN, VOCAB = 3, 32, 128, 64
 BLOCK = 4 * WIDTH * WIDTH + 3 * WIDTH * HIDDEN + 2 * WIDTH
 ROOT = VOCAB * WIDTH + WIDTH
-TENSORS = 6 * LAYERS + 2
+TENSORS = 9 * LAYERS + 2
 
 CONFIG: dict[str, Any] = {
     "run": {"steps": 6},

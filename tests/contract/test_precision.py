@@ -222,8 +222,9 @@ def test_bf16_stays_near_float32(size: int, tmp_path: Path) -> None:
     names = [name for name in strategies_at(size) if not name.startswith("zero")]
     cases = {f"{name}/{kind}": [*STRATEGIES[name], *more] for name in names for kind, more in KINDS.items()}
     for name, found in run_world(size, train_cases, tmp_path, cases, squares, 8)[0].items():
-        # Pure: parameters and momentum are rounded too, step after step.
-        drift = STEPS**0.5 if name.endswith("pure") else 1.0
+        # Pure: parameters and momentum are rounded too, step after step. Weights that travel as bf16 and what enters a
+        # block are roundings of their own under fsdp: three at worst where autocast has one (testing/verdict.py).
+        drift = STEPS**0.5 if name.endswith("pure") else 3.0 if name.startswith("fsdp") else 1.0
         assert worst(found["losses"], losses) < drift * LOSS_BOUND, name
         assert worst(found["norms"], norms) < drift * NORM_BOUND, name
 

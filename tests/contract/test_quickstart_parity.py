@@ -1,6 +1,7 @@
 """The quick start under every strategy, at 1 to 4 ranks, equals a plain loop over a decoder written out by hand.
 
-float32 within 2e-5 relative, float64 within 1e-9: what is left is the order of sums.
+float32 within 2e-5 relative, float64 within 1e-9: what is left is the order of sums. AdamW turns the rounding of a byte
+that is hardly ever seen into steps, so where the plain loop itself is further from its own float64, that is the bound.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from contract.engine_runs import STRATEGIES, strategies_at, train_all, worst
+from contract.engine_runs import STRATEGIES, strategies_at, train_all
 from plain import cosine_rates, plain_loop
 from plain_gpt import PlainGPT, next_token_loss
 from world import run_world
@@ -80,13 +81,13 @@ def test_equals_a_plain_loop(size: int, fp64: bool, text: Path, tmp_path: Path) 
     dtype, bound = (torch.float64, 1e-9) if fp64 else (torch.float32, 2e-5)
     first = found[0][f"{strategies_at(size)[0]}/one"]["first"]
     dataset = ByteText(str(text), 32, "train")
-    expected = {
-        "one": reference(dataset, first, clip=0.5, dtype=dtype),
-        "three": reference(dataset, first, clip=None, dtype=dtype),
-    }
+    clips = {"one": 0.5, "three": None}
+    expected = {key: reference(dataset, first, clip=clip, dtype=dtype) for key, clip in clips.items()}
+    exact = expected if fp64 else {k: reference(dataset, first, clip=c, dtype=torch.float64) for k, c in clips.items()}
     for name, run in found[0].items():
-        losses, norms = expected[name.split("/")[1]]
+        key = name.split("/")[1]
         assert all((run["first"][key] == value).all() for key, value in first.items()), f"{name}: other initial weights"
-        assert worst(run["losses"], losses) < bound, name
-        assert worst(run["norms"], norms) < bound, name
+        for measure, plain, wide in zip(("losses", "norms"), expected[key], exact[key], strict=True):
+            for step, (found_, a, b) in enumerate(zip(run[measure], plain, wide, strict=True)):
+                assert abs(found_ - a) <= max(bound * abs(a), 2 * abs(a - b)), (name, measure, step)
         assert all(rank[name]["losses"] == run["losses"] for rank in found), f"{name}: ranks report different losses"
