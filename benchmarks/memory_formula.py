@@ -177,20 +177,20 @@ def fsdp(
 def zero(model: Shapes, *, stage: int, ranks: int, bucket: int, states: int = 2, gloo: bool = True) -> Peak:
     """Flat partitions; `bucket` is in elements.
 
-    Stages 1 and 2 (deepspeed/runtime/zero/stage_1_and_2.py, fp32): all parameters flat, a master copy of this rank's
-    partition though the dtype is the same, its optimizer state. Stage 1 keeps every gradient until the backward's end,
-    stage 2 those that lie in this partition, in whole. Gradients go through a bucket and, while it is reduced, a flat
-    copy of it. The step flattens the partition's gradients once more, then gathers all parameters in place, of which
-    gloo makes a flat copy (torch/csrc/distributed/c10d/ProcessGroupGloo.cpp, AllgatherWork; NCCL does not).
-    Stage 3 (stage3.py): partitions of parameters, masters (a clone, where the device is compared as another name),
-    optimizer state and gradients, a bucket always; whole modules while they compute; the step flattens the gradients
-    once more.
+    Stages 1 and 2 (deepspeed/runtime/zero/stage_1_and_2.py, fp32): all parameters flat, of which this rank's partition
+    is its masters too (`share_masters`; DeepSpeed alone would clone it), and its optimizer state. Stage 1 keeps every
+    gradient until the backward's end, stage 2 those that lie in this partition, in whole. Gradients go through a bucket
+    and, while it is reduced, a flat copy of it. The step flattens the partition's gradients once more, then gathers all
+    parameters in place, of which gloo makes a flat copy (torch/csrc/distributed/c10d/ProcessGroupGloo.cpp,
+    AllgatherWork; NCCL does not).
+    Stage 3 (stage3.py): partitions of parameters, which are the masters, optimizer state and gradients, a bucket
+    always; whole modules while they compute; the step flattens the gradients once more.
     """
     size = model.numel()
     part = size / ranks
     if stage == 3:
         return worst(
-            {"parameters": part, "masters": part, "optimizer": states * part, "gradients": part, "bucket": bucket},
+            {"parameters": part, "optimizer": states * part, "gradients": part, "bucket": bucket},
             {
                 "end of backward": {"table whole": _head(model), "gradients in the making": _making(model)},
                 "step": {"gradients, flat": part},
@@ -204,7 +204,7 @@ def zero(model: Shapes, *, stage: int, ranks: int, bucket: int, states: int = 2,
     }
     if stage == 2:
         moments["end of backward"] = {"gradients": held, "bucket": bucket, "in the making": _making(model)}
-    return worst({"parameters": size, "masters": part, "optimizer": states * part}, moments)
+    return worst({"parameters": size, "optimizer": states * part}, moments)
 
 
 def _in_partition(model: Shapes, ranks: int) -> int:

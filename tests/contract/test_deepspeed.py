@@ -31,7 +31,7 @@ def awkward(tmp_path: Path) -> Path:
     return tmp_path / "awkward.yaml"
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", [1, 3, *(pytest.param(size, marks=pytest.mark.slow) for size in (2, 4))])
 def test_offload_on_a_cpu_equals_a_plain_loop(size: int, awkward: Path) -> None:
     steady = STEADY if size > 1 else []
     cases = {name: [*STRATEGIES[name], *OFFLOAD, *steady] for name in ("zero1", "zero2")}

@@ -74,7 +74,7 @@ def reference(
     return plain_loop(model, torch.optim.AdamW(groups, lr=PEAK), steps, next_token_loss, rates=rates, clip=clip)
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", [1, 2, *(pytest.param(size, marks=pytest.mark.slow) for size in (3, 4))])
 @pytest.mark.parametrize("fp64", [False, True], ids=["fp32", "fp64"])
 def test_equals_a_plain_loop(size: int, fp64: bool, text: Path, tmp_path: Path) -> None:
     found = run_world(size, train_all, CONFIG, tmp_path, cases(text, size, fp64=fp64))

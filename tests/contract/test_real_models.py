@@ -175,7 +175,7 @@ def train(folder: Path, strategies: list[str], *overrides: str, names: Sequence[
     return found
 
 
-@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("size", [3, pytest.param(1, marks=pytest.mark.slow)])
 def test_every_case_equals_a_plain_loop_in_every_strategy(size: int, tmp_path: Path) -> None:
     expected = {name: plain(case) for name, case in CASES.items()}
     strategies = strategies_at(size) if size > 1 else ["none", "fsdp", "zero3"]

@@ -99,7 +99,7 @@ def by_sgd() -> dict[str, Any]:
     )
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("size", [2, *(pytest.param(size, marks=pytest.mark.slow) for size in (1, 3))])
 def test_each_trains_what_it_matches_under_one_clipping_and_one_schedule(size: int, tmp_path: Path) -> None:
     cases = {name: STRATEGIES[name] for name in strategies_at(size)}
     plain = by_sgd()

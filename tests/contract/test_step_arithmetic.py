@@ -68,7 +68,7 @@ def reference(micro_batch: int, *, clip: float | None, dropout: float) -> tuple[
     return plain_loop(model, optimizer, steps, user.token_loss, clip=clip, seeds=seeds)
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", [1, 3, *(pytest.param(size, marks=pytest.mark.slow) for size in (2, 4))])
 def test_ragged_weights_and_dropout(size: int, config: Path) -> None:
     third = -(-BATCH // (3 * size))  # three rounds of accumulation, the last one uneven
     cases, plain = {}, {}
@@ -121,7 +121,7 @@ def plain_terms(micro_batch: int) -> tuple[list[float], list[float]]:
     return plain_loop(model, optimizer, whole, loss, clip=0.4)
 
 
-@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("size", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_terms_have_their_own_denominators(size: int, config: Path) -> None:
     losses, norms = plain_terms(3)
     for name in strategies_at(size):

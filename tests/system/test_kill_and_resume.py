@@ -87,7 +87,7 @@ def killed(size: int, overrides: list[str], kill: str) -> None:
 KILLS = ["1:2:forward", "0:7:forward", "1:9:forward", "0:8:saving", "1:4:saving"]
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "zero2", "zero3"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp", pytest.param("zero2", marks=pytest.mark.slow), "zero3"])
 def test_goes_on_bit_equal_at_two_ranks(name: str, folder: Path) -> None:
     overrides = STRATEGIES[name]
     expected = uninterrupted(2, overrides)
@@ -109,7 +109,7 @@ def test_goes_on_bit_equal_alone(folder: Path) -> None:
         shutil.rmtree("runs")
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "zero3"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_goes_on_at_three_ranks(name: str, folder: Path) -> None:
     overrides = STRATEGIES[name]
     expected = uninterrupted(3, overrides)
@@ -127,7 +127,7 @@ SEGMENTS = {
 }
 
 
-@pytest.mark.parametrize("compute", ["fp32", "fp64"])
+@pytest.mark.parametrize("compute", ["fp32", pytest.param("fp64", marks=pytest.mark.slow)])
 def test_goes_on_under_other_strategies_at_other_sizes(compute: str, folder: Path) -> None:
     """Each segment is killed a few steps after a checkpoint of its own; the next takes over from there."""
     common = ["run.steps=20", f"precision.compute={compute}"]

@@ -73,10 +73,10 @@ def test_one_process_tells_averages_dropout_and_a_clip_apart(folder: Path) -> No
     assert named(case) == ["clip"]
     # AdamW's first step is the same whatever its gradient is multiplied by.
     assert (case["first_step"], case["first_in"]) == (2, "parameters")
-    assert case["loss"] > 1e-5
     assert {one["name"] for one in case["tensors"]} == {"first.weight", "first.bias", "last.weight", "last.bias"}
 
 
+@pytest.mark.slow
 def test_batch_norm_is_named(folder: Path) -> None:
     asked = ("--steps", "2", "--strategies", "ddp", "--world-sizes", "2", "--micro-batches", "4,6")
     _, cases = parity(folder, "mine.yaml", "model.args.norm=true", "optim.clip_norm=null", *asked, expect=6)
@@ -97,6 +97,7 @@ def test_an_optimizer_that_looks_at_whole_parameters_is_named(folder: Path) -> N
     assert [named(case) for case in cases] == [[], ["optimizer"], ["optimizer"]]
 
 
+@pytest.mark.slow
 def test_a_case_that_dies_or_hangs_hides_no_other(folder: Path) -> None:
     kinds = ("ends", "hangs", "raises")
     cases_asked = [one for kind in kinds for one in ("--case", f"strategy.name=ddp objective.args.how={kind}")]
