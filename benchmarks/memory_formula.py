@@ -179,10 +179,10 @@ def zero(model: Shapes, *, stage: int, ranks: int, bucket: int, states: int = 2,
 
     Stages 1 and 2 (deepspeed/runtime/zero/stage_1_and_2.py, fp32): all parameters flat, of which this rank's partition
     is its masters too (`share_masters`; DeepSpeed alone would clone it), and its optimizer state. Stage 1 keeps every
-    gradient until the backward's end, stage 2 those that lie in this partition, in whole. Gradients go through a bucket
-    and, while it is reduced, a flat copy of it. The step flattens the partition's gradients once more, then gathers all
-    parameters in place, of which gloo makes a flat copy (torch/csrc/distributed/c10d/ProcessGroupGloo.cpp,
-    AllgatherWork; NCCL does not).
+    gradient until the backward's end, the tied table's last sum among them; stage 2 those that lie in this partition,
+    in whole, of what was reduced before. Gradients go through a bucket, which stage 2 copies while it is reduced. The
+    step flattens the partition's gradients once more, then gathers all parameters in place, of which gloo makes a flat
+    copy (torch/csrc/distributed/c10d/ProcessGroupGloo.cpp, AllgatherWork; NCCL does not).
     Stage 3 (stage3.py): partitions of parameters, which are the masters, optimizer state and gradients, a bucket
     always; whole modules while they compute; the step flattens the gradients once more.
     """
@@ -196,14 +196,20 @@ def zero(model: Shapes, *, stage: int, ranks: int, bucket: int, states: int = 2,
                 "step": {"gradients, flat": part},
             },
         )
-    held = size if stage == 1 else _in_partition(model, ranks)
-    moments: dict[str, dict[str, float]] = {
-        "bucket reduced": {"gradients": held, "bucket": bucket, "bucket's copy": bucket},
-        "step": {"gradients": held if stage == 2 else part, "gradients, flat": part},
-        "gather after the step": {"gloo's copy": size if gloo else 0},
-    }
-    if stage == 2:
-        moments["end of backward"] = {"gradients": held, "bucket": bucket, "in the making": _making(model)}
+    moments: dict[str, dict[str, float]] = {"gather after the step": {"gloo's copy": size if gloo else 0}}
+    if stage == 1:
+        moments["end of backward"] = {
+            "gradients": size,
+            "bucket": bucket,
+            "in the making": _making(model) - _head(model),
+        }
+        moments["step"] = {"gradients, flat": 2 * part}
+    else:
+        held, copy = _in_partition(model, ranks), min(bucket, size)
+        kept = held * (1 - copy / size)
+        moments["last bucket reduced"] = {"gradients": kept, "bucket": bucket, "bucket's copy": copy}
+        moments["end of backward"] = {"gradients": kept, "bucket": bucket, "in the making": _making(model)}
+        moments["step"] = {"gradients": held, "gradients, flat": part}
     return worst({"parameters": size, "optimizer": states * part}, moments)
 
 
