@@ -218,8 +218,10 @@ def test_what_is_not_done_here_is_refused_by_name(
     faults = {fault.key: str(fault) for fault in refused(tmp_path, **more).faults}
     for key, said in expected.items():
         assert key in faults and said in faults[key], faults
-    assert set(faults) <= {*expected}
-    assert all(str(tmp_path / "accelerate.yaml") in text for text in faults.values())
+    # What the translation then asks of our own config may be refused there too, under our own keys.
+    theirs = {key for key in faults if not key.startswith(("strategy.", "data."))}
+    assert theirs <= {*expected}
+    assert all(str(tmp_path / "accelerate.yaml") in faults[key] for key in theirs)
 
 
 @pytest.mark.parametrize(
