@@ -10,8 +10,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
+from disttrain.config.faults import UnknownNameError
 from disttrain.config.section import Section
 from disttrain.config.strategies import DDPOptions, DeepSpeedOptions, FSDPOptions, NoneOptions, strategy_entry
 from disttrain.config.values import plain
@@ -145,6 +146,19 @@ class StrategyConfig(Section):
     ddp: DDPOptions = DDPOptions()
     fsdp: FSDPOptions = FSDPOptions()
     deepspeed: DeepSpeedOptions = DeepSpeedOptions()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plug_in_stated(cls, values: Any) -> Any:
+        """A plug-in's options are in the resolved config whole, as the built-in ones' are."""
+        name = values.get("name") if isinstance(values, Mapping) else None
+        if not isinstance(name, str) or name in cls.model_fields:
+            return values
+        try:
+            options = strategy_entry(name).options.model_validate(values.get(name) or {})
+        except (UnknownNameError, ValidationError):  # told by `validate`, with their lines
+            return values
+        return {**values, name: options.model_dump()}
 
     @property
     def options(self) -> BaseModel:

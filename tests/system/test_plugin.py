@@ -53,7 +53,10 @@ def test_docs_show_what_the_package_holds() -> None:
 
 def test_check_knows_its_options(environment: dict[str, str], folder: Path) -> None:
     done = launch(*COMMANDS[1].split(), timeout_s=60, cwd=folder, environment=environment)
-    assert "bucket_mb" in done.stdout
+    assert "bucket_mb: 4" in done.stdout
+    silent = "disttrain check configs/quickstart.yaml strategy.name=one_sum"
+    default = launch(*silent.split(), timeout_s=60, cwd=folder, environment=environment).stdout
+    assert "bucket_mb: 25.0" in default, "what is left out is stated"
     wrong = COMMANDS[1].replace("bucket_mb=", "bucket_mbs=")
     done = launch(*wrong.split(), timeout_s=60, cwd=folder, environment=environment, expect=2)
     assert "did you mean 'bucket_mb'?" in done.stderr
