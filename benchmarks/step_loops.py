@@ -150,7 +150,7 @@ def raw(strategy: str, tensors: int, steps: int, folder: str, clock: Clock) -> N
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.1, fused=True)
     schedule = LambdaLR(optimizer, factor)
-    Path(folder).mkdir()
+    Path(folder).mkdir(exist_ok=True)
     with Path(folder, f"{os.environ.get('RANK', 0)}.txt").open("w") as log:
         running = torch.zeros(())
         for step, (inputs, targets) in enumerate(_plain_batches(steps)):

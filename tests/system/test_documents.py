@@ -1,0 +1,46 @@
+"""The commands in docs/ that no other test starts: run here, shortened; every document's commands are accounted for."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from launched import PROJECT, column, launch
+
+# What starts a document's commands. Batteries and benchmarks are long: what they are made of runs here or there.
+STARTED_BY = {
+    "accelerate.md": "test_accelerate.py",
+    "parity.md": "test_parity.py",
+    "plugins.md": "test_plugin.py",
+    "configuration.md": "test_readme.py",
+    "contract.md": "../contract/test_strategies.py",
+    "hardware.md": "test_gpu.py",
+    "memory.md": "test_memory_formula.py",
+    "speed.md": "test_documents.py",
+    "strategies.md": "test_documents.py",
+}
+COMMAND = re.compile(r"^(?: {4})?((?:torchrun|python|accelerate|disttrain|pip|bash) .+)$", re.MULTILINE)
+SHORT = ("run.steps=2", "run.device=cpu", "eval.every=null", "eval.at_end=false", "report.every=1")
+
+
+def test_every_document_with_commands_has_a_test_that_starts_them() -> None:
+    found = {path.name for path in (PROJECT / "docs").glob("*.md") if COMMAND.search(path.read_text(encoding="utf-8"))}
+    assert found == set(STARTED_BY)
+    assert all((PROJECT / "tests" / "system" / test).exists() for test in STARTED_BY.values())
+
+
+def test_hybrid_shards_by_one_word(tmp_path: Path) -> None:
+    (command,) = COMMAND.findall((PROJECT / "docs" / "strategies.md").read_text(encoding="utf-8"))
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", *command.split()[1:]]
+    launch(*words, *SHORT, "report.progress=false", f"run.dir={tmp_path}", timeout_s=300)
+    assert len(column(tmp_path / "quickstart", "loss")) == 2
+
+
+@pytest.mark.parametrize("strategy", ["none", "ddp"])
+def test_the_step_benchmark_prints_a_table(strategy: str) -> None:
+    asked = ("--strategies", strategy, "--tensors", "12", "--rounds", "1", "--steps", "20")
+    done = launch(sys.executable, "benchmarks/step.py", *asked, timeout_s=300)
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert [row.split()[1] for row in rows[:4]] == ["loop", "raw", "Engine", "train"]
