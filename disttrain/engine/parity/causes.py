@@ -150,8 +150,6 @@ def _settings_of(overrides: Sequence[str]) -> list[Trial]:
 
 
 def _clips(own: Config, case: Config) -> list[Trial]:
-    if isinstance(own.optim, tuple):  # no one key says it: a case cannot be tried with another
-        return []
     if isinstance(own.optim, tuple):  # which of several says it, an override would have to know
         return []
     clip = own.clip_norm or None
