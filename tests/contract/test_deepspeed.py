@@ -142,8 +142,8 @@ def construction_peak(config: Path) -> tuple[int, int, int]:
 
 def test_a_model_that_says_how_is_never_whole_on_a_rank(tmp_path: Path) -> None:
     peak, whole, largest = run_world(4, construction_peak, gpt(tmp_path, layers=8, width=128))[0]
-    # Its own quarter, and of one tensor the drawn value, the copy that is cut, and its part; on a busy machine also what
-    # gloo's threads let go of last, which the profiler does not see.
+    # Its own quarter, and of one tensor the drawn value, the copy that is cut, and its part; on a busy machine also
+    # what gloo's threads let go of last, which the profiler does not see.
     assert whole / 4 < peak < whole / 2, (peak, whole, largest)
     assert 2.5 * largest < whole / 4
 
