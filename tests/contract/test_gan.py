@@ -75,7 +75,10 @@ def plain_gan(first: dict[str, Any]) -> tuple[list[float], dict[str, torch.Tenso
     return losses, {**generator.state_dict(), **{f"d.{key}": value for key, value in critic.state_dict().items()}}
 
 
-@pytest.mark.parametrize(("size", "micro_batch"), [(1, 8), pytest.param(2, 2, marks=pytest.mark.slow), (3, 2)])
+@pytest.mark.parametrize(
+    ("size", "micro_batch"),
+    [pytest.param(1, 8, marks=pytest.mark.slow), pytest.param(2, 2, marks=pytest.mark.slow), (3, 2)],
+)
 def test_equals_its_plain_loop(size: int, micro_batch: int, tmp_path: Path) -> None:
     for name in strategies_at(size):
         run = run_world(size, train_gan, tmp_path / name, STRATEGIES[name], micro_batch)[0]

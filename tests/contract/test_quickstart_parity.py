@@ -6,6 +6,7 @@ that is hardly ever seen into steps, so where the plain loop itself is further f
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def reference(
     return plain_loop(model, torch.optim.AdamW(groups, lr=PEAK), steps, next_token_loss, rates=rates, clip=clip)
 
 
-@pytest.mark.parametrize("size", [1, 2, *(pytest.param(size, marks=pytest.mark.slow) for size in (3, 4))])
+@pytest.mark.parametrize("size", [2, *(pytest.param(size, marks=pytest.mark.slow) for size in (1, 3, 4))])
 @pytest.mark.parametrize("fp64", [False, True], ids=["fp32", "fp64"])
 def test_equals_a_plain_loop(size: int, fp64: bool, text: Path, tmp_path: Path) -> None:
     found = run_world(size, train_all, CONFIG, tmp_path, cases(text, size, fp64=fp64))
@@ -83,11 +84,20 @@ def test_equals_a_plain_loop(size: int, fp64: bool, text: Path, tmp_path: Path) 
     dataset = ByteText(str(text), 32, "train")
     clips = {"one": 0.5, "three": None}
     expected = {key: reference(dataset, first, clip=clip, dtype=dtype) for key, clip in clips.items()}
-    exact = expected if fp64 else {k: reference(dataset, first, clip=c, dtype=torch.float64) for k, c in clips.items()}
+
+    @cache
+    def exact(key: str) -> tuple[list[float], list[float]]:
+        return reference(dataset, first, clip=clips[key], dtype=torch.float64)
+
     for name, run in found[0].items():
         key = name.split("/")[1]
         assert all((run["first"][key] == value).all() for key, value in first.items()), f"{name}: other initial weights"
-        for measure, plain, wide in zip(("losses", "norms"), expected[key], exact[key], strict=True):
-            for step, (found_, a, b) in enumerate(zip(run[measure], plain, wide, strict=True)):
-                assert abs(found_ - a) <= max(bound * abs(a), 2 * abs(a - b)), (name, measure, step)
+        for kind, measure in enumerate(("losses", "norms")):
+            for step, (ours, plain) in enumerate(zip(run[measure], expected[key][kind], strict=True)):
+                off = abs(ours - plain)
+                assert off <= bound * abs(plain) or off <= 2 * abs(plain - exact(key)[kind][step]), (
+                    name,
+                    measure,
+                    step,
+                )
         assert all(rank[name]["losses"] == run["losses"] for rank in found), f"{name}: ranks report different losses"

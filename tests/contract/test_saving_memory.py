@@ -133,7 +133,11 @@ COMPILED = {
 
 @pytest.mark.parametrize(
     ("size", "names"),
-    [(2, ["fsdp"]), pytest.param(1, ["none"], marks=pytest.mark.slow), pytest.param(2, ["ddp"], marks=pytest.mark.slow)]
+    [
+        pytest.param(2, ["fsdp"], marks=pytest.mark.slow),
+        pytest.param(1, ["none"], marks=pytest.mark.slow),
+        pytest.param(2, ["ddp"], marks=pytest.mark.slow),
+    ]
     + [pytest.param(2, [f"zero{stage}"], marks=pytest.mark.slow) for stage in (1, 2, 3)],
 )
 def test_compiled_blocks_give_the_same_numbers_with_dropout(size: int, names: list[str], tmp_path: Path) -> None:

@@ -56,6 +56,7 @@ def test_quick_start_is_all_equal_with_dropout_too(tmp_path: Path) -> None:
     assert found["reference"]["loss"][1] != found["reference"]["loss"][0] > 1.0
 
 
+@pytest.mark.slow
 def test_one_process_tells_averages_dropout_and_a_clip_apart(folder: Path) -> None:
     """Each by the default set in a world of one, which tries another micro-batch."""
     averaged = "objective.target=parity_models:averaged"
