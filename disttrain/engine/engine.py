@@ -31,8 +31,7 @@ from disttrain.errors import ConfigError, explain
 from disttrain.launch.accelerate import settle_strategy
 from disttrain.model.batch_norm import explaining_single_values, synchronized
 from disttrain.objective import Objective
-from disttrain.optim.build import check_step
-from disttrain.optim.named import MakeOptimizer, MakeSchedule, NamedParameter
+from disttrain.optim.build import users_optimizer, users_schedule
 from disttrain.optim.trials import refuse_closures
 from disttrain.resilience import Interrupts
 from disttrain.runtime.seeds import derive_seed, seed_all
@@ -124,8 +123,8 @@ class Engine:
             ingredients = Ingredients(
                 name,
                 make_model,
-                _plain(make_optimizer) if make_optimizer is not None else None,
-                _checked(make_schedule) if make_schedule is not None else None,
+                users_optimizer(make_optimizer) if make_optimizer is not None else None,
+                users_schedule(make_schedule) if make_schedule is not None else None,
                 self._adopt(name, objective),
             )
         if ingredients.make_optimizer is not None:
@@ -494,23 +493,3 @@ class Engine:
                 if other != name and prepared.named:
                     stack.enter_context(self.strategy.frozen(prepared))
             yield
-
-
-def _plain(make: Callable[[list[nn.Parameter]], Optimizer]) -> MakeOptimizer:
-    """A user's factory takes the bare list of trainable parameters."""
-
-    def build(named: Sequence[NamedParameter]) -> Optimizer:
-        optimizer = make([one.parameter for one in named])
-        check_step(type(optimizer), "make_optimizer's optimizer")
-        return optimizer
-
-    return build
-
-
-def _checked(make: Callable[[Optimizer], LRScheduler]) -> MakeSchedule:
-    def build(optimizer: Optimizer) -> LRScheduler:
-        schedule = make(optimizer)
-        check_step(type(schedule), "make_schedule's schedule")
-        return schedule
-
-    return build

@@ -136,6 +136,29 @@ def schedule_factory(make: Callable[..., Any], args: Mapping[str, Any], *, total
     return build
 
 
+def users_optimizer(make: Callable[[list[torch.nn.Parameter]], Optimizer]) -> MakeOptimizer:
+    """A script's own factory, which takes the bare list of trainable parameters. Raises ConfigError when it is called
+    for an optimizer that steps with arguments only."""
+
+    def build(named: Sequence[NamedParameter]) -> Optimizer:
+        optimizer = make([one.parameter for one in named])
+        check_step(type(optimizer), "make_optimizer's optimizer")
+        return optimizer
+
+    return build
+
+
+def users_schedule(make: Callable[[Optimizer], LRScheduler]) -> MakeSchedule:
+    """A script's own factory. Raises ConfigError when it is called for a schedule that steps with arguments only."""
+
+    def build(optimizer: Optimizer) -> LRScheduler:
+        schedule = make(optimizer)
+        check_step(type(schedule), "make_schedule's schedule")
+        return schedule
+
+    return build
+
+
 def _make(make: Callable[..., Any], first: Any, args: Mapping[str, Any], what: str, **chosen: bool) -> Any:
     try:
         return make(first, **args, **chosen)

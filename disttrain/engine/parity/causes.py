@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from disttrain.config import Config
+from disttrain.config.deepspeed_native import clip_left_out
 from disttrain.config.schema import OptimConfig
 from disttrain.engine.parity.compare import Difference
 
@@ -133,7 +134,7 @@ def _close(a: float, b: float) -> bool:
 
 def case_trials(overrides: Sequence[str], own: Config, case: Config, probe: Mapping[str, Any]) -> list[Trial]:
     """For a case that differs from the reference at its own micro-batch; those that need no world of several first."""
-    return [*_settings_of(overrides), *_clips(own, case), *_both_sides(own, case, probe)]
+    return [*_settings_of(overrides), *_clips(own), *_both_sides(own, case, probe)]
 
 
 def _settings_of(overrides: Sequence[str]) -> list[Trial]:
@@ -149,25 +150,14 @@ def _settings_of(overrides: Sequence[str]) -> list[Trial]:
     return trials
 
 
-def _clips(own: Config, case: Config) -> list[Trial]:
+def _clips(own: Config) -> list[Trial]:
     if isinstance(own.optim, tuple):  # which of several says it, an override would have to know
         return []
     clip = own.clip_norm or None
-    told = f"optim.clip_norm is {clip:g}" if clip else "optim.clip_norm is off"
-    trials = []
-    if case.strategy.name == "deepspeed" and clip != 1.0:
-        text = (
-            f"it clips at 1.0, DeepSpeed's own default, while {told}: set optim.clip_norm=1.0, or state "
-            f"gradient_clipping ({clip or 0.0:g}) in DeepSpeed's JSON"
-        )
-        shown = "equal to a reference that clips at 1.0"
-        trials.append(Trial(CLIP, text, shown, ("optim.clip_norm=1.0",), alone=True))
-    if clip:
-        text = f"it does not clip, while {told}"
-        trials.append(
-            Trial(CLIP, text, "equal to a reference that does not clip", ("optim.clip_norm=null",), alone=True)
-        )
-    return trials
+    if not clip:
+        return []
+    text = f"it does not clip, while optim.clip_norm is {clip:g}"
+    return [Trial(CLIP, text, "equal to a reference that does not clip", ("optim.clip_norm=null",), alone=True)]
 
 
 def clip_left_to_deepspeed(own: Config, case: Config) -> Trial | None:
@@ -175,8 +165,8 @@ def clip_left_to_deepspeed(own: Config, case: Config) -> Trial | None:
 
     The trial shows what that would have changed.
     """
-    native: Any = case.strategy.deepspeed.native if case.strategy.name == "deepspeed" else None
-    if not isinstance(native, Mapping) or native.get("gradient_clipping") not in (None, "auto"):
+    native: Any = getattr(case.strategy.options, "native", None)
+    if not isinstance(native, Mapping) or not clip_left_out(native):
         return None
     if own.optim is None or isinstance(own.optim, tuple) or own.clip_norm == 1.0:
         return None

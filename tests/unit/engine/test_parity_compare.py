@@ -176,12 +176,6 @@ def test_what_the_case_sets_is_suspected_first() -> None:
     ]
 
 
-def test_deepspeeds_own_clip_is_suspected_under_deepspeed_alone() -> None:
-    default = (causes.CLIP, ("optim.clip_norm=1.0",), True)
-    assert default in trials("strategy.name=deepspeed")
-    assert default not in trials("strategy.name=fsdp")
-
-
 def test_an_optimizer_is_tried_against_sgd_only_where_it_is_not_elementwise() -> None:
     swap = (causes.OPTIMIZER, ("optim.target=torch.optim.SGD", "optim.args.lr=0.1"), False)
     assert swap in trials("strategy.name=fsdp", elementwise=False)

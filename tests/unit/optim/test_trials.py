@@ -14,7 +14,7 @@ from disttrain.errors import ConfigError
 from disttrain.optim import optimizer_factory
 from disttrain.optim.named import MakeOptimizer
 from disttrain.optim.several import Part, SeveralFactory
-from disttrain.optim.trials import is_elementwise, is_exact_on_shards, refuse_closures
+from disttrain.optim.trials import is_elementwise, is_exact_on_shards, kind_of, refuse_closures
 
 
 def factory(make: Any, **args: Any) -> MakeOptimizer:
@@ -77,11 +77,14 @@ def test_those_that_need_a_closure_are_refused_by_name(make: Any) -> None:
 
 @pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Muon, torch.optim.Adafactor, NormedSGD])
 def test_those_that_only_take_one_are_not(make: Any) -> None:
-    refuse_closures(factory(make, lr=0.1), "optim.target")
+    assert kind_of(factory(make, lr=0.1)) is make, "it was tried"
+    refuse_closures(factory(make, lr=0.1), "optim.target")  # raises nothing
 
 
 def test_one_that_cannot_be_tried_is_trusted() -> None:
-    refuse_closures(lambda named: SAM([named[7].parameter], lr=0.1), "optim.target")
+    picky = lambda named: SAM([named[7].parameter], lr=0.1)  # noqa: E731
+    assert kind_of(picky) is None, "it could not be tried"
+    refuse_closures(picky, "optim.target")  # raises nothing
 
 
 class Masked(torch.optim.SGD):
