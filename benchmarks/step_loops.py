@@ -100,9 +100,9 @@ class Samples(torch.utils.data.Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         return self.inputs[index], self.targets[index]
 
-    def gather_batch(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+    def gather_batch(self, indices: Any) -> tuple[Tensor, Tensor]:
         """The batch of these samples."""
-        where = torch.tensor(indices)
+        where = torch.from_numpy(indices)
         return self.inputs[where], self.targets[where]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,16 +20,6 @@ from disttrain.data.plan import MicroBatch, Slot, StepBatch, distinct, plan_step
 from disttrain.data.streams import Stream
 from disttrain.errors import ConfigError, DataError, explain
 from disttrain.logs import room_logger
-
-
-@dataclass(frozen=True)
-class _Step:
-    """One step before it is fetched."""
-
-    epoch: int
-    start: int
-    samples: int
-    after: dict[str, Any]
 
 
 class Batches:
@@ -114,25 +104,22 @@ class Batches:
 
     # ------------------------------------------------------------------ map-style data
 
-    def _steps(self) -> Iterator[_Step]:
+    def _steps(self) -> Iterator[tuple[int, int, int]]:
+        """(epoch, first position, samples) of every step from here on."""
         epoch, position, size = self._epoch, self._position, self._order.size
         while True:
             samples = min(self._global_batch, size - position)
             if samples <= 0 or (self._drop and samples < self._global_batch):
                 epoch, position = epoch + 1, 0
                 continue
-            yield _Step(epoch, position, samples, {"epoch": epoch, "position": position + samples})
+            yield epoch, position, samples
             position += samples
-
-    def _slots(self) -> Iterator[tuple[_Step, list[Slot]]]:
-        for step in self._steps():
-            yield step, plan_step(step.samples, self._micro_batch, self._part)
 
     def _requests(self) -> Iterator[tuple[int, int, int]]:
         """(epoch, first position, count) of every batch to fetch, replays of an own one left out."""
-        for step, slots in self._slots():
-            for slot in distinct(slots):
-                yield step.epoch, step.start + slot.start, slot.count
+        for epoch, start, samples in self._steps():
+            for slot in _planned(samples, self._micro_batch, self._part)[1]:
+                yield epoch, start + slot.start, slot.count
 
     def _fetched(self) -> Iterator[Any]:
         asked = _Asked(self._order, self._fetcher)
@@ -154,11 +141,12 @@ class Batches:
     def _indexed(self) -> Iterator[StepBatch]:
         fetched = self._fetched()
         try:
-            for step, slots in self._slots():
-                batches = {slot.index: _next(fetched, self._name) for slot in distinct(slots)}
+            for epoch, start, samples in self._steps():
+                slots, fetch = _planned(samples, self._micro_batch, self._part)
+                batches = {slot.index: _next(fetched, self._name) for slot in fetch}
                 found = [MicroBatch(batches[slot.index], slot.index, slot.real, slot.count) for slot in slots]
-                self._epoch, self._position = step.epoch, step.after["position"]
-                yield StepBatch(found, epoch=step.epoch, samples=step.samples, position=step.after)
+                self._epoch, self._position = epoch, start + samples
+                yield StepBatch(found, epoch=epoch, samples=samples, position=self.state_dict())
         finally:
             _end_workers(fetched)  # left to the garbage collector, each takes five seconds
 
@@ -185,6 +173,13 @@ class Batches:
             self._stream.rewind()
 
 
+@lru_cache(maxsize=16)
+def _planned(samples: int, micro_batch: int, part: tuple[int, int]) -> tuple[list[Slot], list[Slot]]:
+    """A step's slots and those of them to fetch: the same step after step, but for an epoch's last."""
+    slots = plan_step(samples, micro_batch, part)
+    return slots, distinct(slots)
+
+
 class _Asked:
     """What a worker is asked: a batch by (epoch, first position, count)."""
 
@@ -194,7 +189,7 @@ class _Asked:
     def __getitem__(self, request: tuple[int, int, int]) -> Any:
         epoch, start, count = request
         try:
-            return self._fetcher.fetch(epoch, self._order.indices(epoch, start, count).tolist())
+            return self._fetcher.fetch(epoch, self._order.indices(epoch, start, count))
         except DataError as error:
             if get_worker_info() is None:
                 raise

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from disttrain.errors import DataError, explain
@@ -56,7 +57,7 @@ class ByteText:
         inputs, targets = self.gather_batch([range(len(self))[index]])
         return inputs[0], targets[0]
 
-    def gather_batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def gather_batch(self, indices: Sequence[int] | NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """(inputs, targets), int64 [len(indices), context] each, in one gather."""
         starts = torch.as_tensor(indices, dtype=torch.int64) * self._context
         windows = self._bytes[starts[:, None] + self._offsets].long()

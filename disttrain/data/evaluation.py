@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from disttrain.data.batches import is_stream
 from disttrain.data.fetch import Collate, Fetcher
 from disttrain.data.plan import MicroBatch, plan_step
@@ -39,7 +41,7 @@ class EvaluationBatches:
         size = len(self._dataset)
         for slot in plan_step(size, self._micro_batch, self._part) if size else []:
             # Epoch -1: an evaluation's draws are its own, and the same every time.
-            batch = self._fetcher.fetch(-1, range(slot.start, slot.start + slot.count))
+            batch = self._fetcher.fetch(-1, np.arange(slot.start, slot.start + slot.count))
             yield MicroBatch(batch, slot.index, slot.real, slot.count)
 
     def _streamed(self) -> Iterator[MicroBatch]:

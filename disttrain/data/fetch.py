@@ -1,9 +1,9 @@
 """From indices to a collated batch, with every item's randomness keyed by (seed, epoch, index).
 
-Three ways in, the first that a dataset has: `gather_batch(indices)` makes the batch itself (only of data that say
-`draws_randomness = False`), `__getitems__` brings many items, `__getitem__` one. Draws are exact in all of them: a
-dataset that is seen to draw inside `__getitems__` is asked item by item from then on. A collate function's draws are
-keyed by its batch's first item. Runs in this process or in a worker; puts the generators back as it found them.
+Three ways in, the first that a dataset has: `gather_batch(indices)` makes the batch itself of an int64 array (only of
+data that say `draws_randomness = False`), `__getitems__` brings many items, `__getitem__` one. Draws are exact in all
+of them: a dataset that is seen to draw inside `__getitems__` is asked item by item from then on. A collate function's
+draws are keyed by its batch's first item. Runs in this process or in a worker; puts the generators back as found.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import default_collate
 
@@ -22,6 +23,7 @@ from disttrain.errors import DataError, explain
 from disttrain.runtime.seeds import restored_generators, seed_item
 
 Collate = Callable[[list[Any]], Any]
+Indices = Sequence[int] | NDArray[np.int64]
 
 
 class Fetcher:
@@ -35,10 +37,11 @@ class Fetcher:
         self._many = getattr(dataset, "__getitems__", None)
         self._one_by_one = self._many is None
 
-    def fetch(self, epoch: int, indices: Sequence[int]) -> Any:
+    def fetch(self, epoch: int, wanted: NDArray[np.int64]) -> Any:
         """The collated batch of these items. User code's exceptions come through with a note of where."""
         if self._plain and self._gather is not None:
-            return self._noted(self._gather, indices, indices, epoch)
+            return self._noted(self._gather, wanted, wanted, epoch)
+        indices: list[int] = wanted.tolist()
         with nullcontext() if self._plain else restored_generators():
             items = self._items(epoch, indices)
         return self.collate(items, epoch, indices)
@@ -75,9 +78,7 @@ class Fetcher:
             )
         return items
 
-    def _noted(
-        self, get: Callable[[Any], Any], asked: Any, indices: Sequence[int], epoch: int, act: str = "fetching"
-    ) -> Any:
+    def _noted(self, get: Callable[[Any], Any], asked: Any, indices: Indices, epoch: int, act: str = "fetching") -> Any:
         try:
             return get(asked)
         except Exception as error:

@@ -55,9 +55,12 @@ class Order:
             raise IndexError(f"positions {start} to {start + count} of an order over {self.size} samples")
         if not self.shuffle:
             return np.arange(start, start + count, dtype=np.int64)
-        windows = range(start // _WINDOW, -(-(start + count) // _WINDOW))
+        first, within = divmod(start, _WINDOW)
+        if within + count <= _WINDOW:
+            return self._window(epoch, first)[within : within + count].copy()
+        windows = range(first, -(-(start + count) // _WINDOW))
         parts = [self._window(epoch, window)[max(0, start - window * _WINDOW) :] for window in windows]
-        return np.concatenate([np.empty(0, dtype=np.int64), *parts])[:count]
+        return np.concatenate(parts)[:count]
 
     def _window(self, epoch: int, window: int) -> NDArray[np.int64]:
         """The indices of one window's positions; the last one asked for is kept."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import atexit
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from disttrain.engine.snapshot import Parts, Progress
 from disttrain.engine.transfer import to_device
 from disttrain.errors import ConfigError, explain
 from disttrain.launch.accelerate import settle_strategy
-from disttrain.model.batch_norm import explaining_single_values, synchronized
+from disttrain.model.batch_norm import explain_single_value, synchronized
 from disttrain.objective import Objective
 from disttrain.optim.build import users_optimizer, users_schedule
 from disttrain.optim.trials import refuse_closures
@@ -65,6 +65,8 @@ class Engine:
         self._pending: dict[str, StepSums] = {}
         self._tracked: dict[str, Any] = {}
         self._datasets = Datasets(self.config, self.world)
+        evaluated = self.config.eval.every if self.config.eval else None
+        self._every = {"eval": evaluated, "checkpoint": self.config.checkpoint.every}
         self._saved_at = -1
         self._stopped = False
         self._begun = False
@@ -193,13 +195,7 @@ class Engine:
         try:
             if self.finished():
                 return
-            with self.record.loading():
-                iterator = iter(batches)
-            while True:
-                with self.record.loading():
-                    step = next(iterator, None)
-                if step is None:
-                    return
+            for step in self.record.loading(iter(batches)):
                 for place, micro in enumerate(step):
                     step[place] = to_device(micro, self.device)
                 self.progress.positions[name] = step.position
@@ -247,8 +243,12 @@ class Engine:
             raise ConfigError(explain("A step's list of micro-batches.", found, do))
         flags = (1.0 if self._interrupts.requested else 0.0,)
         used = self._objective(name, objective)
-        with self._others_frozen(name), explaining_single_values():
-            sums = self.strategy.accumulate(prepared, micro_batches, used, flags)
+        with self._others_frozen(name):
+            try:
+                sums = self.strategy.accumulate(prepared, micro_batches, used, flags)
+            except ValueError as error:
+                explain_single_value(error)
+                raise
         self._used[name] = used
         self._stopped = self._stopped or sums.flags[0] > 0
         self._pending[name] = sums if name not in self._pending else self._pending[name].plus(sums)
@@ -291,11 +291,8 @@ class Engine:
         return self._falls_on(what, self.progress.steps)
 
     def _falls_on(self, what: str, step: int) -> bool:
-        every = {
-            "eval": self.config.eval.every if self.config.eval else None,
-            "checkpoint": self.config.checkpoint.every,
-        }[what]
-        return bool(every) and step % int(every or 1) == 0
+        every = self._every[what]
+        return every is not None and step % every == 0
 
     def should_stop(self) -> bool:
         """Save if a checkpoint is due; True once the run's steps are done or a stop was asked for on any rank."""
@@ -485,11 +482,12 @@ class Engine:
             )
         return found
 
-    @contextmanager
-    def _others_frozen(self, name: str) -> Iterator[None]:
-        """Gradients flow through the other models, and none is collected in them."""
+    def _others_frozen(self, name: str) -> AbstractContextManager[Any]:
+        """Meanwhile gradients flow through the other models, and none is collected in them."""
+        if len(self._prepared) == 1:
+            return nullcontext()
         with ExitStack() as stack:
             for other, prepared in self._prepared.items():
                 if other != name and prepared.named:
                     stack.enter_context(self.strategy.frozen(prepared))
-            yield
+            return stack.pop_all()

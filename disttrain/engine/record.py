@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from disttrain.checkpoint import (
     set_aside,
 )
 from disttrain.config import Config, build_target, parse_value, render_config
+from disttrain.data import StepBatch
 from disttrain.engine import snapshot
 from disttrain.engine.build import Plan
 from disttrain.engine.failure import Failure, settle
@@ -152,14 +152,9 @@ class Record:
         """Whether this step is reported: the first, every `report.every`-th and the last. Local."""
         return step == 1 or step % self._every == 0 or step == total_steps
 
-    @contextmanager
-    def loading(self) -> Iterator[None]:
-        """Time spent waiting for data. Local."""
-        if self._rate is None:
-            yield
-            return
-        with self._rate.loading():
-            yield
+    def loading(self, steps: Iterator[StepBatch]) -> Iterator[StepBatch]:
+        """The same steps, with the time noted in which they are waited for. Local."""
+        return steps if self._rate is None else self._rate.loading(steps)
 
     def stepped(
         self, name: str, sums: StepSums, outcome: StepOutcome, prepared: Prepared, objective: Objective

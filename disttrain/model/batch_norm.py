@@ -136,17 +136,9 @@ def synchronized(make_model: Callable[[], nn.Module], group: Any = None) -> Call
     return make
 
 
-@contextmanager
-def explaining_single_values() -> Iterator[None]:
-    """Turn torch's error about the batch norm of a single value into what a config can do about it. Local.
-
-    Raises ConfigError in its place.
-    """
-    try:
-        yield
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
+def explain_single_value(error: ValueError) -> None:
+    """Raise ConfigError where this is torch's about the batch norm of a single value: what a config can do. Local."""
+    if "more than 1 value per channel" in str(error):
         raise ConfigError(
             explain(
                 "A batch norm needs more than one value a channel to have a variance.",

@@ -211,12 +211,16 @@ def _writing(path: Path) -> Iterator[None]:
 def _append(path: Path, values: Mapping[str, Any]) -> None:
     """One write for the whole line, on a line of its own even after a torn one."""
     data = (json.dumps(values, allow_nan=False) + "\n").encode()
-    with _writing(path), path.open("ab+") as file:
-        if file.tell() > 0:
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
+    with _writing(path):
+        file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            size = os.fstat(file).st_size
+            if size and os.pread(file, 1, size - 1) != b"\n":
                 data = b"\n" + data
-        file.write(data)
+            while data:  # a disk that fills up takes a part, and says why at the next attempt
+                data = data[os.write(file, data) :]
+        finally:
+            os.close(file)
 
 
 def _replace(path: Path, text: str) -> None:

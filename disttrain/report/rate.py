@@ -11,10 +11,12 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
+
+Loaded = TypeVar("Loaded")
 
 # Dense peak of one device in operations a second, bf16 on tensor cores without sparsity, from the vendor's data sheets:
 # A100 (2020) 312e12; H100 (2023) SXM 989.4e12, PCIe 756e12, NVL 835e12 (half the sheet's sparse figure);
@@ -74,14 +76,17 @@ class Rate:
         self._loading_s = 0.0
         self._mark = _Mark(self._now(), samples, tokens, step)
 
-    @contextmanager
-    def loading(self) -> Iterator[None]:
-        """Time spent in here is waiting for data."""
-        began = self._now()
-        try:
-            yield
-        finally:
-            self._loading_s += self._now() - began
+    def loading(self, steps: Iterator[Loaded]) -> Iterator[Loaded]:
+        """The same; the time in which each is waited for counts as waiting for data."""
+        while True:
+            began = self._now()
+            try:
+                step = next(steps)
+            except StopIteration:
+                return
+            finally:
+                self._loading_s += self._now() - began
+            yield step
 
     def measure(self, *, samples: int, tokens: int, step: int) -> dict[str, float | int | None]:
         """What happened since the last measure, or since `start`; means a step for the two times.

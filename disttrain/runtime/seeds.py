@@ -10,6 +10,7 @@ import random
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -20,11 +21,18 @@ GeneratorFor = Callable[[str], torch.Generator]
 
 def derive_seed(seed: int, *keys: int | str) -> int:
     """A 63-bit seed from `seed` and `keys`, equal on every machine and in every process (BLAKE2b, RFC 7693)."""
-    digest = hashlib.blake2b(digest_size=8)
-    for key in (seed, *keys):
-        raw = struct.pack("<q", key) if isinstance(key, int) else key.encode()
-        digest.update(struct.pack("<B?", len(raw) % 256, isinstance(key, int)) + raw)
-    return int.from_bytes(digest.digest(), "little") >> 1
+    raw = b"".join([_NUMBER(8, True, key) if isinstance(key, int) else _word(key) for key in (seed, *keys)])
+    return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little") >> 1
+
+
+_NUMBER = struct.Struct("<B?q").pack
+"""A key's length, whether it is a number, and the number: keys of other kinds or lengths never read alike."""
+
+
+@lru_cache(maxsize=4096)
+def _word(key: str) -> bytes:
+    raw = key.encode()
+    return struct.pack("<B?", len(raw) % 256, False) + raw
 
 
 def generators_for(seed: int) -> GeneratorFor:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from disttrain.errors import TrainingError, explain
-from disttrain.objective import Loss
+from disttrain.objective import Loss, Number
 from disttrain.strategy.contract import StepSums, World
 from disttrain.strategy.trail import Trail, other_trails
 
@@ -26,29 +26,35 @@ class Ledger:
     """Adds up one rank's real micro-batches, then all ranks' by name, in one all-reduce of one float64 vector."""
 
     def __init__(self, world: World) -> None:
-        self._device = world.device
-        self._counts = world.mesh.counts
-        self._totals: dict[str, Tensor] = {}
-        self._weights: dict[str, Tensor] = {}
+        self._world = world
+        self._totals: dict[str, Number] = {}
+        self._weights: dict[str, Number] = {}
         self._sums: dict[str, Tensor] = {}
 
     def add(self, loss: Loss, *, real: bool) -> None:
-        for into, values in ((self._totals, loss.totals), (self._weights, loss.weights), (self._sums, loss.sums)):
+        counts = real and self._world.mesh.counts
+        for into, values in ((self._totals, loss.totals), (self._weights, loss.weights)):
             for name, value in values.items():
-                kept = torch.as_tensor(value, dtype=torch.float64).detach()
-                kept = kept if real and self._counts else torch.zeros_like(kept)
+                kept = _number(value) if counts else 0.0
                 into[name] = into[name] + kept if name in into else kept
+        for name, tensor in loss.sums.items():
+            wide = tensor.detach().double() if counts else torch.zeros_like(tensor, dtype=torch.float64)
+            self._sums[name] = self._sums[name] + wide if name in self._sums else wide
 
     def reduce(self, flags: Sequence[float] = (), *, divided: bool = False, trail: Trail | None = None) -> StepSums:
         """Collective: all ranks' sums, by name.
 
         Raises TrainingError on every rank where their names differ, or their trails.
         """
-        trail = trail or Trail()
-        totals, weights, sums = (dict(sorted(group.items())) for group in (self._totals, self._weights, self._sums))
+        totals, weights = sorted(self._totals), sorted(self._weights)
+        sums = dict(sorted(self._sums.items()))
+        values: list[Number] = [
+            *flags,
+            *map(self._totals.__getitem__, totals),
+            *map(self._weights.__getitem__, weights),
+        ]
         layout = Layout(len(flags), (*totals,), (*weights,), tuple((name, (*sums[name].shape,)) for name in sums))
-        values = [*totals.values(), *weights.values(), *sums.values()]
-        numbers = iter(_add_up(layout, trail, flags, values, self._device))
+        numbers = iter(self._add_up(values, list(sums.values()), layout, trail or Trail()))
         raised = tuple(next(numbers) for _ in flags)
         total = {name: next(numbers) for name in totals}
         weight = {name: next(numbers) for name in weights}
@@ -58,6 +64,53 @@ class Ledger:
         }
         return StepSums(total, weight, own, raised, 1.0 if divided else next(iter(weight.values())))
 
+    def _add_up(self, values: list[Number], sums: list[Tensor], layout: Layout, trail: Trail) -> list[float]:
+        """Every rank's values and sums added up, flat, in one all-reduce of `_ROOM` numbers; the rest takes a second.
+        Ranks of other layouts meet in it too, and raise TrainingError together.
+
+        The first two numbers are a digest d of the layout and of the rank's trail, and its square: n * sum(d^2) =
+        (sum d)^2 only where all n agree (Cauchy-Schwarz). 20 bits keep both sums exact in float64 for up to 8192 ranks.
+        """
+        size = self._world.group.size
+        if size == 1:  # a collective of one rank adds nothing, and takes gloo's thread 40 microseconds
+            here = [value for value in values if not isinstance(value, Tensor)]
+            alone = not sums and len(here) == len(values)
+            return here if alone else _flat(values, sums, self._world.device).tolist()
+        digest = zlib.crc32(repr(layout).encode(), trail.digest) >> 12
+        flat = _flat([digest, digest**2, *values], sums, self._world.device)
+        count = flat.numel()
+        vector = torch.cat([flat[:_ROOM], flat.new_zeros(max(0, _ROOM - count))])
+        dist.all_reduce(vector)
+        numbers: list[float] = vector.tolist()
+        if size * int(numbers[1]) != int(numbers[0]) ** 2:
+            _refuse_others(layout, trail)
+        if count > _ROOM:
+            rest = flat[_ROOM:]
+            dist.all_reduce(rest)
+            numbers += rest.tolist()
+        return numbers[2:count]
+
+
+def _number(value: Number) -> Number:
+    """Without its graph, in float64; what lies on the host is read, what lies on a device is not waited for."""
+    if not isinstance(value, Tensor):
+        return float(value)
+    found = value.detach()
+    return found.item() if found.device.type == "cpu" else found.double()
+
+
+def _flat(values: Sequence[Number], sums: Sequence[Tensor], device: torch.device) -> Tensor:
+    """One float64 vector on `device`."""
+    if any(isinstance(value, Tensor) for value in values):
+        filled = [
+            value if isinstance(value, Tensor) else torch.full((), value, dtype=torch.float64, device=device)
+            for value in values
+        ]
+        head = torch.stack([value.to(device, torch.float64) for value in filled])
+    else:
+        head = torch.tensor(values, dtype=torch.float64, device=device)
+    return torch.cat([head, *(one.to(device).reshape(-1) for one in sums)]) if sums else head
+
 
 class Layout(NamedTuple):
     """What a rank's numbers are, in their order: flags, totals and weights by term, sums by name and shape."""
@@ -66,35 +119,6 @@ class Layout(NamedTuple):
     totals: tuple[str, ...]
     weights: tuple[str, ...]
     sums: tuple[tuple[str, tuple[int, ...]], ...]
-
-
-def _add_up(
-    layout: Layout, trail: Trail, flags: Sequence[float], values: Sequence[Tensor], device: torch.device
-) -> list[float]:
-    """Every rank's flags and values added up, flat, in one all-reduce of `_ROOM` numbers; what does not fit takes a
-    second. Ranks of other layouts meet in it too, and raise TrainingError together.
-
-    The first two numbers are a digest d of the layout and of the rank's trail, and its square: n * sum(d^2) = (sum d)^2
-    only where all n agree (Cauchy-Schwarz). 20 bits keep both sums exact in float64 for up to 8192 ranks.
-    """
-    size = dist.get_world_size()
-    digest = zlib.crc32(repr(layout).encode(), trail.digest) >> 12 if size > 1 else 0
-    head = torch.tensor([digest, digest**2, *flags], dtype=torch.float64, device=device)
-    flat = torch.cat([head, *(value.to(device).reshape(-1) for value in values)])
-    count = flat.numel()
-    if size == 1:  # a collective of one rank adds nothing, and takes gloo's thread 40 microseconds
-        alone: list[float] = flat.tolist()
-        return alone[2:]
-    vector = torch.cat([flat[:_ROOM], flat.new_zeros(max(0, _ROOM - count))])
-    dist.all_reduce(vector)
-    numbers: list[float] = vector.tolist()
-    if size * int(numbers[1]) != int(numbers[0]) ** 2:
-        _refuse_others(layout, trail)
-    if count > _ROOM:
-        rest = flat[_ROOM:]
-        dist.all_reduce(rest)
-        numbers += rest.tolist()
-    return numbers[2:count]
 
 
 def _refuse_others(layout: Layout, trail: Trail) -> None:

@@ -32,27 +32,26 @@ def torch_step(
     if sums.weight == 0.0:
         prepared.optimizer.zero_grad(set_to_none=True)
         return StepOutcome(None, applied=False, lr=rate)
-    gradients = Gradients(prepared)
-    scale = factor / sums.denominator
-    norm, loss_scale = None, prepared.loss_scale.value if sums.scaled else None
-    if want_norm or clip_norm or sums.scaled:
-        norm = math.sqrt(float(square(gradients))) * abs(scale)
-        finite = math.isfinite(norm)
-        if not finite:
-            prepared.optimizer.zero_grad(set_to_none=True)
-        if sums.scaled:
-            prepared.loss_scale.update(finite=finite, weight=sums.weight)
-        elif not finite:
-            refuse_non_finite(f"a gradient norm of {norm}")
-        if not finite:
-            return StepOutcome(None, applied=False, lr=rate, loss_scale=loss_scale)
-    if clip_norm and norm is not None:
-        # torch.nn.utils.clip_grad_norm_'s own form, its 1e-6 included, so that plain loops agree.
-        scale *= min(1.0, clip_norm / (norm + 1e-6))
-    gradients.scale(scale)
     with torch.no_grad():
+        gradients = Gradients(prepared)
+        scale = factor / sums.denominator
+        norm, loss_scale = None, prepared.loss_scale.value if sums.scaled else None
+        if want_norm or clip_norm or sums.scaled:
+            norm = math.sqrt(float(square(gradients))) * abs(scale)
+            finite = math.isfinite(norm)
+            if sums.scaled:
+                prepared.loss_scale.update(finite=finite, weight=sums.weight)
+            if not finite:
+                gradients.drop()
+                if not sums.scaled:
+                    refuse_non_finite(f"a gradient norm of {norm}")
+                return StepOutcome(None, applied=False, lr=rate, loss_scale=loss_scale)
+        if clip_norm and norm is not None:
+            # torch.nn.utils.clip_grad_norm_'s own form, its 1e-6 included, so that plain loops agree.
+            scale *= min(1.0, clip_norm / (norm + 1e-6))
+        gradients.scale(scale)
         prepared.optimizer.step()
-    if prepared.schedule is not None:
-        prepared.schedule.step()
-    prepared.optimizer.zero_grad(set_to_none=True)
-    return StepOutcome(norm, applied=True, lr=rate, loss_scale=loss_scale)
+        if prepared.schedule is not None:
+            prepared.schedule.step()
+        gradients.drop()
+        return StepOutcome(norm, applied=True, lr=rate, loss_scale=loss_scale)

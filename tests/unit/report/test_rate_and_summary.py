@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,9 +23,14 @@ def test_rates_are_those_since_the_last_measure() -> None:
     rate.start(samples=50, tokens=500, step=5)
     now[0] += 7.0
     rate.measure(samples=60, tokens=600, step=6)
-    with rate.loading():
+
+    def batches() -> Iterator[str]:
         now[0] += 1.0
-    now[0] += 3.0
+        yield "a batch"
+
+    for batch in rate.loading(batches()):
+        assert batch == "a batch"
+        now[0] += 3.0
     found = rate.measure(samples=100, tokens=1000, step=10)
     assert found.pop("mem_peak_bytes") > 2**20
     assert found == {"step_time_s": 1.0, "data_time_s": 0.25, "samples_per_s": 10.0, "tokens_per_s": 100.0, "mfu": None}
@@ -34,9 +40,14 @@ def test_waiting_for_data_counts_even_if_it_raises() -> None:
     now = [0.0]
     rate = Rate(device="cpu", parameters=1, world_size=1, now=lambda: now[0])
     rate.start(samples=0, tokens=0, step=0)
-    with pytest.raises(KeyError), rate.loading():
+
+    def batches() -> Iterator[str]:
         now[0] += 2.0
         raise KeyError
+        yield "never"
+
+    with pytest.raises(KeyError):
+        next(rate.loading(batches()))
     assert rate.measure(samples=1, tokens=0, step=1)["data_time_s"] == 2.0
 
 
