@@ -31,7 +31,7 @@ def train(config: Config | Mapping[str, Any] | str | Path, overrides: Any = (), 
     loaded = load_to_train(config, given)
     with Engine(loaded) as engine:
         engine.prepare("model")
-        batches = engine.batches()
+        batches = engine.batches(own_draws=False)
         evaluation: dict[str, float] = {}
         for micro_batches in batches:
             engine.accumulate("model", micro_batches)
