@@ -10,7 +10,7 @@ every rank; their gradients are added up in one flat all-reduce. Over `mesh.tens
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -46,7 +45,7 @@ from disttrain.strategy.contract import (
     World,
 )
 from disttrain.strategy.methods import gather_around_methods
-from disttrain.strategy.sharding import complete_accumulated, free_whole, introduce, reduces_every, shard_model
+from disttrain.strategy.sharding import Groups, introduce, reduces_every, shard_model
 from disttrain.strategy.state import copy_part, sharded_shards, whole_tensors
 from disttrain.strategy.tensor_parallel import TensorParallel, is_part
 from disttrain.strategy.tensor_plan import plan_modules
@@ -63,11 +62,15 @@ Muon trains differ by 4e-3 after five steps at two ranks."""
 
 @dataclass(frozen=True)
 class _Sharded:
-    """How a prepared model is cut by a tensor plan, if at all, and whether its gradients are reduced at every
-    micro-batch, not in the last one's backward alone."""
+    """How a prepared model is cut: its groups, its tensor plan if it has one, and whether gradients are reduced at
+    `every` micro-batch, not in the last one's backward alone. Of the trained parameters, by place in `named`: `parts`
+    are cut and counted in this rank's part of the norm, `whole` are held by every rank."""
 
+    groups: Groups
     tensor: TensorParallel | None
     every: bool
+    parts: tuple[int, ...]
+    whole: tuple[int, ...]
 
 
 class FSDP(AbstractStrategy):
@@ -144,7 +147,17 @@ class FSDP(AbstractStrategy):
         introduce(model)
         prepared = Prepared(ingredients.name, model, ingredients.objective)
         equip(prepared, ingredients, name_parameters(model, ingredients.objective))
-        prepared.wrapped = _Sharded(tensor, every=reduces_every(model, self.options, self.world))
+        places = [(place, named.parameter) for place, named in enumerate(prepared.named)]
+        prepared.wrapped = _Sharded(
+            Groups(model),
+            tensor,
+            every=reduces_every(model, self.options, self.world),
+            # What no tensor plan cuts is the same on all ranks of the axis: one of them brings it.
+            parts=tuple(
+                k for k, one in places if isinstance(one, DTensor) and (self.world.mesh.counts or is_part(one))
+            ),
+            whole=tuple(k for k, one in places if not isinstance(one, DTensor)),
+        )
         gather_around_methods(model)
         for name, block in blocks:
             # Blocks are gathered when they are called: a rank that calls another one would get a mixture of both.
@@ -173,20 +186,12 @@ class FSDP(AbstractStrategy):
     def accumulate(
         self, prepared: Prepared, micro_batches: Sequence[MicroBatch], objective: Objective, flags: Sequence[float] = ()
     ) -> StepSums:
-        root = prepared.model
-        assert isinstance(root, FSDPModule)
-
         sharded: _Sharded = prepared.wrapped
-        every = sharded.every
 
-        @contextmanager
-        def communicating(last: bool) -> Iterator[None]:
-            root.set_requires_gradient_sync(last or every)
-            root.set_requires_all_reduce(last)  # over `replicate` shards are added up once, whatever was before
-            root.set_is_last_backward(last or every)
-            if last:
-                complete_accumulated(root)
-            yield
+        def communicating(last: bool) -> AbstractContextManager[Any]:
+            # Over `replicate` shards are added up once, whatever was before.
+            sharded.groups.communicate(reduce=last or sharded.every, last=last)
+            return nullcontext()
 
         step = self.world, prepared, micro_batches, objective, flags
         tensor = sharded.tensor
@@ -203,7 +208,7 @@ class FSDP(AbstractStrategy):
     def _whole_reduced(self, prepared: Prepared) -> Iterator[None]:
         """Add up the gradients of what is held whole, in one all-reduce. Those of an accumulation before, which are
         added up already, stand aside meanwhile."""
-        whole = [named.parameter for named in prepared.named if not isinstance(named.parameter, DTensor)]
+        whole = [prepared.named[place].parameter for place in prepared.wrapped.whole]
         before = [parameter.grad for parameter in whole]
         for parameter in whole:
             parameter.grad = None
@@ -225,40 +230,38 @@ class FSDP(AbstractStrategy):
                 gradient.add_(earlier)
 
     def step(self, prepared: Prepared, sums: StepSums, *, clip_norm: float | None, want_norm: bool) -> StepOutcome:
+        sharded: _Sharded = prepared.wrapped
+
         def square(gradients: Gradients) -> Tensor:
             """Each part once, whoever else holds it, in one all-reduce over the ranks that hold one copy."""
-            pairs = [(named.parameter, local) for named, local in zip(prepared.named, gradients.locals, strict=True)]
-            # What no tensor plan cuts is the same on all ranks of the axis: one of them brings it.
-            cut = [
-                local
-                for parameter, local in pairs
-                if isinstance(parameter, DTensor) and (self.world.mesh.counts or is_part(parameter))
-            ]
-            whole = [local for parameter, local in pairs if not isinstance(parameter, DTensor)]
-            total = gradients.square(cut).to(self.world.device)  # offloaded gradients are the host's
+            total = gradients.square([gradients.locals[place] for place in sharded.parts])
+            total = total.to(self.world.device)  # offloaded gradients are the host's
             dist.all_reduce(total, group=self._holders)
-            return total + gradients.square(whole).to(total.device)
+            if not sharded.whole:
+                return total
+            return total + gradients.square([gradients.locals[place] for place in sharded.whole]).to(total.device)
 
         outcome = torch_step(prepared, sums, clip_norm=clip_norm, want_norm=want_norm, square=square)
-        free_whole(prepared.model)
+        sharded.groups.free_whole()
         return outcome
 
     @contextmanager
     def frozen(self, prepared: Prepared) -> Iterator[None]:
         # Whole parameters learn requires_grad when they are gathered: none may be left from before, or behind.
-        free_whole(prepared.model)
+        prepared.wrapped.groups.free_whole()
         with super().frozen(prepared):
             yield
-            free_whole(prepared.model)
+            prepared.wrapped.groups.free_whole()
 
     def loaded(self, prepared: Prepared) -> None:
         super().loaded(prepared)
-        free_whole(prepared.model)
+        prepared.wrapped.groups.free_whole()
 
     def shards(self, prepared: Prepared, stored: Mapping[str, Any] | None = None) -> list[Shard]:
-        free_whole(prepared.model)  # a forward without a backward, an evaluation or a teacher's, left it gathered
+        # A forward without a backward, an evaluation's or a teacher's, left it gathered.
+        prepared.wrapped.groups.free_whole()
         return sharded_shards(prepared, stored, rank=self.world.group.rank, size=self.world.group.size)
 
     def whole(self, prepared: Prepared) -> Iterator[tuple[str, Tensor]]:
-        free_whole(prepared.model)
+        prepared.wrapped.groups.free_whole()
         return whole_tensors(prepared.model)
