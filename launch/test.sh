@@ -10,4 +10,7 @@ ruff format --check .
 ruff check .
 python -m mypy --strict disttrain
 lint-imports
-exec python -m pytest -q "$@"
+# One pytest worker a core, four at most: tests start worlds of up to four processes. `-n 0` is none, one test at a time.
+workers=$(python -c 'from disttrain.runtime.environment import cpu_quota; print(min(4, cpu_quota()))')
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # the workers share the cores
+exec python -m pytest -q -n "$workers" --dist worksteal "$@"
