@@ -10,4 +10,8 @@ ruff format --check .
 ruff check .
 python -m mypy --strict disttrain
 lint-imports
-exec python -m pytest -q "$@"
+# One pytest worker more than cores, since tests wait much: for ranks to start, to meet, to be missed. Four at most, for
+# each may start a world of four. A later `-n 0` is none: one test at a time.
+workers=$(python -c 'from disttrain.runtime.environment import cpu_quota; print(min(4, cpu_quota() + 1))')
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # the workers share the cores
+exec python -m pytest -q -n "$workers" --dist worksteal "$@"

@@ -185,7 +185,7 @@ def returning(rank: int, case: str) -> dict[str, Tensor]:
 
 
 def sums(folder: Path, case: str, strategy: str) -> dict[str, Any]:
-    config = {"run": {"name": case, "dir": str(folder), "seed": SEED, "steps": STEPS, "timeout_s": 20}}
+    config = {"run": {"name": case, "dir": str(folder), "seed": SEED, "steps": STEPS}}
     with disttrain.Engine(config, [*QUIET, *STRATEGIES[strategy]]) as engine:
         engine.prepare("model", Net, lambda parameters: torch.optim.SGD(parameters, lr=RATE))
         own = lambda model, x: (model(x).sum(), len(x), returning(engine.rank, case))  # noqa: E731
@@ -208,5 +208,5 @@ def test_sums_are_added_up_by_name_over_ranks(tmp_path: Path) -> None:
 )
 def test_ranks_that_return_other_sums_are_told_so_on_every_rank(case: str, told: str, tmp_path: Path) -> None:
     with pytest.raises(WorldError, match=told) as caught:
-        run_world(2, sums, tmp_path, case, "fsdp", timeout_s=60)
+        run_world(2, sums, tmp_path, case, "fsdp")
     assert str(caught.value).count("TrainingError: The objective is to return the same terms and sums") == 2

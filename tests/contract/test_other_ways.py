@@ -62,7 +62,7 @@ def refused(config: Path, name: str) -> str:
     [("fsdp", "experts."), ("zero1", "experts.0."), ("zero2", "experts.0.")],
 )
 def test_others_refuse_before_a_weight_changes(name: str, part: str, config: Path) -> None:
-    told: list[Any] = run_world(2, refused, config, name, timeout_s=120)
+    told: list[Any] = run_world(2, refused, config, name)
     assert told[0] == told[1]
     assert (
         "go through the same parts" in told[0] and "use strategy ddp" in told[0] and "strategy.fsdp.blocks" in told[0]

@@ -52,6 +52,7 @@ def write_slurm_conf(folder: Path, *, host: str, ports: Sequence[int], cpus: int
         "ClusterName=disttrain",
         f"SlurmctldHost={host}(127.0.0.1)",
         f"SlurmctldPort={controller}",
+        f"FirstJobId={controller}",  # a job's id makes its world's port: two clusters at once must not share them
         "SlurmUser=root",
         "SlurmdUser=root",
         "AuthType=auth/munge",

@@ -133,7 +133,7 @@ def changed(folder: Path, file: str, **values: Any) -> Path:
 def test_a_world_that_does_not_know_itself_is_refused(tmp_path: Path) -> None:
     file = changed(tmp_path, "ddp", distributed_type="MULTI_CPU")
     done = launch(
-        *accelerate_launch(file), *QUICKSTART, "strategy.name=ddp", f"run.dir={tmp_path}", timeout_s=120, expect=None
+        *accelerate_launch(file), *QUICKSTART, "strategy.name=ddp", f"run.dir={tmp_path}", timeout_s=240, expect=None
     )
     assert done.returncode != 0
     assert "error (exit 3): accelerate launch was told to start several processes." in done.stderr
@@ -145,7 +145,7 @@ def test_what_cannot_be_honoured_is_refused_before_anything_starts(tmp_path: Pat
     done = launch(
         *accelerate_launch(file),
         *(*QUICKSTART, "strategy.name=accelerate", f"run.dir={tmp_path}"),
-        timeout_s=120,
+        timeout_s=240,
         expect=None,
     )
     assert done.returncode != 0
@@ -158,14 +158,14 @@ def test_what_cannot_be_honoured_is_refused_before_anything_starts(tmp_path: Pat
 def test_several_that_each_think_they_are_alone_are_refused(tmp_path: Path) -> None:
     environment = user_environment(OMPI_COMM_WORLD_SIZE="2", OMPI_COMM_WORLD_RANK="1")
     done = launch(
-        *(sys.executable, *QUICKSTART, f"run.dir={tmp_path}"), timeout_s=60, environment=environment, expect=3
+        *(sys.executable, *QUICKSTART, f"run.dir={tmp_path}"), timeout_s=240, environment=environment, expect=3
     )
     assert "OMPI_COMM_WORLD_SIZE=2: so many processes were started together" in done.stderr
 
 
 def test_the_name_alone_wants_accelerates_launch(tmp_path: Path) -> None:
     command = (sys.executable, *QUICKSTART, "strategy.name=accelerate", f"run.dir={tmp_path}")
-    done = launch(*command, timeout_s=60, expect=3)
+    done = launch(*command, timeout_s=240, expect=3)
     assert "found: a process started by plain python" in done.stderr
 
 
@@ -182,7 +182,7 @@ def test_every_command_of_the_docs_is_run() -> None:
     checks = [line for line in lines if line.startswith("disttrain check")]
     assert checks
     for line in checks:
-        launch(*shlex.split(line.split("  #")[0]), timeout_s=120)
+        launch(*shlex.split(line.split("  #")[0]), timeout_s=240)
     for line in (one for one in lines if one not in checks):
         words = shlex.split(line.split("  #")[0])
         assert words[:2] == ["accelerate", "launch"]

@@ -1,4 +1,4 @@
-"""What goes wrong in a world of two: the right exit code on every rank within seconds, the first cause said once.
+"""What goes wrong in a world of two: the exit code on every rank long before run.timeout_s, the first cause said once.
 
 What was committed before stays loadable, and the same command goes on from there once the cause is mended.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,8 +27,8 @@ optim:     {target: torch.optim.SGD, args: {lr: 0.05}}
 checkpoint: {every: 2}
 report:    {every: 1, progress: false, plot: false}
 """
-SECONDS = 20.0
-"""Most that a rank may stay once another has failed, on two busy cores; a hang would last run.timeout_s, 1800."""
+PATIENCE_S = 120.0
+"""For a whole world on two busy cores; a rank that hung once another had failed would stay run.timeout_s, 1800."""
 
 
 @pytest.fixture(autouse=True)
@@ -44,10 +43,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 class Ended:
     code: int
     said: str
-    seconds: float
 
 
-def train(overrides: list[str]) -> tuple[int, float]:
+def train(overrides: list[str]) -> int:
     """One rank's `disttrain.run`; what it says goes to a file, written straight through."""
     rank = os.environ["RANK"]
     descriptor = os.open(f"said-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -55,19 +53,17 @@ def train(overrides: list[str]) -> tuple[int, float]:
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     from disttrain.run import main
 
-    began = time.monotonic()
-    return main(["mine.yaml", *overrides]), time.monotonic() - began
+    return main(["mine.yaml", *overrides])
 
 
 def run(*overrides: str, size: int = 2) -> list[Ended]:
-    found = run_world(size, train, list(overrides), timeout_s=90)
-    return [Ended(code, Path(f"said-{rank}").read_text(), took) for rank, (code, took) in enumerate(found)]
+    found = run_world(size, train, list(overrides), timeout_s=PATIENCE_S)
+    return [Ended(code, Path(f"said-{rank}").read_text()) for rank, code in enumerate(found)]
 
 
 def first_cause(ends: list[Ended], code: int, *words: str) -> str:
     """All ranks ended with `code` in time; exactly one told the cause, in words a person can use."""
     assert [one.code for one in ends] == [code] * len(ends), [one.said for one in ends]
-    assert max(one.seconds for one in ends) < SECONDS
     told = [one.said for one in ends if all(word in one.said for word in words)]
     assert told, [one.said for one in ends]
     if len(told) > 1:  # before the group exists, or where all ranks find the same by themselves
@@ -120,10 +116,8 @@ def test_what_was_committed_stays_and_the_run_goes_on(strategy: str, trouble: st
 
 
 def test_a_rank_that_leaves_without_a_word_ends_the_other() -> None:
-    began = time.monotonic()
-    with pytest.raises(WorldError, match="no word from rank"):
+    with pytest.raises(WorldError, match=r"no word from rank\(s\) 1 "):
         run("objective.target=troubles:Leaves")
-    assert time.monotonic() - began < SECONDS
     said = Path("said-0").read_text()
     assert "error (exit 3)" in said and "ended without a word" in said and "run the same command again" in said
     assert status(Path("runs/mine"))["state"] == "failed"
@@ -188,17 +182,15 @@ def test_a_full_disk_while_saving_keeps_what_was_committed(small_disk: Path) -> 
 def test_under_torchrun_the_user_reads_the_first_cause(folder: Path) -> None:
     agent = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "disttrain.run", "mine.yaml")
     environment = user_environment(PYTHONPATH=str(PROJECT))
-    began = time.monotonic()
     done = launch(
         sys.executable,
         *agent,
         "objective.target=troubles:Raises",
-        timeout_s=90,
+        timeout_s=PATIENCE_S,
         cwd=folder,
         environment=environment,
         expect=1,
     )
-    assert time.monotonic() - began < 60
     assert done.stderr.count("BoomError: the user's own words") == 1
     assert status(folder / "runs" / "mine")["exit_code"] == 1
     assert "Boom" in status(folder / "runs" / "mine")["reason"]

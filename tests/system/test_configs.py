@@ -50,7 +50,7 @@ def test_every_config_has_its_expectation() -> None:
 @pytest.mark.parametrize("name", sorted(EXPECTED))
 def test_config_passes_check(name: str, tmp_path: Path) -> None:
     done = launch(
-        sys.executable, "-m", "disttrain.cli", "check", str(CONFIGS / name), "--json", timeout_s=60, cwd=tmp_path
+        sys.executable, "-m", "disttrain.cli", "check", str(CONFIGS / name), "--json", timeout_s=240, cwd=tmp_path
     )
     assert isinstance(json.loads(done.stdout), dict)
 

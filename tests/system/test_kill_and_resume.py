@@ -81,7 +81,7 @@ def uninterrupted(size: int, overrides: list[str]) -> list[dict[str, Any]]:
 
 def killed(size: int, overrides: list[str], kill: str) -> None:
     with pytest.raises(WorldError, match="no word from rank"):
-        run_world(size, train, overrides, kill, timeout_s=60)
+        run_world(size, train, overrides, kill)
 
 
 KILLS = ["1:2:forward", "0:7:forward", "1:9:forward", "0:8:saving", "1:4:saving"]
@@ -160,22 +160,22 @@ def test_the_same_torchrun_command_again(folder: Path) -> None:
     command = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "disttrain.run")
     whole = user_environment(PYTHONPATH=str(PROJECT))
     python = shutil.which("python", path=whole["PATH"]) or "python"
-    launch(python, *command, "mortal.yaml", timeout_s=120, cwd=folder, environment=whole)
+    launch(python, *command, "mortal.yaml", timeout_s=240, cwd=folder, environment=whole)
     expected = numbers(folder / "runs" / "mortal")
     shutil.rmtree(folder / "runs")
     failed = launch(
         python,
         *command,
         "mortal.yaml",
-        timeout_s=120,
+        timeout_s=240,
         cwd=folder,
         environment={**whole, "KILL": "1:7:forward"},
         expect=1,
     )
     assert f"-{signal.SIGKILL.value}" in failed.stderr
-    again = launch(python, *command, "mortal.yaml", timeout_s=120, cwd=folder, environment=whole)
+    again = launch(python, *command, "mortal.yaml", timeout_s=240, cwd=folder, environment=whole)
     assert "continues at step 4" in again.stderr
     assert numbers(folder / "runs" / "mortal") == expected
-    once_more = launch(python, *command, "mortal.yaml", timeout_s=120, cwd=folder, environment=whole)
+    once_more = launch(python, *command, "mortal.yaml", timeout_s=240, cwd=folder, environment=whole)
     assert "finished at step 12 already" in once_more.stderr
     assert numbers(folder / "runs" / "mortal") == expected

@@ -114,7 +114,7 @@ def test_a_case_that_dies_or_hangs_hides_no_other(folder: Path) -> None:
 
 def test_a_config_that_cannot_be_read_is_told_before_anything_runs(folder: Path) -> None:
     for wrong in (("optim.args.lrr=3",), ("--case", "strategy.nam=fsdp"), ("--world-sizes", "two")):
-        done = launch("disttrain", "parity", "mine.yaml", *wrong, timeout_s=120, cwd=folder, expect=2)
+        done = launch("disttrain", "parity", "mine.yaml", *wrong, timeout_s=240, cwd=folder, expect=2)
         assert done.stderr.startswith("error (exit 2)")
         assert "to do:" in done.stderr
 

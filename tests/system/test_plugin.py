@@ -52,22 +52,24 @@ def test_docs_show_what_the_package_holds() -> None:
 
 
 def test_check_knows_its_options(environment: dict[str, str], folder: Path) -> None:
-    done = launch(*COMMANDS[1].split(), timeout_s=60, cwd=folder, environment=environment)
+    done = launch(*COMMANDS[1].split(), timeout_s=240, cwd=folder, environment=environment)
     assert "bucket_mb: 4" in done.stdout
     silent = "disttrain check configs/quickstart.yaml strategy.name=one_sum"
-    default = launch(*silent.split(), timeout_s=60, cwd=folder, environment=environment).stdout
+    default = launch(*silent.split(), timeout_s=240, cwd=folder, environment=environment).stdout
     assert "bucket_mb: 25.0" in default, "what is left out is stated"
     wrong = COMMANDS[1].replace("bucket_mb=", "bucket_mbs=")
-    done = launch(*wrong.split(), timeout_s=60, cwd=folder, environment=environment, expect=2)
+    done = launch(*wrong.split(), timeout_s=240, cwd=folder, environment=environment, expect=2)
     assert "did you mean 'bucket_mb'?" in done.stderr
     wrong = COMMANDS[1].replace("bucket_mb=4", "bucket_mb=0")
-    assert "bucket_mb" in launch(*wrong.split(), timeout_s=60, cwd=folder, environment=environment, expect=2).stderr
+    assert "bucket_mb" in launch(*wrong.split(), timeout_s=240, cwd=folder, environment=environment, expect=2).stderr
 
 
 def test_absent_or_misspelt_it_is_missed(environment: dict[str, str], folder: Path) -> None:
     near = ("disttrain", "check", "configs/quickstart.yaml", "strategy.name=one_sun")
-    assert "did you mean 'one_sum'" in launch(*near, timeout_s=60, cwd=folder, environment=environment, expect=2).stderr
-    done = launch(*COMMANDS[1].split(), timeout_s=60, cwd=folder, expect=2)
+    assert (
+        "did you mean 'one_sum'" in launch(*near, timeout_s=240, cwd=folder, environment=environment, expect=2).stderr
+    )
+    done = launch(*COMMANDS[1].split(), timeout_s=240, cwd=folder, expect=2)
     assert "no built-in or installed strategy of that name" in done.stderr
     assert "pip install the package that brings it" in done.stderr
 

@@ -89,7 +89,7 @@ def test_python_block_trains_and_loads(folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_quick_start_works_in_a_clone_with_nothing_installed(tmp_path: Path) -> None:
-    launch("git", "clone", "--quiet", str(PROJECT), str(tmp_path / "clone"), timeout_s=60)
+    launch("git", "clone", "--quiet", str(PROJECT), str(tmp_path / "clone"), timeout_s=240)
     environment = user_environment(PYTHON=getattr(sys, "_base_executable", sys.executable))
     environment.pop("PYTHONPATH")
     done = launch(*SET_UP[0].split(), timeout_s=1700, cwd=tmp_path / "clone", environment=environment)
@@ -103,7 +103,7 @@ def test_quick_start_works_in_a_clone_with_nothing_installed(tmp_path: Path) -> 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_suite_passes_in_a_clone_with_nothing_installed(tmp_path: Path) -> None:
-    launch("git", "clone", "--quiet", str(PROJECT), str(tmp_path / "clone"), timeout_s=60)
+    launch("git", "clone", "--quiet", str(PROJECT), str(tmp_path / "clone"), timeout_s=240)
     environment = user_environment(PYTHON=getattr(sys, "_base_executable", sys.executable))
     environment.pop("PYTHONPATH")
     done = launch(*SET_UP[1].split(), timeout_s=3500, cwd=tmp_path / "clone", environment=environment)

@@ -12,7 +12,8 @@ from launched import PROJECT, column, metrics, only_run, plain, status, user_env
 from slurm_cluster import NODES, SlurmCluster, free_ports, missing_parts, running_cluster, write_slurm_conf
 
 SCRIPT = PROJECT / "slurm" / "train.sbatch"
-STEPS = ("run.steps=20", "report.every=1", "report.progress=false", "eval.at_end=false")
+# One thread a node: both nodes are this machine, and each rank takes all cores of its node for its own.
+STEPS = ("run.steps=20", "run.threads=1", "report.every=1", "report.progress=false", "eval.at_end=false")
 
 PAYLOAD = """
 import os, sys

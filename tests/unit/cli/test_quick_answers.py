@@ -24,7 +24,7 @@ ASKED = {
 
 def run(command: list[str], cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, **environment}
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=cwd, env=env)
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=cwd, env=env)
 
 
 def imported(stderr: str) -> set[str]:

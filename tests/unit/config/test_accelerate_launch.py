@@ -145,7 +145,7 @@ def check(*arguments: str) -> subprocess.CompletedProcess[str]:
     """`disttrain check` in a process that cannot import torch."""
     code = "import sys; sys.modules['torch'] = None; from disttrain.cli import main; main()"
     command = [sys.executable, "-c", code, "check", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=PROJECT)
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=PROJECT)
 
 
 @pytest.mark.parametrize("path", sorted((PROJECT / "configs" / "accelerate").iterdir()), ids=lambda path: path.stem)

@@ -57,6 +57,6 @@ def test_the_launcher_above_is_asked(given: list[str], asked: str, tmp_path: Pat
     command = [sys.executable, "accelerate-launch", *given, "train.py"]
     environment = {"PYTHONPATH": str(Path(__file__).resolve().parents[3]), "HF_HOME": str(tmp_path)}
     done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=True
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=True
     )
     assert done.stdout.strip() == asked

@@ -85,7 +85,7 @@ def test_another_process_with_another_hash_seed_finds_the_same() -> None:
             capture_output=True,
             text=True,
             check=True,
-            timeout=60,
+            timeout=240,
         ).stdout
         for hash_seed in ("1", "2")
     }

@@ -17,7 +17,7 @@ from disttrain.errors import ConfigError, DataError, DisttrainError, LaunchError
 from disttrain.runtime import Group, Launch, OtherRankError, choose_device, read_launch
 
 CPU = choose_device("cpu", Launch("plain python", 0, 0, 1, 1))
-PATIENCE_S = 30.0
+PATIENCE_S = 120.0
 
 
 def join(timeout_s: float = PATIENCE_S) -> Group:
@@ -178,7 +178,7 @@ def test_a_rank_that_outlives_the_store_keeper_is_on_its_own_and_ends() -> None:
 
 
 def wait_for_one_that_does_not_come() -> Any:
-    group = join(timeout_s=2.0)
+    group = join(timeout_s=5.0)  # also for the two to meet
     if group.rank == 1:
         return wait_until(group.first_failure, "rank 0 has given up")
     started = time.monotonic()
@@ -195,7 +195,7 @@ def wait_for_one_that_does_not_come() -> Any:
 
 def test_a_collective_that_one_rank_never_joins_ends_after_the_stated_time() -> None:
     (waited, said), told = run_world(2, wait_for_one_that_does_not_come, timeout_s=2 * PATIENCE_S)
-    assert waited >= 1.9, "not before the two seconds"
+    assert waited >= 4.9, "not before the five seconds"
     assert "imed out" in said
     assert told == (0, "gave up")
 
