@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -250,3 +252,40 @@ def test_a_group_that_another_made_is_not_replaced() -> None:
         assert group.gather_all(1) == [1], "and goes on"
     finally:
         group.close()
+
+
+# ---------------------------------------------------------------------- the process's end
+
+ENDINGS = """
+import os, sys
+import torch, torch.distributed as dist
+from disttrain.runtime import Group, Launch, choose_device
+
+def work():
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # one core, and Python is not given away unasked:
+    sys.setswitchinterval(1000)  # the other threads get on where this one waits, and only there
+    alone = Launch("plain python", 0, 0, 1, 1)
+    group = Group(alone, choose_device("cpu", alone), timeout_s=30)
+    kept.append(dist.group.WORLD)  # as a mesh or a sharded model does
+    for _ in range(1000):
+        tensor = torch.ones(4)
+        work = dist.all_reduce(tensor, async_op=True)
+        del tensor  # gloo's thread is left with it, and needs Python to let go
+        work.wait()
+    group.close()
+
+kept, codes = [], []
+for _ in range(30):
+    child = os.fork()
+    if child == 0:
+        work()
+        sys.exit(0)  # the interpreter ends as every script's does
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print(codes)
+"""
+
+
+def test_a_process_that_closed_its_group_ends_well_whoever_holds_it_still() -> None:
+    """Without the wait for gloo's threads some of these die of SIGABRT at their very end."""
+    ran = subprocess.run([sys.executable, "-c", ENDINGS], capture_output=True, text=True, timeout=PATIENCE_S)
+    assert ran.stdout.strip() == str([0] * 30), ran.stdout + ran.stderr[-2000:]
