@@ -183,20 +183,14 @@ def zero(model: Shapes, *, stage: int, ranks: int, bucket: int, states: int = 2,
     in whole, of what was reduced before. Gradients go through a bucket, which stage 2 copies while it is reduced. The
     step flattens the partition's gradients once more, then gathers all parameters in place, of which gloo makes a flat
     copy (torch/csrc/distributed/c10d/ProcessGroupGloo.cpp, AllgatherWork; NCCL does not).
-    Stage 3 (stage3.py): partitions of parameters, which are the masters, optimizer state and gradients, a bucket
-    always; whole modules while they compute; the step flattens the gradients once more.
+    Stage 3: partitions of parameters, which are the masters, of optimizer state and of gradients (`_stage_three`).
     """
     size = model.numel()
     part = size / ranks
     if stage == 3:
-        return worst(
-            {"parameters": part, "optimizer": states * part, "gradients": part, "bucket": bucket},
-            {
-                "end of backward": {"table whole": _head(model), "gradients in the making": _making(model)},
-                "step": {"gradients, flat": part},
-            },
-        )
-    moments: dict[str, dict[str, float]] = {"gather after the step": {"gloo's copy": size if gloo else 0}}
+        moments = _stage_three(model, ranks, bucket, gloo)
+        return worst({"parameters": part, "optimizer": states * part, "gradients": part}, moments)
+    moments = {"gather after the step": {"gloo's copy": size if gloo else 0}}
     if stage == 1:
         moments["end of backward"] = {
             "gradients": size,
@@ -211,6 +205,53 @@ def zero(model: Shapes, *, stage: int, ranks: int, bucket: int, states: int = 2,
         moments["end of backward"] = {"gradients": kept, "bucket": bucket, "in the making": _making(model)}
         moments["step"] = {"gradients": held, "gradients, flat": part}
     return worst({"parameters": size, "optimizer": states * part}, moments)
+
+
+def _stage_three(model: Shapes, ranks: int, bucket: int, gloo: bool) -> dict[str, dict[str, float]]:
+    """What each reduction of a bucket meets, in the order of the backward.
+
+    Gradients wait as autograd made them until the next one would not fit (stage3.py, with contiguous_gradients off);
+    they are then copied together, unless one is alone (coalesced_collectives.py, reduce_scatter_coalesced), and gloo
+    reduces a copy of that (ProcessGroupGloo.cpp, _reduce_scatter_base; NCCL does not). A tied head's gradient waits for
+    the table's, last of all. Whole parameters (partitioned_param_coordinator.py): up to the strategy's bound, a bucket
+    more than the largest module, of those that the backward has still to come to; the room of one larger than a bucket
+    is filled again a bucket at a time. Each of gloo's two threads holds a copy of what it is gathering; the table is
+    whole to the end, for its indices need no gradient that would tell DeepSpeed to let it go.
+    """
+    bound, head = model.largest + bucket, _head(model)
+    in_blocks = max(
+        math.prod(shape) for name, shape in model.parameters.items() if name.startswith(tuple(model.blocks))
+    )
+    left = model.numel()
+    waiting: list[int] = []
+    moments: dict[str, dict[str, float]] = {}
+
+    def reduce(before: str, gradient: int, whole: float, gathering: float) -> None:
+        filled = sum(waiting)
+        alone = len(waiting) == 1 and filled % ranks == 0
+        moments[f"reduction before {before}"] = {
+            "bucket's gradients": filled,
+            "next gradient": gradient,
+            "copied together": 0 if alone else filled,
+            "gloo's copy": filled if gloo else 0,
+            "tied head's gradient": head if model.tied and gradient and left > head else 0,
+            "whole parameters": whole,
+            "gloo's copies of them": gathering if gloo else 0,
+        }
+        waiting.clear()
+
+    for name, shape in reversed(model.parameters.items()):
+        gradient = math.prod(shape)
+        if waiting and sum(waiting) + gradient > bucket:
+            large = waiting[-1] > bucket
+            whole = bound - waiting[-1] + bucket if large else bound
+            reduce(name, gradient, min(whole, left), min(2 * (bucket if large else in_blocks), left - gradient))
+        waiting.append(gradient)
+        left -= gradient
+    reduce("the end", 0, waiting[-1], 0)
+    moments["table's gradients in the making"] = {"table whole": head, "gradients": _making(model)}
+    moments["step"] = {"gradients, flat": model.numel() / ranks}
+    return moments
 
 
 def _in_partition(model: Shapes, ranks: int) -> int:
