@@ -19,8 +19,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def traced() -> list[tuple[int, int]]:
-    """(kept, peak) in KiB of two acts whose numbers are known by hand; in the first, one tensor of three is let go of by
-    a thread that is not profiled."""
+    """(kept, peak) in KiB of two acts known by hand; in the first, an unprofiled thread lets go of a tensor."""
     import threading
 
     import torch
