@@ -57,7 +57,7 @@ def expect(model: dict[str, Any], case: dict[str, Any], world_size: int) -> form
     accumulation = case.get("accumulation", 1)
     options = strategy.get(strategy["name"], {})
     if strategy["name"] == "ddp":
-        return formula.ddp(shapes, accumulation=accumulation)
+        return formula.ddp(shapes)
     if strategy["name"] == "fsdp":
         shards = world_size // case.get("mesh", {}).get("replicate", 1)
         every = options.get("reduce") == "every"

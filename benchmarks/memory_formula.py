@@ -94,18 +94,14 @@ def none(model: Shapes, *, states: int = 2, accumulation: int = 1) -> Peak:
     )
 
 
-def ddp(model: Shapes, *, states: int = 2, accumulation: int = 1) -> Peak:
+def ddp(model: Shapes, *, states: int = 2) -> Peak:
     """`none`, with gradients that live in DDP's buckets (gradient_as_bucket_view), which exist from construction on.
 
     Each gradient is made by autograd, then copied into its bucket (torch/csrc/distributed/c10d/reducer.cpp,
-    mark_variable_ready_dense). Inside an accumulation there is no hook: gradients are tensors of their own until the
-    last backward copies them into the buckets.
+    mark_variable_ready_dense). An accumulation adds up there too: our step zeroes gradients where they lie.
     """
     size = model.numel()
     moments = {"end of backward": {"gradients in the making": _making(model)}}
-    if accumulation > 1:
-        making = 2 * _head(model) if model.tied else model.largest
-        moments["a micro-batch before the last"] = {"accumulated beside the buckets": size, "in the making": making}
     return worst({"parameters": size, "optimizer": states * size, "buckets": size}, moments)
 
 

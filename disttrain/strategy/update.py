@@ -20,17 +20,19 @@ def torch_step(
     want_norm: bool,
     factor: float = 1.0,
     square: Callable[[Gradients], Tensor] = Gradients.square,
+    keep: bool = False,
 ) -> StepOutcome:
     """`factor` turns the gradients at hand into those of the summed loss (DDP averages over ranks); `square` gives the
-    global sum of squares. The norm is read, and refused if it is not finite, before a weight changes. Scaled gradients
-    always have theirs read, and where it is not finite the step is skipped: neither weights nor schedule move."""
+    global sum of squares; with `keep` gradients stay in memory, as zeros. The norm is read, and refused if it is not
+    finite, before a weight changes. Scaled gradients always have theirs read, and where it is not finite the step is
+    skipped: neither weights nor schedule move."""
     if prepared.optimizer is None:
         raise ValueError(f"{prepared.name!r} was prepared without an optimizer: it cannot step")
     prepared.updates += 1
     prepared.accumulations = 0
     rate = float(prepared.optimizer.param_groups[0]["lr"])
     if sums.weight == 0.0:
-        prepared.optimizer.zero_grad(set_to_none=True)
+        prepared.optimizer.zero_grad(set_to_none=not keep)
         return StepOutcome(None, applied=False, lr=rate)
     gradients = Gradients(prepared)
     scale = factor / sums.denominator
@@ -39,7 +41,7 @@ def torch_step(
         norm = math.sqrt(float(square(gradients))) * abs(scale)
         finite = math.isfinite(norm)
         if not finite:
-            prepared.optimizer.zero_grad(set_to_none=True)
+            prepared.optimizer.zero_grad(set_to_none=not keep)
         if sums.scaled:
             prepared.loss_scale.update(finite=finite, weight=sums.weight)
         elif not finite:
@@ -54,5 +56,5 @@ def torch_step(
         prepared.optimizer.step()
     if prepared.schedule is not None:
         prepared.schedule.step()
-    prepared.optimizer.zero_grad(set_to_none=True)
+    prepared.optimizer.zero_grad(set_to_none=not keep)
     return StepOutcome(norm, applied=True, lr=rate, loss_scale=loss_scale)
