@@ -51,18 +51,21 @@ class MemoryTrace:
         acts, parts = [], {}
         for event in _all(self._profile.profiler.kineto_results.experimental_event_tree()):
             if event.tag.name == "Allocation":
-                acts.append((event.start_time_ns, event.extra_fields.total_allocated))
+                fields = event.extra_fields
+                acts.append((event.start_time_ns, fields.total_allocated, fields.alloc_size))
             elif event.name.startswith("part:"):
                 parts[event.name.removeprefix("part:")] = event.start_time_ns, event.end_time_ns
         for name, (begin_ns, end_ns) in parts.items():
-            given = [total for time_ns, total in sorted(acts) if begin_ns <= time_ns <= end_ns]
-            self._windows[name] = Window(given[0], given[-1], max(given))
+            inside = [act for act in sorted(acts) if begin_ns <= act[0] <= end_ns]
+            _, first, size = inside[0]
+            given = [total for _, total, _ in inside]
+            self._windows[name] = Window(first - size, given[-1], max(given))
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         """What runs in here can be asked for with `window(name)`."""
         with record_function(f"part:{name}"):
-            torch.empty(1)  # an act of the allocator, to learn from what it has given out
+            torch.empty(1)  # acts of the allocator, at the beginning and the end, that say what it has given out
             yield
             torch.empty(1)
 

@@ -28,12 +28,12 @@ def traced() -> list[tuple[int, int]]:
     with (trace := MemoryTrace()):
         with trace.part("three"):
             a, b = torch.zeros(1 << 18), torch.zeros(1 << 18)
-            c = a + b
-            let_go_elsewhere = threading.Thread(target=[c].clear)
-            del a, b, c
-            let_go_elsewhere.start()
-            let_go_elsewhere.join()
-            torch.zeros(1 << 18)
+            sums = [a + b]
+            del a, b
+            unprofiled = threading.Thread(target=sums.clear)
+            unprofiled.start()
+            unprofiled.join()
+            torch.zeros(3 << 18)
         layer = torch.nn.Linear(1024, 1024, bias=False)
         with trace.part("gradient"):
             layer(torch.ones(1, 1024)).sum().backward()
