@@ -1,6 +1,6 @@
 """Memory per rank of every strategy, measured on CPU processes and held against `memory_formula`.
 
-    python benchmarks/memory.py [--model deep|wide|small] [--world-size 4] [CASE ...]
+    python benchmarks/memory.py [--model deep|wide|third|small] [--world-size 4] [CASE ...]
 
 Starts one world of gloo processes for each case, traces construction and some steps (a first one creates optimizer
 state, from the third on everything is in place), and prints one Markdown table.
@@ -24,9 +24,10 @@ from benchmarks.ranks import run_ranks
 MODELS: dict[str, dict[str, Any]] = {
     "deep": {"layers": 14, "width": 512, "heads": 8, "vocab": 8192, "context": 8, "tied": True},
     "wide": {"layers": 3, "width": 768, "heads": 8, "vocab": 16384, "context": 8, "tied": False},
+    "third": {"layers": 8, "width": 640, "heads": 8, "vocab": 12288, "context": 8, "tied": False},
     "small": {"layers": 6, "width": 192, "heads": 4, "vocab": 4096, "context": 8, "tied": True},
 }
-"""50 M parameters in two very different shapes, and 3.4 M for tests."""
+"""50 M parameters in two very different shapes, a third that no formula had seen, and 3.4 M for tests."""
 
 STEPS = 6
 """The last four count: from the third on all is in place."""
