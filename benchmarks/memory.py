@@ -1,6 +1,6 @@
 """Memory per rank of every strategy, measured on CPU processes and held against `memory_formula`.
 
-    python benchmarks/memory.py [--model deep|wide|small] [--world-size 4] [CASE ...]
+    python benchmarks/memory.py [--model deep|wide|third|small] [--world-size 4] [CASE ...]
 
 Starts one world of gloo processes for each case, traces construction and some steps (a first one creates optimizer
 state, from the third on everything is in place), and prints one Markdown table.
@@ -13,6 +13,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -23,12 +24,13 @@ from benchmarks.ranks import run_ranks
 MODELS: dict[str, dict[str, Any]] = {
     "deep": {"layers": 14, "width": 512, "heads": 8, "vocab": 8192, "context": 8, "tied": True},
     "wide": {"layers": 3, "width": 768, "heads": 8, "vocab": 16384, "context": 8, "tied": False},
+    "third": {"layers": 8, "width": 640, "heads": 8, "vocab": 12288, "context": 8, "tied": False},
     "small": {"layers": 6, "width": 192, "heads": 4, "vocab": 4096, "context": 8, "tied": True},
 }
-"""50 M parameters in two very different shapes, and 3.4 M for tests."""
+"""50 M parameters in two very different shapes, a third that no formula had seen, and 3.4 M for tests."""
 
 STEPS = 6
-"""The last four count, where all that they took is seen to be given back."""
+"""The last four count: from the third on all is in place."""
 
 CASES: dict[str, dict[str, Any]] = {
     "ddp": {"strategy": {"name": "ddp"}},
@@ -56,7 +58,7 @@ def expect(model: dict[str, Any], case: dict[str, Any], world_size: int) -> form
     accumulation = case.get("accumulation", 1)
     options = strategy.get(strategy["name"], {})
     if strategy["name"] == "ddp":
-        return formula.ddp(shapes, accumulation=accumulation)
+        return formula.ddp(shapes)
     if strategy["name"] == "fsdp":
         shards = world_size // case.get("mesh", {}).get("replicate", 1)
         every = options.get("reduce") == "every"
@@ -98,7 +100,7 @@ def measure(model: dict[str, Any], case: dict[str, Any], folder: str) -> dict[st
     import torch
 
     import disttrain
-    from benchmarks.memory_trace import MemoryTrace, live_bytes
+    from benchmarks.memory_trace import MemoryTrace, count_every_thread
 
     class Tokens(torch.utils.data.Dataset[Any]):
         def __len__(self) -> int:
@@ -120,30 +122,36 @@ def measure(model: dict[str, Any], case: dict[str, Any], folder: str) -> dict[st
         "checkpoint": {"at_end": False},
         "report": {"every": 100, "progress": False, "plot": False},
     }
+    count_every_thread()
     peaks = []
     with disttrain.Engine(config) as engine:
-        before = live_bytes()
         with (trace := MemoryTrace()), trace.part("construction"):
             engine.prepare("model")
+        built = trace.window("construction")
         batches = engine.batches(Tokens(), global_batch=accumulation * world_size, micro_batch=1)
         for number in range(STEPS):
             micro_batches = next(batches)
-            held = live_bytes() - before
             with (steps := MemoryTrace()), steps.part("step"):
                 engine.accumulate("model", micro_batches)
                 engine.step("model")
             step = steps.window("step")
-            if number >= 2 and step.kept_bytes == 0:
-                peaks.append(held + step.peak_bytes)
+            if number >= 2:
+                peaks.append(step.peak_bytes - built.begin_bytes)
             engine.log()
         batches.close()
-    return {"construction": trace.window("construction").peak_bytes, "held": held, "peaks": peaks}
+    held = step.begin_bytes - built.begin_bytes
+    return {"construction": built.peak_bytes - built.begin_bytes, "held": held, "peaks": peaks}
 
 
 def run_case(model: dict[str, Any], case: dict[str, Any], world_size: int) -> list[dict[str, Any]]:
     """`measure` on a new world; every rank's result."""
     with tempfile.TemporaryDirectory() as folder:
         return run_ranks(world_size, measure, model, case, folder)
+
+
+def settled_peak(ranks: list[dict[str, Any]]) -> float:
+    """Bytes of the median step, of the rank with most: in some steps one of gloo's threads lets go of its copy late."""
+    return max(median(rank["peaks"]) for rank in ranks)
 
 
 def main() -> None:
@@ -158,15 +166,17 @@ def main() -> None:
     print(
         f"{shapes_of(model).numel() / 1e6:.1f} M parameters, {given.world_size} ranks; MB a rank, the largest of all\n"
     )
-    print("| case | a step's peak | formula | difference | held between steps | construction |")
-    print("|---|---:|---:|---:|---:|---:|", flush=True)
+    print("| case | a step's peak | formula | difference | highest step | between steps | construction |")
+    print("|---|---:|---:|---:|---:|---:|---:|", flush=True)
     for name in given.cases:
         expected = expect(model, CASES[name], given.world_size)
         ranks = run_case(model, CASES[name], given.world_size)
-        peak = max(peak for rank in ranks for peak in rank["peaks"])
+        peak = settled_peak(ranks)
+        highest = max(peak for rank in ranks for peak in rank["peaks"])
         held, built = (max(rank[key] for rank in ranks) for key in ("held", "construction"))
         off = peak / expected.bytes - 1
-        row = f"{peak / 1e6:.1f} | {expected.bytes / 1e6:.1f} | {off:+.1%} | {held / 1e6:.1f} | {built / 1e6:.1f}"
+        row = f"{peak / 1e6:.1f} | {expected.bytes / 1e6:.1f} | {off:+.1%}"
+        row += f" | {highest / 1e6:.1f} | {held / 1e6:.1f} | {built / 1e6:.1f}"
         print(f"| {name} | {row} |", flush=True)
         if given.terms:
             terms = ", ".join(f"{key} {value * 4 / 1e6:.1f}" for key, value in expected.terms.items() if value)

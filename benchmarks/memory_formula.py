@@ -11,6 +11,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from benchmarks import zero_gathers
+
 Shape = tuple[int, ...]
 
 
@@ -34,6 +36,12 @@ class Shapes:
     def root(self) -> int:
         """Elements outside the blocks."""
         return self.numel() - sum(self.numel(f"{block}.") for block in self.blocks)
+
+    @property
+    def last_of_root(self) -> int:
+        """Elements of the root's last tensor that is no vector."""
+        outside = [name for name in self.parameters if not name.startswith(tuple(f"{block}." for block in self.blocks))]
+        return [math.prod(self.parameters[name]) for name in outside if len(self.parameters[name]) > 1][-1]
 
     @property
     def largest_block(self) -> int:
@@ -86,18 +94,14 @@ def none(model: Shapes, *, states: int = 2, accumulation: int = 1) -> Peak:
     )
 
 
-def ddp(model: Shapes, *, states: int = 2, accumulation: int = 1) -> Peak:
+def ddp(model: Shapes, *, states: int = 2) -> Peak:
     """`none`, with gradients that live in DDP's buckets (gradient_as_bucket_view), which exist from construction on.
 
     Each gradient is made by autograd, then copied into its bucket (torch/csrc/distributed/c10d/reducer.cpp,
-    mark_variable_ready_dense). Inside an accumulation there is no hook: gradients are tensors of their own until the
-    last backward copies them into the buckets.
+    mark_variable_ready_dense). An accumulation adds up there too: our step zeroes gradients where they lie.
     """
     size = model.numel()
     moments = {"end of backward": {"gradients in the making": _making(model)}}
-    if accumulation > 1:
-        making = 2 * _head(model) if model.tied else model.largest
-        moments["a micro-batch before the last"] = {"accumulated beside the buckets": size, "in the making": making}
     return worst({"parameters": size, "optimizer": states * size, "buckets": size}, moments)
 
 
@@ -111,14 +115,22 @@ def _making(model: Shapes) -> int:
 
 
 def fsdp(
-    model: Shapes, *, shards: int, states: int = 2, reshard: bool = True, accumulation: int = 1, every: bool = False
+    model: Shapes,
+    *,
+    shards: int,
+    states: int = 2,
+    reshard: bool = True,
+    accumulation: int = 1,
+    every: bool = False,
+    gloo: bool = True,
 ) -> Peak:
     """Shards of parameters, optimizer state and gradients; the root whole from forward to the backward's end; a block
     whole while it computes.
 
     torch/distributed/fsdp/_fully_shard: an all-gather's flat buffer lives beside the tensors copied out of it, until
     after the copy; in the backward the next block's is gathered before this one computes (_backward_prefetch); a
-    reduce-scatter's flat input lives until the next one (reduce_scatter_states).
+    reduce-scatter's flat input lives until the next one (reduce_scatter_states). The root is reduced last, when its
+    whole parameters are gone; a loop's variable still names its last gradient (foreach_reduce).
     """
     size, root, block = model.numel(), model.root, model.largest_block
     head = math.prod(model.parameters[model.head])
@@ -171,6 +183,21 @@ def fsdp(
             "root's gradients": root_gradients,
             "reduce-scatter input": block,
         }
+    moments["root reduced"] = {
+        "gradient shards": (blocks if accumulation == 1 or whole else size) / shards,
+        "root's new shard": root / shards,
+        "reduce-scatter input": root,
+        "gloo's copy of it": root if gloo else 0,
+        "root's last gradient": model.last_of_root,
+    }
+    if accumulation > 1:
+        moments["forward of a later micro-batch"] = {
+            "gradients": size if whole else size / shards,
+            "root gathered": root,
+            "root whole": root,
+            "first block gathered": block,
+            "gloo's copy of it": block if gloo else 0,
+        }
     return worst({"parameters": size / shards, "optimizer": states * size / shards}, moments)
 
 
@@ -179,33 +206,34 @@ def zero(model: Shapes, *, stage: int, ranks: int, bucket: int, states: int = 2,
 
     Stages 1 and 2 (deepspeed/runtime/zero/stage_1_and_2.py, fp32): all parameters flat, of which this rank's partition
     is its masters too (`share_masters`; DeepSpeed alone would clone it), and its optimizer state. Stage 1 keeps every
-    gradient until the backward's end, the tied table's last sum among them; stage 2 those that lie in this partition,
+    gradient until the backward's end, the tied table's last sum among them, and makes room for copies of those of its
+    partition at the first reduction that has one; stage 2 those that lie in this partition,
     in whole, of what was reduced before. Gradients go through a bucket, which stage 2 copies while it is reduced. The
     step flattens the partition's gradients once more, then gathers all parameters in place, of which gloo makes a flat
     copy (torch/csrc/distributed/c10d/ProcessGroupGloo.cpp, AllgatherWork; NCCL does not).
-    Stage 3 (stage3.py): partitions of parameters, which are the masters, optimizer state and gradients, a bucket
-    always; whole modules while they compute; the step flattens the gradients once more.
+    Stage 3: partitions of parameters, which are the masters, of optimizer state and of gradients (`_stage_three`).
     """
     size = model.numel()
     part = size / ranks
     if stage == 3:
-        return worst(
-            {"parameters": part, "optimizer": states * part, "gradients": part, "bucket": bucket},
-            {
-                "end of backward": {"table whole": _head(model), "gradients in the making": _making(model)},
-                "step": {"gradients, flat": part},
-            },
-        )
-    moments: dict[str, dict[str, float]] = {"gather after the step": {"gloo's copy": size if gloo else 0}}
+        moments = _stage_three(model, ranks, bucket, gloo)
+        return worst({"parameters": part, "optimizer": states * part, "gradients": part}, moments)
+    moments = {"gather after the step": {"gloo's copy": size if gloo else 0}}
     if stage == 1:
         moments["end of backward"] = {
             "gradients": size,
             "bucket": bucket,
             "in the making": _making(model) - _head(model),
         }
+        last = _owned(model, ranks)[-1]  # reduced alone where no bucket holds it, else out of the bucket
+        moments["first reduction"] = {
+            "gradients": size - (0 if last.size > bucket else min(bucket, size)),
+            "bucket": bucket,
+            "partition's gradients, copied": max(_in_partition(model, ranks)[rank] for rank in last.ranks),
+        }
         moments["step"] = {"gradients, flat": 2 * part}
     else:
-        held, copy = _in_partition(model, ranks), min(bucket, size)
+        held, copy = max(_in_partition(model, ranks)), min(bucket, size)
         kept = held * (1 - copy / size)
         moments["last bucket reduced"] = {"gradients": kept, "bucket": bucket, "bucket's copy": copy}
         moments["end of backward"] = {"gradients": kept, "bucket": bucket, "in the making": _making(model)}
@@ -213,18 +241,71 @@ def zero(model: Shapes, *, stage: int, ranks: int, bucket: int, states: int = 2,
     return worst({"parameters": size, "optimizer": states * part}, moments)
 
 
-def _in_partition(model: Shapes, ranks: int) -> int:
-    """Elements of the matrices that lie, in part at least, in one rank's flat range; the most of any rank. Vectors, a
-    group of their own without weight decay, are left out."""
+def _stage_three(model: Shapes, ranks: int, bucket: int, gloo: bool) -> dict[str, dict[str, float]]:
+    """What each reduction of a bucket meets, in the order of the backward.
+
+    Gradients wait as autograd made them until the next one would not fit (stage3.py, with contiguous_gradients off);
+    they are then copied together, unless one is alone (coalesced_collectives.py, reduce_scatter_coalesced), and gloo
+    reduces a copy of that (ProcessGroupGloo.cpp, _reduce_scatter_base; NCCL does not). A tied head's gradient waits for
+    the table's, last of all. Whole parameters are the prefetcher's (`zero_gathers`), bounded by the strategy to a
+    bucket more than the largest module; each of gloo's two threads holds a copy of what it is gathering. The table is
+    whole to the end, for its indices need no gradient that would tell DeepSpeed to let it go.
+    """
+    head = _head(model)
+    sizes = {name: math.prod(shape) for name, shape in model.parameters.items()}
+    backward = [*([model.head] if model.tied else ()), *reversed(sizes)]
+    uses = [*reversed(backward), *backward]
+    whole = zero_gathers.play(uses, sizes, bucket=bucket, bound=model.largest + bucket)[-len(sizes) :]
+    waiting: list[int] = []
+    moments: dict[str, dict[str, float]] = {}
+
+    def reduce(before: str, gradient: int, held: int, on_their_way: int) -> None:
+        filled = sum(waiting)
+        alone = len(waiting) == 1 and filled % ranks == 0
+        moments[f"reduction before {before}"] = {
+            "bucket's gradients": filled,
+            "next gradient": gradient,
+            "copied together": 0 if alone else filled,
+            "gloo's copy": filled if gloo else 0,
+            "tied head's gradient": head if model.tied and before not in (model.head, "the end") else 0,
+            "whole parameters": held,
+            "gloo's copies of them": on_their_way if gloo else 0,
+        }
+        waiting.clear()
+
+    for (name, size), there in zip(reversed(sizes.items()), whole, strict=True):
+        if waiting and sum(waiting) + size > bucket:
+            reduce(name, size, there.held, there.on_their_way)
+        waiting.append(size)
+    reduce("the end", 0, waiting[-1], 0)
+    moments["table's gradients in the making"] = {"table whole": head, "gradients": _making(model)}
+    moments["step"] = {"gradients, flat": model.numel() / ranks}
+    return moments
+
+
+@dataclass(frozen=True)
+class _Owned:
+    """A matrix, and the ranks in whose flat ranges a part of it lies."""
+
+    size: int
+    ranks: range
+
+
+def _owned(model: Shapes, ranks: int) -> list[_Owned]:
+    """The matrices in their order. Vectors, a group of their own without weight decay, are left out."""
     sizes = [math.prod(shape) for shape in model.parameters.values() if len(shape) > 1]
     part = -(-sum(sizes) // ranks)
-    found = [0] * ranks
-    start = 0
+    found, start = [], 0
     for size in sizes:
-        for rank in range(start // part, (start + size - 1) // part + 1):
-            found[rank] += size
+        found.append(_Owned(size, range(start // part, (start + size - 1) // part + 1)))
         start += size
-    return max(found)
+    return found
+
+
+def _in_partition(model: Shapes, ranks: int) -> list[int]:
+    """For each rank, elements of the matrices that lie in its flat range, in part at least."""
+    owned = _owned(model, ranks)
+    return [sum(one.size for one in owned if rank in one.ranks) for rank in range(ranks)]
 
 
 def gpt_activations(*, tokens: int, layers: int, width: int, hidden: int) -> int:

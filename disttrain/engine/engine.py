@@ -197,12 +197,13 @@ class Engine:
         try:
             if self.finished():
                 return
+            tokens = self._datasets.tokens_per_sample(name)
             for step in self.record.loading(iter(batches)):
                 for place, micro in enumerate(step):
                     step[place] = to_device(micro, self.device)
                 self.progress.positions[name] = step.position
                 self.progress.samples += step.samples
-                self.progress.tokens += step.samples * self._datasets.tokens_per_sample(name)
+                self.progress.tokens += step.samples * tokens
                 if own_draws:
                     key = derive_seed(self.world.seed, "loop", self.progress.steps, self.world.mesh.part[0])
                     seed_all(key, self.device)

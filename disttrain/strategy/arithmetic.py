@@ -28,6 +28,7 @@ from disttrain.strategy.ledger import Ledger
 Wrapper = Callable[[Objective, Any, Context], tuple[Any, Any, Any]]
 Backward = Callable[[Tensor], None]
 Last = Callable[[bool], AbstractContextManager[Any]]
+_NOTHING: AbstractContextManager[Any] = nullcontext()
 
 
 def run_micro_batches(
@@ -39,7 +40,7 @@ def run_micro_batches(
     *,
     through: Wrapper | None = None,
     backward: Backward = Tensor.backward,
-    communicating: Last = lambda last: nullcontext(),
+    communicating: Last = lambda last: _NOTHING,
 ) -> StepSums:
     """The plain loop. The forward runs `through` a wrapper of `ObjectiveCall`, or else the objective on the model;
     `communicating(last)` surrounds forward and backward of each micro-batch."""
@@ -49,7 +50,7 @@ def run_micro_batches(
     ledger = Ledger(world)
     for place, micro in enumerate(micro_batches):
         context = seed_micro_batch(world, prepared, micro)
-        replay = nullcontext() if micro.real else _replay(prepared)
+        replay = _NOTHING if micro.real else _replay(prepared)
         with communicating(place == len(micro_batches) - 1), replay:
             with world.computing():
                 if through is None:
@@ -168,6 +169,7 @@ class Gradients:
 
     def __init__(self, prepared: Prepared) -> None:
         self.locals: list[Tensor] = []
+        self.plain_float32 = bool(prepared.named)
         self._named = prepared.named
         for named in prepared.named:
             gradient = named.parameter.grad
@@ -181,10 +183,16 @@ class Gradients:
                         "build its nn.Embedding with sparse=False",
                     )
                 )
-            self.locals.append(gradient if type(gradient) is Tensor else _local(gradient))
+            if type(gradient) is not Tensor or gradient.dtype != torch.float32:
+                self.plain_float32 = False
+                gradient = _local(gradient)
+            self.locals.append(gradient)
 
-    def drop(self) -> None:
-        """Forget them, as `zero_grad(set_to_none=True)` does with more ado."""
+    def drop(self, *, keep: bool) -> None:
+        """Forget them, as `zero_grad(set_to_none=True)` does with more ado; or `keep` their memory, as zeros."""
+        if keep:
+            torch._foreach_zero_(self.locals)
+            return
         for named in self._named:
             named.parameter.grad = None
 

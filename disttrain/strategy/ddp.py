@@ -31,6 +31,7 @@ from disttrain.strategy.contract import (
     Prepared,
     StepOutcome,
     StepSums,
+    World,
     refuse_axes,
 )
 from disttrain.strategy.state import replicated_shards, whole_tensors
@@ -51,6 +52,10 @@ class DDP(AbstractStrategy):
     def check(cls, options: Any, sizes: MeshSizes, device: Device, precision: PrecisionConfig) -> None:
         """Every rank is a replica, whichever axis it is on."""
         refuse_axes("ddp", sizes, "tensor")
+
+    def __init__(self, options: Any, world: World) -> None:
+        super().__init__(options, world)
+        self._accumulates: dict[str, bool] = {}
 
     def prepare(self, ingredients: Ingredients) -> Prepared:
         model = build_on_host(self.world, ingredients).to(self.world.device)
@@ -83,13 +88,16 @@ class DDP(AbstractStrategy):
         def communicating(last: bool) -> AbstractContextManager[Any]:
             return nullcontext() if last else ddp.no_sync()
 
+        self._accumulates[prepared.name] = len(micro_batches) > 1
         step = self.world, prepared, micro_batches, objective, flags
         return run_micro_batches(*step, through=ddp, communicating=communicating)
 
     def step(self, prepared: Prepared, sums: StepSums, *, clip_norm: float | None, want_norm: bool) -> StepOutcome:
         # DDP divides by the world size, where its own reduction is used; the sum is what the arithmetic wants.
         factor = 1.0 if self._reduced_apart else float(self.world.group.size)
-        return torch_step(prepared, sums, clip_norm=clip_norm, want_norm=want_norm, factor=factor)
+        # Several micro-batches add up in the buckets: new gradients would lie beside them until the last backward.
+        keep = self._accumulates.get(prepared.name, False)
+        return torch_step(prepared, sums, clip_norm=clip_norm, want_norm=want_norm, factor=factor, keep=keep)
 
     def shards(self, prepared: Prepared, stored: Mapping[str, Any] | None = None) -> list[Shard]:
         return replicated_shards(prepared, stored, replica=(self.world.group.rank, self.world.group.size))

@@ -46,8 +46,8 @@ from disttrain.strategy.contract import (
 )
 from disttrain.strategy.reached import agree_on_reached
 from disttrain.strategy.state import replicated_shards
-from disttrain.strategy.zero_config import engine_config
-from disttrain.strategy.zero_construction import cut_whole, fill_cut, with_whole_shape
+from disttrain.strategy.zero_config import bound_gathered, engine_config
+from disttrain.strategy.zero_construction import cut_whole, fill_cut, largest_module, with_whole_shape
 from disttrain.strategy.zero_gradients import discard_step, forget_step
 from disttrain.strategy.zero_partitions import partition_shards, share_masters, spread_loaded
 
@@ -117,13 +117,16 @@ class DeepSpeed(AbstractStrategy):
         equip(prepared, ingredients, tuple(map(with_whole_shape, named)))
         if prepared.optimizer is None:
             return prepared
+        config = self._config
+        if self.options.stage == 3:
+            config = bound_gathered(config, largest_module(model, ingredients.objective))
         with warnings.catch_warnings():
             # DeepSpeed 0.19 touches what torch 2.13 deprecates; nothing a user could mend.
             warnings.simplefilter("ignore", FutureWarning)
             engine, *_ = self._deepspeed.initialize(
                 model=_Call(model, ingredients.objective, self.world, keeps=self.options.stage < 3),
                 optimizer=prepared.optimizer,
-                config=self._config,
+                config=config,
                 dist_init_required=False,
             )
         share_masters(engine.optimizer)
@@ -138,13 +141,19 @@ class DeepSpeed(AbstractStrategy):
             _refuse_parameters(model)
             if not cuts:
                 return model.to(device)
-            cut_whole(model, device, self._deepspeed.zero.Init(config_dict_or_path=self._config))
+            cut_whole(model, device, self._cutting())
             return model
         model = build_model(ingredients.make_model, seed=seed, meta=True)
         settle(self.world, model)
         _refuse_parameters(model)
-        fill_cut(model, device, self._deepspeed.zero.Init(config_dict_or_path=self._config), seed=seed)
+        fill_cut(model, device, self._cutting(), seed=seed)
         return model
+
+    def _cutting(self) -> Any:
+        """DeepSpeed's `zero.Init` for stage 3. Given a module, here one of no parameters, it puts a linear function in
+        torch's place that keeps the parameter for its backward: torch's own keeps a view of the whole weight, and so
+        the whole model in memory from forward to backward."""
+        return self._deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=self._config)
 
     def accumulate(
         self, prepared: Prepared, micro_batches: Sequence[MicroBatch], objective: Objective, flags: Sequence[float] = ()

@@ -6,7 +6,7 @@ Refuses ranks that do not bring the same: other terms or sums, or another way th
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -46,25 +46,22 @@ class Ledger:
 
         Raises TrainingError on every rank where their names differ, or their trails.
         """
-        totals, weights = sorted(self._totals), sorted(self._weights)
-        sums = dict(sorted(self._sums.items()))
-        values: list[Number] = [
-            *flags,
-            *map(self._totals.__getitem__, totals),
-            *map(self._weights.__getitem__, weights),
-        ]
-        layout = Layout(len(flags), (*totals,), (*weights,), tuple((name, (*sums[name].shape,)) for name in sums))
-        numbers = iter(self._add_up(values, list(sums.values()), layout, trail or Trail()))
-        raised = tuple(next(numbers) for _ in flags)
-        total = {name: next(numbers) for name in totals}
-        weight = {name: next(numbers) for name in weights}
-        own = {
-            name: torch.tensor([next(numbers) for _ in range(value.numel())], dtype=torch.float64).reshape(value.shape)
-            for name, value in sums.items()
-        }
+        totals, weights, sums = sorted(self._totals), sorted(self._weights), dict(sorted(self._sums.items()))
+        values: list[Number] = [*flags]
+        values += [self._totals[term] for term in totals]
+        values += [self._weights[term] for term in weights]
+        numbers = self._add_up(len(flags), values, sums, trail)
+        first = len(flags) + len(totals)
+        total = dict(zip(totals, numbers[len(flags) : first], strict=True))
+        weight = dict(zip(weights, numbers[first : len(values)], strict=True))
+        own, at = {}, len(values)
+        for name, value in sums.items():
+            own[name] = torch.tensor(numbers[at : at + value.numel()], dtype=torch.float64).reshape(value.shape)
+            at += value.numel()
+        raised = tuple(numbers[: len(flags)])
         return StepSums(total, weight, own, raised, 1.0 if divided else next(iter(weight.values())))
 
-    def _add_up(self, values: list[Number], sums: list[Tensor], layout: Layout, trail: Trail) -> list[float]:
+    def _add_up(self, flags: int, values: list[Number], sums: dict[str, Tensor], trail: Trail | None) -> list[float]:
         """Every rank's values and sums added up, flat, in one all-reduce of `_ROOM` numbers; the rest takes a second.
         Ranks of other layouts meet in it too, and raise TrainingError together.
 
@@ -76,6 +73,9 @@ class Ledger:
             here = [value for value in values if not isinstance(value, Tensor)]
             alone = not sums and len(here) == len(values)
             return here if alone else _flat(values, sums, self._world.device).tolist()
+        shapes = tuple((name, (*value.shape,)) for name, value in sums.items())
+        layout = Layout(flags, (*sorted(self._totals),), (*sorted(self._weights),), shapes)
+        trail = trail or Trail()
         digest = zlib.crc32(repr(layout).encode(), trail.digest) >> 12
         flat = _flat([digest, digest**2, *values], sums, self._world.device)
         count = flat.numel()
@@ -96,10 +96,10 @@ def _number(value: Number) -> Number:
     if not isinstance(value, Tensor):
         return float(value)
     found = value.detach()
-    return found.item() if found.device.type == "cpu" else found.double()
+    return float(found) if found.device.type == "cpu" else found.double()
 
 
-def _flat(values: Sequence[Number], sums: Sequence[Tensor], device: torch.device) -> Tensor:
+def _flat(values: Sequence[Number], sums: Mapping[str, Tensor], device: torch.device) -> Tensor:
     """One float64 vector on `device`."""
     if any(isinstance(value, Tensor) for value in values):
         filled = [
@@ -109,7 +109,7 @@ def _flat(values: Sequence[Number], sums: Sequence[Tensor], device: torch.device
         head = torch.stack([value.to(device, torch.float64) for value in filled])
     else:
         head = torch.tensor(values, dtype=torch.float64, device=device)
-    return torch.cat([head, *(one.to(device).reshape(-1) for one in sums)]) if sums else head
+    return torch.cat([head, *(one.to(device).reshape(-1) for one in sums.values())]) if sums else head
 
 
 class Layout(NamedTuple):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
 from disttrain.strategy.arithmetic import Gradients, refuse_non_finite
 from disttrain.strategy.contract import Prepared, StepOutcome, StepSums
@@ -20,17 +21,19 @@ def torch_step(
     want_norm: bool,
     factor: float = 1.0,
     square: Callable[[Gradients], Tensor] = Gradients.square,
+    keep: bool = False,
 ) -> StepOutcome:
     """`factor` turns the gradients at hand into those of the summed loss (DDP averages over ranks); `square` gives the
-    global sum of squares. The norm is read, and refused if it is not finite, before a weight changes. Scaled gradients
-    always have theirs read, and where it is not finite the step is skipped: neither weights nor schedule move."""
+    global sum of squares; with `keep` gradients stay in memory, as zeros. The norm is read, and refused if it is not
+    finite, before a weight changes. Scaled gradients always have theirs read, and where it is not finite the step is
+    skipped: neither weights nor schedule move."""
     if prepared.optimizer is None:
         raise ValueError(f"{prepared.name!r} was prepared without an optimizer: it cannot step")
     prepared.updates += 1
     prepared.accumulations = 0
     rate = float(prepared.optimizer.param_groups[0]["lr"])
     if sums.weight == 0.0:
-        prepared.optimizer.zero_grad(set_to_none=True)
+        prepared.optimizer.zero_grad(set_to_none=not keep)
         return StepOutcome(None, applied=False, lr=rate)
     with torch.no_grad():
         gradients = Gradients(prepared)
@@ -42,16 +45,39 @@ def torch_step(
             if sums.scaled:
                 prepared.loss_scale.update(finite=finite, weight=sums.weight)
             if not finite:
-                gradients.drop()
+                gradients.drop(keep=keep)
                 if not sums.scaled:
                     refuse_non_finite(f"a gradient norm of {norm}")
                 return StepOutcome(None, applied=False, lr=rate, loss_scale=loss_scale)
         if clip_norm and norm is not None:
             # torch.nn.utils.clip_grad_norm_'s own form, its 1e-6 included, so that plain loops agree.
             scale *= min(1.0, clip_norm / (norm + 1e-6))
-        gradients.scale(scale)
-        prepared.optimizer.step()
+        _step(prepared.optimizer, gradients, scale)
         if prepared.schedule is not None:
             prepared.schedule.step()
-        gradients.drop()
+        gradients.drop(keep=keep)
         return StepOutcome(norm, applied=True, lr=rate, loss_scale=loss_scale)
+
+
+def _step(optimizer: Optimizer, gradients: Gradients, scale: float) -> None:
+    """The optimizer's step on gradients times `scale`.
+
+    Torch's own fused kernels divide by a float32 as they go, as under its GradScaler: no pass over the gradients of its
+    own. A hook before the step would see them as they were, and a subclass's step too.
+    """
+    within = (
+        gradients.plain_float32
+        and type(optimizer) in (Adam, AdamW, SGD, Adagrad)
+        and getattr(optimizer, "_step_supports_amp_scaling", False)
+        and not optimizer._optimizer_step_pre_hooks
+        and 1e-30 < scale < 1e30
+    )
+    if not within:
+        gradients.scale(scale)
+        optimizer.step()
+        return
+    optimizer.grad_scale = torch.tensor(1.0 / scale, dtype=torch.float32, device=gradients.locals[0].device)  # type: ignore[attr-defined]
+    try:
+        optimizer.step()
+    finally:
+        optimizer.grad_scale = None  # type: ignore[attr-defined]

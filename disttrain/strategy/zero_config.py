@@ -28,11 +28,21 @@ def engine_config(options: Any, precision: PrecisionConfig, device: str) -> dict
     return _over(_over(_chosen(options.stage, device), _said(native)), _owned(options, precision))
 
 
+def bound_gathered(config: Mapping[str, Any], largest: int) -> dict[str, Any]:
+    """Stage 3's config for a model whose largest module has `largest` elements: while that one computes, a bucket more
+    may be on its way. DeepSpeed gathers up to a bucket ahead at every module, up to 1e9 elements in all: most models
+    whole."""
+    zero = config["zero_optimization"]
+    live = largest + int(zero["stage3_prefetch_bucket_size"])
+    return {**config, "zero_optimization": {"stage3_max_live_parameters": live, **zero}}
+
+
 def _chosen(stage: int, device: str) -> dict[str, Any]:
     """What a native JSON may change. DeepSpeed counts elements, of 4 bytes here, and wants an even number of them."""
     zero = {
         **_buckets(stage, BUCKET_MB),
-        "contiguous_gradients": True,
+        # Stage 3 copies a bucket's gradients together as it reduces them: a place for them before that is no use.
+        "contiguous_gradients": stage < 3,
         "overlap_comm": stage == 3,
         "reduce_scatter": True,
     }

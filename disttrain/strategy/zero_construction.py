@@ -50,6 +50,14 @@ def fill_cut(model: nn.Module, device: torch.device, init: Any, *, seed: int) ->
                     own[name] = made[id(place)]  # type: ignore[assignment]
 
 
+def largest_module(*modules: nn.Module | None) -> int:
+    """Elements of the parameters that one module's forward gathers: its own, not its children's; the most of any."""
+    owners = [owner for module in modules if module is not None for owner in module.modules()]
+    return max(
+        sum(getattr(own, "ds_numel", own.numel()) for own in owner.parameters(recurse=False)) for owner in owners
+    )
+
+
 def with_whole_shape(named: NamedParameter) -> NamedParameter:
     """The same parameter under its global shape; a cut one shows none. Local."""
     shape = getattr(named.parameter, "ds_shape", None)
