@@ -2,8 +2,9 @@
 
     python benchmarks/step.py [--rounds 5] [--steps 200] [--tensors 12 242] [--strategies none ddp fsdp]
 
-One world for each table: in every round each contestant builds its model, optimizer, schedule and data anew and takes
-the same number of steps, in an order that is rotated from round to round. What is compared is the time from one call of
+Every round is a world of its own (where a process's code and data come to lie changes its speed by a tenth): in it each
+contestant builds its model, optimizer, schedule and data and takes the same number of steps, in an order that is
+rotated from round to round. What is compared is the time from one call of
 the loss to the next: data, forward, backward, clipping, step, schedule, and every tenth step a report; in CPU time of
 the main thread, and on the wall. The ratio is to the raw loop of the same round.
 
@@ -44,18 +45,17 @@ def contestants(strategy: str) -> dict[str, Callable[..., Any]]:
     return found
 
 
-def race(strategy: str, tensors: int, rounds: int, steps: int, folder: str) -> dict[str, list[tuple[float, float]]]:
-    """Microseconds a step, (main-thread CPU, wall), of each contestant and round, on this rank. Collective."""
+def race(strategy: str, tensors: int, number: int, steps: int, folder: str) -> dict[str, tuple[float, float]]:
+    """Microseconds a step, (main-thread CPU, wall), of each contestant in round `number`, on this rank. Collective."""
     from benchmarks.step_loops import Clock
 
     runners = list(contestants(strategy).items())
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name, _ in runners}
-    for number in range(rounds):
-        turn = number % len(runners)
-        for name, run in runners[turn:] + runners[:turn]:
-            clock = Clock()
-            run(strategy, tensors, steps, f"{folder}/{number}-{name}", clock)
-            found[name].append(clock.per_step_us(steps))
+    turn = number % len(runners)
+    found = {}
+    for name, run in runners[turn:] + runners[:turn]:
+        clock = Clock()
+        run(strategy, tensors, steps, f"{folder}/{number}-{name}", clock)
+        found[name] = clock.per_step_us(steps)
     return found
 
 
@@ -85,7 +85,11 @@ def main() -> None:
         for tensors in given.tensors:
             size = 1 if strategy == "none" else 2
             with tempfile.TemporaryDirectory() as folder:
-                found = run_ranks(size, race, strategy, tensors, given.rounds, given.steps, folder)[0]
+                rounds = [
+                    run_ranks(size, race, strategy, tensors, number, given.steps, folder)[0]
+                    for number in range(given.rounds)
+                ]
+            found = {name: [one[name] for one in rounds] for name in rounds[0]}
             print(f"\n{strategy}, {tensors} tensors, {size} rank(s); medians of {given.rounds} rounds\n")
             print("| loop | CPU us a step | over raw | ratio | wall us a step | over raw | ratio |")
             print("|---|---:|---:|---:|---:|---:|---:|")

@@ -121,10 +121,10 @@ class Batches:
             for slot in _planned(samples, self._micro_batch, self._part)[1]:
                 yield epoch, start + slot.start, slot.count
 
-    def _fetched(self) -> Iterator[Any]:
-        asked = _Asked(self._order, self._fetcher)
+    def _loaded(self, asked: _Asked) -> Iterator[Any] | None:
+        """What the workers bring, in the order of `_requests`; None without any."""
         if self._workers == 0:
-            return (asked[request] for request in self._requests())
+            return None
         loader: DataLoader[Any] = DataLoader(
             asked,  # type: ignore[arg-type]
             batch_size=None,
@@ -139,16 +139,20 @@ class Batches:
         return self._loading
 
     def _indexed(self) -> Iterator[StepBatch]:
-        fetched = self._fetched()
+        asked = _Asked(self._order, self._fetcher)
+        loaded = self._loaded(asked)
         try:
             for epoch, start, samples in self._steps():
                 slots, fetch = _planned(samples, self._micro_batch, self._part)
-                batches = {slot.index: _next(fetched, self._name) for slot in fetch}
+                batches = {}
+                for slot in fetch:
+                    request = epoch, start + slot.start, slot.count
+                    batches[slot.index] = asked[request] if loaded is None else _next(loaded, self._name)
                 found = [MicroBatch(batches[slot.index], slot.index, slot.real, slot.count) for slot in slots]
                 self._epoch, self._position = epoch, start + samples
                 yield StepBatch(found, epoch=epoch, samples=samples, position=self.state_dict())
         finally:
-            _end_workers(fetched)  # left to the garbage collector, each takes five seconds
+            _end_workers(loaded)  # left to the garbage collector, each takes five seconds
 
     # ------------------------------------------------------------------ streams
 
@@ -263,9 +267,10 @@ def lost_worker(error: BaseException, name: str = "the data") -> DataError:
     )
 
 
-def _end_workers(fetched: Iterator[Any]) -> None:
-    if hasattr(fetched, "_shutdown_workers"):
-        fetched._shutdown_workers()
+def _end_workers(fetched: Iterator[Any] | None) -> None:
+    shut_down = getattr(fetched, "_shutdown_workers", None)
+    if shut_down is not None:
+        shut_down()
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -65,6 +65,7 @@ class Engine:
         self._pending: dict[str, StepSums] = {}
         self._tracked: dict[str, Any] = {}
         self._datasets = Datasets(self.config, self.world)
+        self._clip_norm = self.config.clip_norm
         evaluated = self.config.eval.every if self.config.eval else None
         self._every = {"eval": evaluated, "checkpoint": self.config.checkpoint.every}
         self._saved_at = -1
@@ -270,8 +271,8 @@ class Engine:
         sums = self._pending.pop(name)
         upcoming = self.progress.steps + 1
         # Where it will be saved a gradient that is not finite is found before it reaches the weights.
-        want_norm = self.record.due(upcoming, self.total_steps) or self._falls_on("checkpoint", upcoming)
-        outcome = self.strategy.step(prepared, sums, clip_norm=self.config.clip_norm, want_norm=want_norm)
+        want_norm = self._falls_on("checkpoint", upcoming) or self.record.due(upcoming, self.total_steps)
+        outcome = self.strategy.step(prepared, sums, clip_norm=self._clip_norm, want_norm=want_norm)
         if want_norm:
             refuse_unfrozen(prepared)
         if not outcome.applied:

@@ -130,7 +130,7 @@ class Objective:
             output = self._loss(output, batch, **(extra if self._loss_takes_context else {}))
         total, weight, sums = unpack_loss(output, self._name, alone=self.has_weigh)
         known, named = self._weights_of(batch) if self.has_weigh else ({}, False)
-        if isinstance(total, Mapping) or named:
+        if named or (not isinstance(total, Tensor) and isinstance(total, Mapping)):
             totals = self._read_terms(total, known, named)
             return Loss(totals, known, read_sums(sums, self._name))
         weights = known or {SINGLE: read_weight(weight, self._name, "weight")}

@@ -17,14 +17,16 @@ from torch import Tensor
 from disttrain.errors import TrainingError, explain
 
 FORMS = "(total, weight) or (total, weight, sums)"
+NONE: Mapping[str, Any] = {}
+"""The sums of an objective that returns none."""
 
 
 def unpack_loss(returned: Any, name: str, *, alone: bool) -> tuple[Any, Any, Any]:
     """(total, weight, sums) from what an objective returned; `alone` allows a total by itself. Raises TrainingError."""
     if isinstance(returned, tuple | list) and len(returned) in (2, 3):
-        return returned[0], returned[1], returned[2] if len(returned) == 3 else {}
+        return returned[0], returned[1], returned[2] if len(returned) == 3 else NONE
     if alone and isinstance(returned, Tensor | Mapping):
-        return returned, None, {}
+        return returned, None, NONE
     mean = isinstance(returned, Tensor)
     raise TrainingError(
         explain(
@@ -54,7 +56,7 @@ def read_weight(weight: Any, name: str, what: str) -> Tensor | float:
     if isinstance(weight, Tensor):
         if weight.numel() == 1 and not weight.is_complex():
             return weight.detach().reshape(())
-    elif isinstance(weight, Real) and math.isfinite(number := float(weight)) and number >= 0:
+    elif _is_real(weight) and math.isfinite(number := float(weight)) and number >= 0:
         return number
     raise TrainingError(
         explain(
@@ -67,6 +69,8 @@ def read_weight(weight: Any, name: str, what: str) -> Tensor | float:
 
 def read_sums(sums: Any, name: str) -> dict[str, Tensor]:
     """Named tensors to be added over batches and ranks, detached; numbers become tensors. Raises TrainingError."""
+    if sums is NONE:
+        return {}
     if isinstance(sums, Mapping) and all(isinstance(value, Tensor | Real) for value in sums.values()):
         return {
             str(key): value.detach() if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64)
@@ -112,6 +116,10 @@ def describe(value: Any) -> str:
     if isinstance(value, Real):
         return f"{type(value).__name__} {value}"
     return "None" if value is None else f"a {type(value).__qualname__}"
+
+
+def _is_real(value: Any) -> bool:
+    return type(value) in (int, float) or isinstance(value, Real)  # an abstract class takes a microsecond to ask
 
 
 def _is_scalar(value: Any) -> bool:

@@ -107,6 +107,8 @@ class Reporter:
     # ------------------------------------------------------------------ within
 
     def _track(self, step: int, values: Mapping[str, Any]) -> None:
+        if not self._trackers:
+            return
         numbers = {
             key: float(value)
             for key, value in values.items()

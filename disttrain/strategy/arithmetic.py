@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ def run_micro_batches(
     sums = ledger.reduce(flags, divided=denominators is not None, trail=prepared.trail)
     if factor is not None:
         sums = replace(sums, denominator=sums.denominator * factor, scaled=True)
-    if not all(math.isfinite(number) for number in (*sums.totals.values(), *sums.weights.values())):
+    if not all(map(math.isfinite, (*sums.totals.values(), *sums.weights.values()))):
         refuse_non_finite(f"totals {dict(sums.totals)} over weights {dict(sums.weights)}")
     if min(sums.weights.values()) < 0.0:
         raise TrainingError(
@@ -168,37 +169,31 @@ class Gradients:
     """
 
     def __init__(self, prepared: Prepared) -> None:
-        self.locals: list[Tensor] = []
-        self.plain_float32 = bool(prepared.named)
-        self._named = prepared.named
-        for named in prepared.named:
-            gradient = named.parameter.grad
-            if gradient is None:
-                gradient = named.parameter.grad = torch.zeros_like(named.parameter)
-            elif gradient.is_sparse:
-                raise ConfigError(
-                    explain(
-                        "Gradients are scaled, measured and clipped as dense tensors.",
-                        f"a sparse gradient of {named.name!r} of {prepared.name!r}",
-                        "build its nn.Embedding with sparse=False",
-                    )
-                )
-            if type(gradient) is not Tensor or gradient.dtype != torch.float32:
-                self.plain_float32 = False
-                gradient = _local(gradient)
-            self.locals.append(gradient)
+        self._parameters = prepared.parameters
+        gradients: list[Any] = [parameter.grad for parameter in self._parameters]
+        if type(None) in set(map(type, gradients)):
+            for place, parameter in enumerate(self._parameters):
+                if gradients[place] is None:
+                    gradients[place] = parameter.grad = torch.zeros_like(parameter)
+        kinds = set(map(_KIND, gradients))  # three traits of hundreds of tensors without a loop in Python
+        if any(sparse for _, _, sparse in kinds):
+            _refuse_sparse(prepared)
+        self.plain_float32 = kinds == {(Tensor, torch.float32, False)}
+        self._one_dtype = next(iter(kinds))[1] if len(kinds) == 1 else None
+        whole = all(kind is Tensor for kind, _, _ in kinds)
+        self.locals: list[Any] = gradients if whole else [_local(gradient) for gradient in gradients]
 
     def drop(self, *, keep: bool) -> None:
         """Forget them, as `zero_grad(set_to_none=True)` does with more ado; or `keep` their memory, as zeros."""
         if keep:
             torch._foreach_zero_(self.locals)
             return
-        for named in self._named:
-            named.parameter.grad = None
+        for parameter in self._parameters:
+            parameter.grad = None
 
     def square(self, chosen: Sequence[Tensor] | None = None) -> Tensor:
         """Sum of squares of the local gradients (or of those chosen), a 0-d tensor, in at least float32... float64."""
-        gradients = [gradient for gradient in (self.locals if chosen is None else chosen) if gradient.numel()]
+        gradients = list(filter(Tensor.numel, self.locals if chosen is None else chosen))
         if not gradients:
             return torch.zeros((), dtype=torch.float64, device=self.locals[0].device if self.locals else None)
         # bf16 gradients would get norms of 8 bits; wider ones keep their own type, bit for bit.
@@ -210,12 +205,25 @@ class Gradients:
         """Multiply all local gradients in place."""
         if factor == 1.0 or not self.locals:
             return
-        kinds = {gradient.dtype for gradient in self.locals}
-        if self.locals[0].device.type == "cpu" and kinds < {torch.float32, torch.float64}:
-            # On a CPU a number is made a tensor for every gradient anew, in each one's own type.
-            torch._foreach_mul_(self.locals, torch.tensor(factor, dtype=self.locals[0].dtype))
+        if self.locals[0].device.type == "cpu" and self._one_dtype in (torch.float32, torch.float64):
+            # On a CPU a number is made a tensor for every gradient anew.
+            torch._foreach_mul_(self.locals, torch.tensor(factor, dtype=self._one_dtype))
         else:
             torch._foreach_mul_(self.locals, factor)
+
+
+_KIND = attrgetter("__class__", "dtype", "is_sparse")
+
+
+def _refuse_sparse(prepared: Prepared) -> None:
+    named = next(one for one in prepared.named if one.parameter.grad is not None and one.parameter.grad.is_sparse)
+    raise ConfigError(
+        explain(
+            "Gradients are scaled, measured and clipped as dense tensors.",
+            f"a sparse gradient of {named.name!r} of {prepared.name!r}",
+            "build its nn.Embedding with sparse=False",
+        )
+    )
 
 
 def _local(tensor: Tensor) -> Tensor:

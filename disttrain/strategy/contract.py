@@ -82,7 +82,8 @@ class Prepared:
     """One named model, ready to train.
 
     `model` is what users call: their own module, changed in place at most. `named` lists the trainable parameters,
-    each tensor once, those of a trainable objective under `objective.`. `wrapped` is the strategy's own.
+    each tensor once, those of a trainable objective under `objective.`, and `parameters` are these tensors. `wrapped`
+    is the strategy's own.
     `members` names the parameters of each of the optimizer's groups, in the order of both. `updates` counts calls of
     `step`, skipped ones too, and `accumulations` those of `accumulate` since the last: they key the randomness of
     micro-batches. `loss_scale` is moved under fp16 alone. `loading` holds optimizer state that is a Python number while
@@ -93,6 +94,7 @@ class Prepared:
     model: nn.Module
     objective: nn.Module | None = None
     named: tuple[NamedParameter, ...] = ()
+    parameters: tuple[nn.Parameter, ...] = ()
     optimizer: Optimizer | None = None
     members: tuple[tuple[str, ...], ...] = ()
     schedule: LRScheduler | None = None
