@@ -2,9 +2,9 @@
 
     python benchmarks/step.py [--rounds 5] [--steps 200] [--tensors 12 242] [--strategies none ddp fsdp]
 
-Every round is a world of its own (where a process's code and data come to lie changes its speed by a tenth): in it each
-contestant builds its model, optimizer, schedule and data and takes the same number of steps, in an order that is
-rotated from round to round. What is compared is the time from one call of
+In every round each contestant builds its model, optimizer, schedule and data and takes the same number of steps, in a
+world of its own (where a process's code and data come to lie changes its speed by a tenth, and torch's own rendezvous
+serves a process once), in an order that is rotated from round to round. What is compared is the time from one call of
 the loss to the next: data, forward, backward, clipping, step, schedule, and every tenth step a report; in CPU time of
 the main thread, and on the wall. The ratio is to the raw loop of the same round.
 
@@ -21,6 +21,7 @@ import os
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -45,17 +46,15 @@ def contestants(strategy: str) -> dict[str, Callable[..., Any]]:
     return found
 
 
-def race(strategy: str, tensors: int, number: int, steps: int, folder: str) -> dict[str, tuple[float, float]]:
-    """Microseconds a step, (main-thread CPU, wall), of each contestant in round `number`, on this rank. Collective."""
+def measure(name: str, strategy: str, tensors: int, steps: int, folder: str) -> tuple[float, float]:
+    """Microseconds a step, (main-thread CPU, wall), of one contestant on this rank. Collective."""
     from benchmarks.step_loops import Clock
 
-    runners = list(contestants(strategy).items())
-    turn = number % len(runners)
-    found = {}
-    for name, run in runners[turn:] + runners[:turn]:
-        clock = Clock()
-        run(strategy, tensors, steps, f"{folder}/{number}-{name}", clock)
-        found[name] = clock.per_step_us(steps)
+    clock = Clock()
+    kept = contestants(strategy)[name](strategy, tensors, steps, folder, clock)
+    found = clock.per_step_us(steps)
+    time.sleep(0.1)  # torch 2.13: a DDP that goes while gloo's thread still has its last tensor waits for ever
+    del kept
     return found
 
 
@@ -85,11 +84,12 @@ def main() -> None:
         for tensors in given.tensors:
             size = 1 if strategy == "none" else 2
             with tempfile.TemporaryDirectory() as folder:
-                rounds = [
-                    run_ranks(size, race, strategy, tensors, number, given.steps, folder)[0]
-                    for number in range(given.rounds)
-                ]
-            found = {name: [one[name] for one in rounds] for name in rounds[0]}
+                names = list(contestants(strategy))
+                found: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+                for turn in (number % len(names) for number in range(given.rounds)):
+                    for name in names[turn:] + names[:turn]:
+                        place = f"{folder}/{len(found[name])}-{name}"
+                        found[name].append(run_ranks(size, measure, name, strategy, tensors, given.steps, place)[0])
             print(f"\n{strategy}, {tensors} tensors, {size} rank(s); medians of {given.rounds} rounds\n")
             print("| loop | CPU us a step | over raw | ratio | wall us a step | over raw | ratio |")
             print("|---|---:|---:|---:|---:|---:|---:|")

@@ -1,4 +1,7 @@
-"""The contestants of `step.py`: the same model, data, optimizer, schedule, clipping and report, in five loops."""
+"""The contestants of `step.py`: the same model, data, optimizer, schedule, clipping and report, in five loops.
+
+Those that leave a model behind, which holds the process group, return it: `measure` lets go of it.
+"""
 
 from __future__ import annotations
 
@@ -135,7 +138,7 @@ def _plain_batches(steps: int) -> Any:
 # ---------------------------------------------------------------------- by hand
 
 
-def raw(strategy: str, tensors: int, steps: int, folder: str, clock: Clock) -> None:
+def raw(strategy: str, tensors: int, steps: int, folder: str, clock: Clock) -> Any:
     """Plain PyTorch, written for speed."""
     if strategy != "none":
         dist.init_process_group("gloo")
@@ -169,6 +172,7 @@ def raw(strategy: str, tensors: int, steps: int, folder: str, clock: Clock) -> N
                 running = torch.zeros(())
     if strategy != "none":
         dist.destroy_process_group()
+    return model
 
 
 # ---------------------------------------------------------------------- disttrain
@@ -222,7 +226,7 @@ def train(strategy: str, tensors: int, steps: int, folder: str, clock: Clock) ->
 # ---------------------------------------------------------------------- others
 
 
-def accelerate(strategy: str, tensors: int, steps: int, folder: str, clock: Clock) -> None:
+def accelerate(strategy: str, tensors: int, steps: int, folder: str, clock: Clock) -> Any:
     """Hugging Face accelerate, on the CPU."""
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
@@ -249,9 +253,10 @@ def accelerate(strategy: str, tensors: int, steps: int, folder: str, clock: Cloc
     if dist.is_initialized():
         dist.destroy_process_group()
     AcceleratorState._reset_state(reset_partial_state=True)
+    return model
 
 
-def fabric(strategy: str, tensors: int, steps: int, folder: str, clock: Clock) -> None:
+def fabric(strategy: str, tensors: int, steps: int, folder: str, clock: Clock) -> Any:
     """Lightning Fabric, on the CPU."""
     from lightning_fabric import Fabric
     from lightning_fabric.plugins.environments import LightningEnvironment
@@ -285,3 +290,4 @@ def fabric(strategy: str, tensors: int, steps: int, folder: str, clock: Clock) -
             running = torch.zeros(())
     if dist.is_initialized():
         dist.destroy_process_group()
+    return model
