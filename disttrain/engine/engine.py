@@ -24,6 +24,7 @@ from disttrain.engine import build, snapshot
 from disttrain.engine.buffers import share_buffers
 from disttrain.engine.datasets import Datasets
 from disttrain.engine.evaluation import evaluate_set
+from disttrain.engine.objectives import Objectives
 from disttrain.engine.record import Record
 from disttrain.engine.snapshot import Parts, Progress
 from disttrain.engine.transfer import to_device
@@ -36,7 +37,7 @@ from disttrain.optim.trials import refuse_closures
 from disttrain.resilience import Interrupts
 from disttrain.runtime.seeds import derive_seed, seed_all
 from disttrain.strategy import Ingredients, Prepared, StepOutcome, StepSums
-from disttrain.strategy.construction import check_same_everywhere, refuse_unfrozen
+from disttrain.strategy.construction import refuse_unfrozen
 
 
 class Engine:
@@ -60,7 +61,7 @@ class Engine:
             raise
         self.progress = Progress()
         self._prepared: dict[str, Prepared] = {}
-        self._objectives: dict[str, Objective] = {}
+        self._objectives = Objectives(self.config, self.world)
         self._used: dict[str, Objective] = {}
         self._pending: dict[str, StepSums] = {}
         self._tracked: dict[str, Any] = {}
@@ -128,7 +129,7 @@ class Engine:
                 make_model,
                 users_optimizer(make_optimizer) if make_optimizer is not None else None,
                 users_schedule(make_schedule) if make_schedule is not None else None,
-                self._adopt(name, objective),
+                self._objectives.adopt(name, objective),
             )
         if ingredients.make_optimizer is not None:
             if make_optimizer is not None:
@@ -156,19 +157,8 @@ class Engine:
             make_model,
             build.optimizer_factory_of(config),
             make_schedule,
-            self._adopt(name, objective if objective is not None else build.objective_of(config)),
+            self._objectives.adopt(name, objective if objective is not None else build.objective_of(config)),
         )
-
-    def _adopt(self, name: str, objective: Any) -> nn.Module | None:
-        if objective is None:
-            return None
-        adapted = objective if isinstance(objective, Objective) else Objective(objective)
-        self._objectives[name] = adapted
-        module = adapted.module
-        if module is not None:
-            check_same_everywhere(self.world, module, f"{name}'s objective")
-            module.to(device=self.device, dtype=self.world.dtype)
-        return module
 
     def batches(
         self,
@@ -246,7 +236,7 @@ class Engine:
             do = f"take it from engine.batches(), or pass engine.micro_batches([...]) to accumulate({name!r}, ...)"
             raise ConfigError(explain("A step's list of micro-batches.", found, do))
         flags = (1.0 if self._interrupts.requested else 0.0,)
-        used = self._objective(name, objective)
+        used = self._objectives.find(name, objective)
         with self._others_frozen(name):
             try:
                 sums = self.strategy.accumulate(prepared, micro_batches, used, flags)
@@ -339,7 +329,7 @@ class Engine:
             found = evaluate_set(
                 self.world,
                 prepared,
-                self._objective(name, objective),
+                self._objectives.find(name, objective),
                 dataset,
                 micro_batch=self._datasets.evaluation_micro_batch(),
                 collate=self._datasets.collate(),
@@ -466,25 +456,6 @@ class Engine:
             known = ", ".join(self._prepared) or "none"
             raise ConfigError(explain(f"A prepared model {name!r}.", f"prepared: {known}", "call prepare first"))
         return self._prepared[name]
-
-    def _objective(self, name: str, objective: Any) -> Objective:
-        if objective is None:
-            if name not in self._objectives:
-                self._objectives[name] = build.objective_of(self.config)
-            return self._objectives[name]
-        known = self._objectives.get(name)
-        if known is not None and objective in (known, known.user):
-            return known
-        found = objective if isinstance(objective, Objective) else Objective(objective)
-        if found.module is not None and any(parameter.requires_grad for parameter in found.module.parameters()):
-            raise ConfigError(
-                explain(
-                    f"accumulate({name!r}, ...) with an objective that has parameters to train.",
-                    f"{found!r}, which was not prepared with the model: nothing would train them",
-                    f"pass it to prepare({name!r}, ..., objective=...)",
-                )
-            )
-        return found
 
     def _others_frozen(self, name: str) -> AbstractContextManager[Any]:
         """Meanwhile gradients flow through the other models, and none is collected in them."""

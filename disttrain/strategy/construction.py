@@ -121,7 +121,6 @@ def equip(prepared: Prepared, ingredients: Ingredients, named: Sequence[NamedPar
             )
         )
     prepared.named = tuple(named)
-    prepared.parameters = tuple(one.parameter for one in named)
     prepared.optimizer = ingredients.make_optimizer(named)
     names = {id(one.parameter): one.name for one in named}
     prepared.members = tuple(

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -82,8 +83,7 @@ class Prepared:
     """One named model, ready to train.
 
     `model` is what users call: their own module, changed in place at most. `named` lists the trainable parameters,
-    each tensor once, those of a trainable objective under `objective.`, and `parameters` are these tensors. `wrapped`
-    is the strategy's own.
+    each tensor once, those of a trainable objective under `objective.`. `wrapped` is the strategy's own.
     `members` names the parameters of each of the optimizer's groups, in the order of both. `updates` counts calls of
     `step`, skipped ones too, and `accumulations` those of `accumulate` since the last: they key the randomness of
     micro-batches. `loss_scale` is moved under fp16 alone. `loading` holds optimizer state that is a Python number while
@@ -94,7 +94,6 @@ class Prepared:
     model: nn.Module
     objective: nn.Module | None = None
     named: tuple[NamedParameter, ...] = ()
-    parameters: tuple[nn.Parameter, ...] = ()
     optimizer: Optimizer | None = None
     members: tuple[tuple[str, ...], ...] = ()
     schedule: LRScheduler | None = None
@@ -104,6 +103,11 @@ class Prepared:
     loss_scale: LossScale = field(default_factory=LossScale)
     loading: list[LoadingNumber] = field(default_factory=list)
     trail: Trail = field(default_factory=Trail)
+
+    @cached_property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """The tensors of `named`; asked once there are some."""
+        return tuple(one.parameter for one in self.named)
 
 
 @dataclass(frozen=True)

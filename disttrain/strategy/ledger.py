@@ -54,7 +54,8 @@ class Ledger:
         values: list[Number] = [*flags]
         values += [self._totals[term] for term in totals]
         values += [self._weights[term] for term in weights]
-        numbers = self._add_up(len(flags), values, sums, trail)
+        shapes = tuple((name, (*value.shape,)) for name, value in sums.items())
+        numbers = self._add_up(values, sums, Layout(len(flags), (*totals,), (*weights,), shapes), trail or Trail())
         first = len(flags) + len(totals)
         total = dict(zip(totals, numbers[len(flags) : first], strict=True))
         weight = dict(zip(weights, numbers[first : len(values)], strict=True))
@@ -65,7 +66,7 @@ class Ledger:
         raised = tuple(numbers[: len(flags)])
         return StepSums(total, weight, own, raised, 1.0 if divided else next(iter(weight.values())))
 
-    def _add_up(self, flags: int, values: list[Number], sums: dict[str, Tensor], trail: Trail | None) -> list[float]:
+    def _add_up(self, values: list[Number], sums: dict[str, Tensor], layout: Layout, trail: Trail) -> list[float]:
         """Every rank's values and sums added up, flat, in one all-reduce of `_ROOM` numbers; the rest takes a second.
         Ranks of other layouts meet in it too, and raise TrainingError together.
 
@@ -75,9 +76,6 @@ class Ledger:
         size = self._world.group.size
         if size == 1:  # a collective of one rank adds nothing, and takes gloo's thread 40 microseconds
             return _flat(values, sums, self._world.device).tolist()
-        shapes = tuple((name, (*value.shape,)) for name, value in sums.items())
-        layout = Layout(flags, (*sorted(self._totals),), (*sorted(self._weights),), shapes)
-        trail = trail or Trail()
         digest = zlib.crc32(repr(layout).encode(), trail.digest) >> 12
         flat = _flat([digest, digest**2, *values], sums, self._world.device)
         count = flat.numel()

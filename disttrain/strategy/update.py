@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from disttrain.strategy.arithmetic import Gradients, refuse_non_finite
 from disttrain.strategy.contract import Prepared, StepOutcome, StepSums
@@ -69,14 +70,15 @@ def _step(optimizer: Optimizer, gradients: Gradients, scale: float) -> None:
         gradients.plain_float32
         and type(optimizer) in (Adam, AdamW, SGD, Adagrad)
         and getattr(optimizer, "_step_supports_amp_scaling", False)
-        and not optimizer._optimizer_step_pre_hooks
+        and not (optimizer._optimizer_step_pre_hooks or _global_optimizer_pre_hooks)
         and 1e-30 < scale < 1e30
     )
     if not within:
         gradients.scale(scale)
         optimizer.step()
         return
-    optimizer.grad_scale = torch.tensor(1.0 / scale, dtype=torch.float32, device=gradients.locals[0].device)  # type: ignore[attr-defined]
+    divisor = torch.full((), 1.0 / scale, dtype=torch.float32, device=gradients.locals[0].device)  # without a wait
+    optimizer.grad_scale = divisor  # type: ignore[attr-defined]
     try:
         optimizer.step()
     finally:
