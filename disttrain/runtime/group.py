@@ -24,6 +24,7 @@ from disttrain.runtime.environment import Launch
 
 T = TypeVar("T")
 
+_CONNECTED, _ALL_CONNECTED = "connected", "all_connected"
 _FAILURE, _KNOWN_TO = "first_failure", "failure_known_to"
 _STAY_S = 5.0
 """How long rank 0, where it keeps the store, waits for the others to read the first cause before it takes it along."""
@@ -59,6 +60,7 @@ class Group:
         try:
             self._store = PrefixStore(f"disttrain/{next(_worlds)}", _rendezvous(launch, timeout))
             dist.init_process_group(device.backend, store=self._store, **place)
+            self._wait_for_all()
         except (RuntimeError, ValueError) as error:
             address = f"{launch.master_addr}:{launch.master_port}"
             raise LaunchError(
@@ -68,6 +70,16 @@ class Group:
                     "start them all, and see that every node reaches that address and port",
                 )
             ) from error
+
+    def _wait_for_all(self) -> None:
+        """Return when all ranks are connected.
+
+        One that failed and left sooner would break a slower one's connecting, which then tells of a closed connection
+        instead of the first cause.
+        """
+        if self._store.add(_CONNECTED, 1) == self.size:
+            self._store.set(_ALL_CONNECTED, "")
+        self._store.wait([_ALL_CONNECTED])
 
     def gather(self, value: Any) -> list[Any] | None:
         """Every rank's picklable value, in rank order, on rank 0; None elsewhere."""

@@ -155,6 +155,29 @@ def test_rank_0_does_not_take_the_first_cause_along_when_it_leaves() -> None:
     assert run_world(3, first_rank_leaves_before_another_has_looked) == [(1, "4:DataError: torn")] * 3
 
 
+def join_late(mark: Path) -> bool:
+    """Whether rank 1, slow in connecting, was connected when this rank's group was made."""
+    connect = dist.init_process_group
+
+    def slow_connect(*args: Any, **named: Any) -> None:
+        connect(*args, **named)
+        time.sleep(0.5)
+        mark.touch()
+
+    if read_launch().rank == 1:
+        dist.init_process_group = slow_connect
+    group = join()
+    seen = mark.exists()
+    group.barrier()
+    group.close()
+    return seen
+
+
+def test_no_rank_has_a_group_before_all_are_connected(tmp_path: Path) -> None:
+    """Otherwise one that fails at once breaks another's connecting, and the first cause is a closed connection."""
+    assert run_world(3, join_late, tmp_path / "connected") == [True] * 3
+
+
 def outlive_the_store() -> Any:
     group = join()
     keeper = group.gather_all(os.getpid())[0]
