@@ -193,14 +193,13 @@ def test_or_try_again(how: list[str], tmp_path: Path) -> None:
 
 def nan_weights(folder: Path) -> Any:
     def spoil(engine: disttrain.Engine) -> None:
-        if engine.progress.steps == 4:
+        if engine.progress.steps == 6:  # the last: the next step would find its loss not finite
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter.fill_(float("nan"))
-        time.sleep(0.2)
 
     try:
-        how = [*BACKGROUND, "checkpoint.on_failure=go_on", "report.every=100", "strategy.name=ddp"]
+        how = [*BACKGROUND, "checkpoint.on_failure=go_on", "run.steps=6", "strategy.name=ddp"]
         with start(folder, "nan", how) as engine:
             model = engine._prepared["model"].model
             loop(engine, spoil)
@@ -211,8 +210,8 @@ def nan_weights(folder: Path) -> Any:
 
 def test_weights_that_are_not_finite_are_never_saved_whatever_the_policy(tmp_path: Path) -> None:
     first, second = run_world(2, nan_weights, tmp_path)
-    assert first == second and first[0] is True and first[1] <= 6
-    assert [path.name for path in (tmp_path / "nan" / "checkpoints").iterdir()] == ["step-00000002"]
+    assert first == second == (True, 6)
+    assert sorted(path.name[-1] for path in (tmp_path / "nan" / "checkpoints").iterdir()) == ["2", "4"]
 
 
 def save_by_hand(folder: Path) -> list[Any]:
