@@ -6,6 +6,8 @@ loop waits for a copy only; a save that falls due while another is being written
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -24,6 +26,7 @@ _log = room_logger("checkpoint")
 
 _TRIES, _PAUSE_S = 3, 1.0
 """How often `on_failure: retry` tries in all, and the first pause, which doubles."""
+_NICENESS = 10
 _LEAVE_S = 10.0
 """How long a failed run waits for a save in the background: it may be whole in a moment, or its ranks may be gone."""
 
@@ -45,6 +48,11 @@ class Saver:
     def failed(self) -> bool:
         """Whether this rank knows that a save in the background failed. Local."""
         return self._running is not None and self._running.error is not None
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a save is being written in the background. Local."""
+        return self._running is not None and self._running.is_alive()
 
     def found(self, step: int, path: Path) -> None:
         """The run goes on from this whole checkpoint of its own. Local."""
@@ -70,7 +78,8 @@ class Saver:
     def begin(self, taken: Snapshot) -> None:
         """Copy a snapshot and write it in the background."""
         began = time.monotonic()
-        if self._running is not None and self._running.is_alive():
+        if self.under_way:
+            assert self._running is not None
             _log.info("step %d waits to be saved: step %d is still being written", taken.step, self._running.step)
         self.wait()
         waited = time.monotonic() - began
@@ -148,7 +157,14 @@ class _Background(threading.Thread):
         self.error: Exception | None = None
 
     def run(self) -> None:
+        _give_way()
         try:
             self.path = self._saver._commit(self._taken, self._ranks)
         except Exception as error:  # noqa: BLE001 - raised in the loop's thread, by `wait`
             self.error = error
+
+
+def _give_way() -> None:
+    """Let training have the processor first. On Linux priorities are a thread's own; elsewhere they stay."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
