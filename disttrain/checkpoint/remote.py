@@ -10,6 +10,7 @@ can see to that.
 from __future__ import annotations
 
 import errno
+import io
 import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
@@ -215,25 +216,32 @@ class RemoteStorage:
 
 
 class Upload:
-    """One file on its way, in parts; it appears when `sync` returns, and left without it is thrown away."""
+    """One file on its way; it appears when `sync` returns, and left without it is thrown away.
+
+    What fits into one part is put at once, so that a manifest appears whole even where a store shows files half sent.
+    """
 
     def __init__(self, system: Any, path: Address, size: int, before: Before) -> None:
         self._system, self._path, self._before = system, path, before
-        part = max(PART_BYTES, -(-size // _MOST_PARTS))
-        with _reaching(path):
-            self._file = system.open(str(path), "wb", block_size=part)
-        self._whole = False
+        self._at_once = io.BytesIO() if size <= PART_BYTES else None
+        self._sent: Any = None
+        if self._at_once is None:
+            with _reaching(path):
+                self._sent = system.open(str(path), "wb", block_size=max(PART_BYTES, -(-size // _MOST_PARTS)))
 
     def write(self, content: memoryview | bytes) -> None:
         self._before("write", self._path)
         with _reaching(self._path):
-            self._file.write(content)
+            (self._sent if self._at_once is None else self._at_once).write(content)
 
     def sync(self) -> None:
         self._before("sync", self._path)
         with _reaching(self._path):
-            self._file.close()
-        self._whole = True
+            if self._at_once is not None:
+                self._system.pipe_file(str(self._path), self._at_once.getvalue())
+            else:
+                self._sent.close()
+                self._sent = None
 
     def __enter__(self) -> Upload:
         return self
@@ -241,7 +249,7 @@ class Upload:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._whole:
+        if self._sent is None:
             return
         try:
             with _reaching(self._path):
@@ -250,13 +258,12 @@ class Upload:
             _log.warning("what was sent of %s could not be thrown away: %s", self._path, failed.strerror)
 
     def _abandon(self) -> None:
-        if isinstance(self._file, import_module("fsspec.spec").AbstractBufferedFile):
-            self._file.closed = True  # first: closing, as its finalizer would, completes the upload
-            self._file.discard()
+        """Drop the parts; a store that shows files half sent has one, which goes with its folder."""
+        if isinstance(self._sent, import_module("fsspec.spec").AbstractBufferedFile):
+            self._sent.closed = True  # first: closing, as its finalizer would, completes the upload
+            self._sent.discard()
         else:
-            self._file.close()
-        with suppress(FileNotFoundError):
-            self._system.rm_file(str(self._path))
+            self._sent.close()
 
 
 @contextmanager
