@@ -84,21 +84,25 @@ class RemoteStorage:
         return self._listing(path) is not None
 
     def size(self, path: Address) -> int | None:
-        with _reaching(path):
-            try:
+        try:
+            with _reaching(path):
                 found = self._system.info(str(path))
-            except FileNotFoundError:
-                return None
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise _refused(path, error) from error
         return int(found["size"]) if found["type"] == "file" else None
 
     def _listing(self, folder: Address) -> dict[str, int | None] | None:
         """What lies in a folder, with sizes of files; None where there is nothing of that name."""
-        with _reaching(folder):
-            try:
+        try:
+            with _reaching(folder):
                 entries = self._system.ls(str(folder), detail=True)
-            except FileNotFoundError:
-                return None
-            own = self._system._strip_protocol(str(folder)).strip("/")
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise _refused(folder, error) from error
+        own = self._system._strip_protocol(str(folder)).strip("/")
         # A store may keep an empty object in a folder's name; and a file lists as itself.
         found = [(one["name"].strip("/"), one) for one in entries]
         return {
@@ -110,22 +114,19 @@ class RemoteStorage:
     # ------------------------------------------------------------------ reading
 
     def read_manifest(self, folder: Address) -> bytes:
+        names = self._listing(folder)
+        if names is None:
+            raise unusable(folder, "no such folder")
+        if MANIFEST not in names:
+            raise unusable(folder, whose_folder(sorted(names)))
         try:
-            names = self._listing(folder)
-            if names is None:
-                raise unusable(folder, "no such folder")
-            if MANIFEST not in names:
-                raise unusable(folder, whose_folder(sorted(names)))
             with _reaching(folder / MANIFEST):
                 return bytes(self._system.cat_file(str(folder / MANIFEST)))
         except OSError as error:
             raise unusable(folder, str(error.strerror)) from error
 
     def refuse_unusable(self, folder: Address, files: Mapping[str, FileInfo]) -> None:
-        try:
-            found = self._listing(folder) or {}
-        except OSError as error:
-            raise unusable(folder, str(error.strerror)) from error
+        found = self._listing(folder) or {}
         for name, info in files.items():
             if name not in found:
                 raise unusable(folder / name, "no such file")
@@ -160,8 +161,8 @@ class RemoteStorage:
     def discard(self, staging: Address) -> None:
         try:
             self.remove([staging])
-        except OSError as error:
-            _log.warning("%s could not be removed: %s", staging, error.strerror)
+        except CheckpointError as error:
+            _log.warning("%s stays: %s", staging, error)
 
     def free_bytes(self, folder: Address) -> None:
         return None
@@ -176,10 +177,7 @@ class RemoteStorage:
                 self._system.pipe_file(str(probe), b"may be removed")
                 self._system.rm_file(str(probe))
         except OSError as error:
-            do = "create the bucket, see that it is reachable, and let the credentials list, get, put and delete there"
-            raise CheckpointError(
-                explain(f"Checkpoints are to be written to {root}.", f"the store refused: {error.strerror}", do)
-            ) from error
+            raise _refused(root, error) from error
 
     def unfinished(self, root: Address) -> list[Address]:
         found = []
@@ -196,9 +194,12 @@ class RemoteStorage:
     def remove(self, paths: Sequence[Address]) -> None:
         for path in paths:
             self._before("remove", path)
-            with _reaching(path), suppress(FileNotFoundError):
-                self._drop(path / MANIFEST)
-                self._system.rm(str(path), recursive=True)
+            try:
+                with _reaching(path), suppress(FileNotFoundError):
+                    self._drop(path / MANIFEST)
+                    self._system.rm(str(path), recursive=True)
+            except OSError as error:
+                raise _refused(path, error) from error
 
     def _drop(self, path: Address) -> None:
         """Remove one file, if it is there."""
@@ -207,11 +208,14 @@ class RemoteStorage:
 
     def move(self, path: Address, target: Address) -> None:
         self._before("move", path)
-        with _reaching(path):
-            own = self._system._strip_protocol(str(path))
-            places = [place.removeprefix(own).strip("/") for place in self._system.find(str(path))]
-            for place in sorted(places, key=lambda place: place == MANIFEST):  # copied by the store, not through here
-                self._system.cp_file(str(path / place), str(target / place))
+        try:
+            with _reaching(path):
+                own = self._system._strip_protocol(str(path))
+                places = [place.removeprefix(own).strip("/") for place in self._system.find(str(path))]
+                for place in sorted(places, key=lambda place: place == MANIFEST):  # by the store, not through here
+                    self._system.cp_file(str(path / place), str(target / place))
+        except OSError as error:
+            raise _refused(path, error) from error
         self.remove([path])
 
 
@@ -264,6 +268,11 @@ class Upload:
             self._sent.discard()
         else:
             self._sent.close()
+
+
+def _refused(place: Address, error: OSError) -> CheckpointError:
+    do = "see that the bucket exists and is reachable, and that the credentials may list, get, put and delete there"
+    return CheckpointError(explain(f"{place} is to hold checkpoints.", f"the store refused: {error.strerror}", do))
 
 
 @contextmanager

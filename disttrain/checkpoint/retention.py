@@ -70,7 +70,7 @@ class Retention:
             scores = {step: self.verified[one] for step, one in steps.items()}
             kept = choose_kept(scores, keep_last=self.keep_last, keep_every=self.keep_every, best=self.best)
             return prune(self.root, 1, protect=[*(steps[step] for step in kept), *self._damaged])
-        except OSError as error:
+        except (OSError, CheckpointError) as error:
             _log.warning("checkpoints of %s that need not be kept stay: %s", self.root, error)
             return []
 

@@ -1,7 +1,7 @@
 """What this room needs of where checkpoints lie, and who provides it for a place.
 
 The commit is the storage's: a disk renames a finished folder, in a store the manifest appears last. Everywhere a folder
-without a manifest is no checkpoint, and an OSError with words and a path says what went wrong.
+without a manifest is no checkpoint.
 """
 
 from __future__ import annotations
@@ -32,7 +32,11 @@ class NewFile(Protocol):
 
 
 class Storage(Protocol[PlaceT]):
-    """The operations, all local to the calling process. Those of a writer are of one rank, but `create`."""
+    """The operations, all local to the calling process.
+
+    A store that cannot be reached raises CheckpointError; what a writer does, and all that a disk refuses, OSError with
+    words and a path.
+    """
 
     # ------------------------------------------------------------------ what is there
 

@@ -223,7 +223,7 @@ def test_a_removal_stopped_on_the_way_leaves_no_checkpoint(store: Any, monkeypat
         raise PermissionError("not allowed")
 
     monkeypatch.setattr(type(fsspec.filesystem("memory")), "rm", fail)
-    with pytest.raises(OSError, match="not allowed"):
+    with pytest.raises(CheckpointError, match="not allowed"):
         prune(ROOT, 1)
     monkeypatch.undo()
     assert list_checkpoints(ROOT) == [paths[1]]
