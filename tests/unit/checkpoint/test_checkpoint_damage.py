@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,10 +36,16 @@ from disttrain.checkpoint import (
 from disttrain.errors import CheckpointError
 
 
-def save(root: Path, step: int, ranks: int = 2, value: float | None = None) -> Path:
+def save(root: Path, step: int, ranks: int = 2, value: float | None = None, listed: bool = False) -> Path:
+    """By several ranks that each hold rows; in the ranks' own order a grid, in another one listed box by box."""
     tensors = some_tensors() if value is None else {"model/m/w": torch.full((1500,), value)}
     act = lambda own: save_checkpoint(  # noqa: E731
-        root, step, LAYOUTS["rows"](tensors, own.rank, ranks), {"step": step}, own, chunk_bytes=4096
+        root,
+        step,
+        LAYOUTS["rows"](tensors, ranks - 1 - own.rank if listed else own.rank, ranks),
+        {"step": step},
+        own,
+        chunk_bytes=4096,
     )
     return on_ranks(ranks, act)[0]
 
@@ -167,7 +174,11 @@ FIRST = "rank-00000.safetensors"
     ],
 )
 def test_a_manifest_that_does_not_add_up_is_refused(tmp_path: Path, change, found: str) -> None:
-    path = save(tmp_path, 100, value=3.0)
+    path = save(tmp_path, 100, value=3.0, listed=True)
+    refuse_changed(path, change, found)
+
+
+def refuse_changed(path: Path, change: Callable[[dict[str, Any]], None], found: str) -> None:
     seal(path, lambda manifest: None)
     Checkpoint.open(path).verify()  # resealing alone changes nothing
     seal(path, change)
@@ -176,8 +187,61 @@ def test_a_manifest_that_does_not_add_up_is_refused(tmp_path: Path, change, foun
     assert found in str(caught.value)
 
 
-def test_random_values_anywhere_in_a_manifest_never_end_in_another_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        _evil("no steps", lambda m: m["tensors"][W].pop("steps"), "no 'steps'"),
+        _evil("step of nothing", lambda m: m["tensors"][W].update(steps=[0]), "in steps of (0,)"),
+        _evil("step beyond", lambda m: m["tensors"][W].update(steps=[1501]), "in steps of (1501,)"),
+        _evil("too few steps", lambda m: m["tensors"][W].update(steps=[]), "in steps of ()"),
+        _evil("more boxes than files", lambda m: m["tensors"][W].update(steps=[1]), "1500 files, of which there are 2"),
+        _evil("absurd", lambda m: m["tensors"][W].update(shape=[2**60], steps=[1]), f"{2**60} files"),
+        _evil("two in a file", lambda m: m["tensors"][W].update(strides=[0]), "several boxes in one file"),
+        _evil("absent files", lambda m: m["tensors"][W].update(first=7), "rank-00007.safetensors"),
+        _evil("absurd rank", lambda m: m["tensors"][W].update(first=2**62), "not one of the files"),
+        _evil("negative stride", lambda m: m["tensors"][W].update(strides=[-1]), "is -1"),
+    ],
+)
+def test_a_grid_that_does_not_add_up_is_refused(tmp_path: Path, change, found: str) -> None:
+    refuse_changed(save(tmp_path, 100, value=3.0), change, found)
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        _evil("other shape", lambda h: h["model/m/w[0:750]"].update(shape=[375, 2]), "another model/m/w"),
+        _evil("other dtype", lambda h: h["model/m/w[0:750]"].update(dtype="I32"), "another model/m/w"),
+        _evil("other name", lambda h: h.update({"model/m/v": h.pop("model/m/w[0:750]")}), "no model/m/w[0:750]"),
+        _evil("beyond", lambda h: h["model/m/w[0:750]"].update(data_offsets=[0, 2**40]), "that end at byte"),
+        _evil("shifted", lambda h: h["model/m/w[0:750]"].update(data_offsets=[8, 3000]), "do not follow"),
+        _evil("no numbers", lambda h: h["model/m/w[0:750]"].update(data_offsets=["a", "b"]), "does not fit"),
+        _evil("no offsets", lambda h: h["model/m/w[0:750]"].pop("data_offsets"), "does not fit"),
+        _evil("a list", lambda h: h.update({"model/m/w[0:750]": []}), "does not fit"),
+    ],
+)
+def test_a_header_that_lies_is_refused_before_anything_is_written(tmp_path: Path, change, found: str) -> None:
     path = save(tmp_path, 100, value=3.0)
+    file = path / FIRST
+    raw = file.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    text += b" " * (-(len(text) + 8) % 64)
+    changed = len(text).to_bytes(8, "little") + text + raw[8 + length :]
+    file.write_bytes(changed)
+    chunks = [zlib.crc32(changed[at : at + 4096]) for at in range(0, len(changed), 4096)]
+    seal(path, lambda m: m["files"].update({FIRST: {"size": len(changed), "chunks": chunks}}))
+    target = whole_shard("model/m/w", torch.zeros(1500))
+    with pytest.raises(CheckpointError, match=r"header of rank-00000.safetensors does not fit") as caught:
+        Checkpoint.open(path).load_into([target])
+    assert found in str(caught.value)
+    assert not target.tensor.any()
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_random_values_anywhere_in_a_manifest_never_end_in_another_error(tmp_path: Path, listed: bool) -> None:
+    path = save(tmp_path, 100, value=3.0, listed=listed)
     original = (path / "manifest.json").read_bytes()
     chosen = random.Random(1)
     values = [None, -1, 0, 2**70, 1.5, "x", "", [], {}, [[]], [{}], True, {"a": 1}, ["x"], [None]]
