@@ -1,12 +1,14 @@
 """`disttrain ckpt diff`: what differs between two checkpoints as one JSON object, and that object as text.
 
-State is what a resumed run goes on from: tensors, step, progress, optimizers, user state. Settings (the config, where
-and by whom it was written) are told apart from it: the same state may well have been saved by other settings.
+State is what a resumed run goes on from: tensors, step, progress, optimizers, user state. What lies beside it (config,
+who wrote it where, how it evaluated) is told apart: the same state may well be saved by other settings. Of worlds of
+different sizes, what belongs to a rank (its generators, what is tracked per rank) cannot be compared, and is only told.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,8 +17,10 @@ import torch
 from disttrain.checkpoint import Checkpoint
 from disttrain.checkpoint.compare import Largest, TensorDifference, compare_tensors
 from disttrain.cli.checkpoint_pages import named, table
+from disttrain.errors import ConfigError, explain
 
-_SETTINGS = ("config", "folder", "writer")
+_BESIDE = ("config", "folder", "writer", "evaluation")
+_OF_A_RANK = re.compile(r"user/disttrain/random/|user/.+/rank-\d{5}/|user\..+\.\$ranks(\[|$)")  # as the engine names it
 _SHOWN = 20
 _LEAVES_SHOWN = 8
 
@@ -26,10 +30,19 @@ def diff_checkpoints(a: Checkpoint, b: Checkpoint, pattern: str | None = None) -
 
     Raises CheckpointError for damaged bytes, ConfigError for a pattern that fits no name.
     """
-    wanted = set(named({**a.tensors, **b.tensors}, pattern))
+    ranks_a, ranks_b = (one.manifest.writer.get("ranks") for one in (a, b))
+    unlike = ranks_a != ranks_b
+    asked_for = named({**a.tensors, **b.tensors}, pattern)
+    lone = sorted(name for name in asked_for if unlike and _OF_A_RANK.match(name))
+    wanted = set(asked_for).difference(lone)
+    if pattern is not None and not wanted:
+        found_lone = f"state of single ranks alone, of {ranks_a} ranks and of {ranks_b}"
+        raise ConfigError(explain(f"--name {pattern} is to pick tensors.", found_lone, "compare worlds of one size"))
     found = compare_tensors(a, b, wanted=wanted.__contains__)
     leaves = [] if pattern is not None else list(_leaves_that_differ(_document(a), _document(b)))
-    state = [leaf for leaf in leaves if leaf["key"].split(".")[0] not in _SETTINGS]
+    if unlike:
+        leaves = [leaf for leaf in leaves if not _OF_A_RANK.match(leaf["key"])]
+    state = [leaf for leaf in leaves if not _is_beside(leaf["key"])]
     return {
         "a": str(a.path),
         "b": str(b.path),
@@ -41,8 +54,13 @@ def diff_checkpoints(a: Checkpoint, b: Checkpoint, pattern: str | None = None) -
         "differences": [_difference(one) for one in found.differences],
         "equal": found.equal,
         "state": state,
-        "settings": [leaf for leaf in leaves if leaf not in state],
+        "beside": [leaf for leaf in leaves if _is_beside(leaf["key"])],
+        "of_ranks": lone,
     }
+
+
+def _is_beside(key: str) -> bool:
+    return re.split(r"[.\[]", key, maxsplit=1)[0] in _BESIDE
 
 
 def _document(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -99,7 +117,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def render_diff(found: Mapping[str, Any], *, every: bool) -> str:
-    """Names, then a table with the largest difference first, then the rest of the state, then settings. Pure."""
+    """Names, a table with the largest difference first, the rest of the state, what lies beside. Pure."""
     most = None if every else _SHOWN
     lines = [f"A {found['a']}", f"B {found['b']}", ""]
     for side, names in (("A", found["only_a"]), ("B", found["only_b"])):
@@ -111,9 +129,11 @@ def render_diff(found: Mapping[str, Any], *, every: bool) -> str:
         notes = [_nan_lines(one) for one in shown]
         lines += table(head, [_row(one) for one in shown], below=notes) + _more(found["differences"], most)
     lines += _leaf_lines(found["state"], most=None if every else _LEAVES_SHOWN)
-    if found["settings"]:
-        lines.append("settings, which count for nothing here:")
-        lines += [f"  {line}" for line in _leaf_lines(found["settings"], most=None if every else _LEAVES_SHOWN)]
+    if found["beside"]:
+        lines.append("beside the state, which counts for nothing here:")
+        lines += [f"  {line}" for line in _leaf_lines(found["beside"], most=None if every else _LEAVES_SHOWN)]
+    if found["of_ranks"]:
+        lines.append(f"{len(found['of_ranks'])} tensors of single ranks are not compared: the worlds' sizes differ")
     return "\n".join([*lines, *([""] if lines[-1] else []), _verdict(found)])
 
 

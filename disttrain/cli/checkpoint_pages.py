@@ -83,6 +83,8 @@ def inspect_checkpoint(one: Survey, pattern: str | None) -> dict[str, Any]:
         "progress": _object(document.get("progress")),
         "optim": _object(document.get("optim")),
         "user": _object(document.get("user")),
+        "evaluation": _object(document.get("evaluation")),
+        "left_out": sorted(_object(document.get("base"))),
         "tensors": tensors,
         "tensors_in_all": len(manifest.tensors),
         "bytes": sum(tensor["bytes"] for tensor in tensors.values()),
@@ -125,6 +127,9 @@ def render_inspection(found: Mapping[str, Any], *, boxes: bool) -> str:
         lines.append(f"{key}: {_short(value)}")
     lines += [line for name, one in found["optim"].items() for line in _optimizer_lines(name, one)]
     lines += [f"state of {name}" for name in found["user"]]
+    lines += [f"{name}: {_short(value)}" for name, value in found["evaluation"].items()]
+    if found["left_out"]:
+        lines.append(f"{len(found['left_out'])} frozen tensors are not in it, only their checksums")
     lines.append("")
     lines += table(
         ("tensor", "shape", "dtype", "size", "boxes", "in"),

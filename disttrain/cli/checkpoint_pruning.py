@@ -1,7 +1,8 @@
 """`disttrain ckpt prune`: which checkpoints of a run may go, and letting them go.
 
-Nothing goes before all that is to stay was read and found whole. What is damaged is neither counted nor removed. Only
-one process at a time writes to a run's folder: refused while a run holds its lock.
+Nothing goes before all that is to stay was read and found whole; which those are is `choose_kept`'s word, as in a run.
+What is damaged is neither counted nor removed. Only one process at a time writes to a run's folder: refused while a run
+holds its lock.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from disttrain.checkpoint import prune
+from disttrain.checkpoint import Best, prune
+from disttrain.checkpoint.retention import choose_kept
 from disttrain.cli.checkpoint_pages import size_text
 from disttrain.cli.checkpoint_survey import Survey, find_place, size_on_disk, surveys
-from disttrain.errors import CheckpointError, explain
+from disttrain.errors import CheckpointError, ConfigError, explain
 from disttrain.report import RunFolder
 
 
@@ -28,30 +30,47 @@ class Plan:
     gone: tuple[Survey, ...]
 
 
-def plan_prune(found: Sequence[Survey], *, keep_last: int, keep_every: int | None) -> Plan:
-    """Keep the newest `keep_last` that are whole and those whose step is a multiple of `keep_every`. Local.
+@dataclass(frozen=True)
+class Wish:
+    """What is to be kept: the newest, every so many steps, the best by a metric, as in a config's `checkpoint`."""
 
-    Reads every chunk of what is kept. `found` is oldest first.
-    """
-    kept: list[Survey] = []
-    left: list[tuple[Survey, str]] = []
-    gone: list[Survey] = []
-    newest = 0
-    for one in reversed(found):
-        milestone = keep_every is not None and one.step is not None and one.step % keep_every == 0
-        wanted = newest < keep_last or milestone
-        fault = one.faults[0] if one.faults else next(one.content_faults(), None) if wanted else None
-        if fault is not None:
-            left.append((one, fault))
-        elif wanted:
-            newest += newest < keep_last
-            kept.append(one)
-        else:
-            gone.append(one)
-    return Plan(tuple(reversed(kept)), tuple(reversed(left)), tuple(reversed(gone)))
+    keep_last: int
+    keep_every: int | None = None
+    best: Best | None = None
 
 
-def prune_run(path: str, *, keep_last: int, keep_every: int | None, dry_run: bool) -> dict[str, Any]:
+def plan_prune(found: Sequence[Survey], wish: Wish) -> Plan:
+    """Divide the checkpoints, given oldest first, by what is wished. Reads every chunk of what is to be kept. Local."""
+    left = {one.path: one.faults[0] for one in found if one.faults}
+    verified: set[Path] = set()
+    while True:
+        there = {one.required().step: one for one in found if one.path not in left}
+        scores = {step: _score(one, wish.best) for step, one in there.items()}
+        chosen = choose_kept(scores, keep_last=wish.keep_last, keep_every=wish.keep_every, best=wish.best)
+        unread = [there[step] for step in sorted(chosen, reverse=True) if there[step].path not in verified]
+        if not unread:  # all that is chosen is whole
+            kept = {there[step].path for step in chosen}
+            return Plan(
+                kept=tuple(one for one in found if one.path in kept),
+                left=tuple((one, left[one.path]) for one in found if one.path in left),
+                gone=tuple(one for one in found if one.path not in kept and one.path not in left),
+            )
+        for one in unread:
+            fault = next(one.content_faults(), None)
+            if fault is None:
+                verified.add(one.path)
+            else:
+                left[one.path] = fault  # another is chosen in its stead
+
+
+def _score(one: Survey, best: Best | None) -> float | None:
+    """The metric as it was evaluated at this step; None where it was not."""
+    evaluation = one.required().document.get("evaluation")
+    value = evaluation.get(best.metric) if best and isinstance(evaluation, dict) else None
+    return float(value) if isinstance(value, int | float) else None
+
+
+def prune_run(path: str, wish: Wish, *, dry_run: bool) -> dict[str, Any]:
     """Plan, and without `dry_run` remove; what happened. Local. CheckpointError where nothing whole would stay."""
     place = find_place(path)
     if place.root is None:
@@ -59,7 +78,9 @@ def prune_run(path: str, *, keep_last: int, keep_every: int | None, dry_run: boo
         raise CheckpointError(explain(f"{path} is to be pruned.", "one checkpoint, not the checkpoints of a run", do))
     with _sole_writer(place.root, asked=f"{path} is to be pruned.", needed=not dry_run):
         found = list(surveys(find_place(path)))  # once more: what lies there now that nobody else writes
-        plan = plan_prune(found, keep_last=keep_last, keep_every=keep_every)
+        if wish.best is not None:
+            _refuse_unknown_metric(found, wish.best)
+        plan = plan_prune(found, wish)
         if not plan.kept:
             faults = "; ".join(f"{one.path.name}: {fault}" for one, fault in plan.left[:3])
             raise CheckpointError(explain(f"{path} is to be pruned.", f"none is whole: {faults}", "mend one first"))
@@ -74,6 +95,15 @@ def prune_run(path: str, *, keep_last: int, keep_every: int | None, dry_run: boo
         "removed": [one.path.name for one in plan.gone],
         "bytes": freed,
     }
+
+
+def _refuse_unknown_metric(found: Sequence[Survey], best: Best) -> None:
+    """ConfigError where no checkpoint was evaluated by it: a name in another spelling would keep none of the best."""
+    documents = [one.manifest.document.get("evaluation") for one in found if one.manifest is not None]
+    known = sorted({name for one in documents if isinstance(one, dict) for name in one})
+    if best.metric not in known:
+        asked = f"--keep-best {best.metric} is to pick checkpoints."
+        raise ConfigError(explain(asked, f"evaluated were {', '.join(known) or 'none'}", "name one of these"))
 
 
 def render_pruning(found: dict[str, Any]) -> str:

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from disttrain.checkpoint import step_folder
 from disttrain.checkpoint.chunks import open_chunks, read_manifest_bytes, refuse_unusable
-from disttrain.checkpoint.folder import STAGING, step_folder
+from disttrain.checkpoint.folder import STAGING
 from disttrain.checkpoint.manifest import MANIFEST, Manifest, decode_manifest
 from disttrain.errors import CheckpointError, explain
 from disttrain.report import RunFolder

@@ -6,7 +6,7 @@ command is given; a further command is one more function here.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -107,15 +107,25 @@ def prune(
     keep_every: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Keep those too whose step is a multiple of N.")
     ] = None,
+    keep_best: Annotated[
+        str | None, typer.Option(metavar="METRIC", help="Keep that too which evaluated best: eval/held_out/loss.")
+    ] = None,
+    mode: Annotated[Literal["min", "max"], typer.Option(help="Whether less or more of METRIC is better.")] = "min",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
     as_json: _Json = False,
 ) -> None:
     """Remove a run's older checkpoints, after what is to stay was read and found whole. Not while the run goes on."""
     quiet_torch()
-    from disttrain.cli.checkpoint_pruning import prune_run, render_pruning
+    from disttrain.checkpoint import Best
+    from disttrain.cli.checkpoint_pruning import Wish, prune_run, render_pruning
 
-    found = prune_run(path, keep_last=keep_last, keep_every=keep_every, dry_run=dry_run)
+    best = None if keep_best is None else Best(keep_best, mode)
+    found = prune_run(path, Wish(keep_last, keep_every, best), dry_run=dry_run)
     _print(found, as_json, render_pruning)
+
+
+# A further command: write its function in a module of its own that imports no torch, and add it here as
+# `ckpt.command()(convert)`.
 
 
 def _print(found: dict[str, Any], as_json: bool, render: Any) -> None:

@@ -24,6 +24,9 @@ from checkpoint_world import LAYOUTS, on_ranks, some_tensors
 
 from disttrain.checkpoint import save_checkpoint
 from disttrain.cli import main as cli_main
+from disttrain.engine.random_state import random_shards
+from disttrain.engine.snapshot import RANKS
+from disttrain.engine.state import tracked_shards
 from disttrain.report import RunFolder
 
 
@@ -264,7 +267,7 @@ def test_diff_of_one_state_from_two_worlds_is_equal(tmp_path: Path, ckpt: Callab
     b = save(tmp_path / "b", 100, ranks=2, layout="columns", writer={"strategy": "ddp", "mesh": {}}, config={})
     done = ckpt("diff", a, tmp_path / "b", "--json")
     assert (done.code, done.json["same"], done.json["equal"]) == (0, True, len(some_tensors()))
-    assert {leaf["key"].split(".")[0] for leaf in done.json["settings"]} == {"config", "writer"}
+    assert {leaf["key"].split(".")[0] for leaf in done.json["beside"]} == {"config", "writer"}
     text = ckpt("diff", a, b)
     assert text.code == 0
     assert "Equal: 14 tensors bit for bit, and the state beside them." in text.out
@@ -314,6 +317,45 @@ def test_diff_by_name_looks_at_these_tensors_alone(tmp_path: Path, ckpt: Callabl
     assert "and 10 more (--all shows them)" in few
 
 
+def rank_state(ranks: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the engine keeps for single ranks: tensors and document."""
+    (random,) = random_shards(0, ranks, torch.device("cpu"))[:1]
+    shards, told = tracked_shards("mine/rank-00000", Holder(), (0, 1))
+    tensors = {random.name: torch.zeros(ranks, random.shape[1]), **{shard.name: shard.tensor for shard in shards}}
+    return tensors, {"user": {"mine": {RANKS: [told] * ranks}}}
+
+
+class Holder:
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": 3, "kept": torch.ones(2)}
+
+
+def test_diff_compares_what_belongs_to_ranks_only_in_worlds_of_one_size(
+    tmp_path: Path, ckpt: Callable[..., Done]
+) -> None:
+    shared = {"model/m/w": torch.ones(4)}
+    stored = {}
+    for ranks in (2, 3):
+        tensors, told = rank_state(ranks)
+        stored[ranks] = save(tmp_path / str(ranks), 5, ranks=ranks, tensors={**shared, **tensors}, **told)
+    done = ckpt("diff", stored[2], stored[3], "--json")
+    assert (done.code, done.json["equal"]) == (0, 1)
+    assert done.json["of_ranks"] == ["user/disttrain/random/torch", "user/mine/rank-00000/kept"]
+    assert "2 tensors of single ranks are not compared" in ckpt("diff", stored[2], stored[3]).out
+    assert ckpt("diff", stored[2], stored[3], "--name", "user/*").code == 2, "nothing that could be compared"
+    tensors, told = rank_state(2)
+    tensors["user/mine/rank-00000/kept"][1] = 9.0
+    told["user"]["mine"][RANKS][1] = {"count": 4}
+    other = save(tmp_path / "other", 5, ranks=2, tensors={**shared, **tensors}, **told)
+    done = ckpt("diff", stored[2], other, "--json")
+    assert (done.code, done.json["of_ranks"]) == (1, [])
+    assert [one["name"] for one in done.json["differences"]] == ["user/mine/rank-00000/kept"]
+    assert [leaf["key"] for leaf in done.json["state"]] == [
+        f"user.mine.{RANKS}[1].count",
+        f"user.mine.{RANKS}[1].kept",
+    ]
+
+
 def test_diff_of_a_damaged_one_is_an_error(tmp_path: Path, ckpt: Callable[..., Done]) -> None:
     a, b = save(tmp_path / "a", 1), save(tmp_path / "b", 1)
     flip(b / "rank-00000.safetensors")
@@ -346,6 +388,22 @@ def test_prune_keeps_the_newest_and_the_milestones(tmp_path: Path, ckpt: Callabl
     again = ckpt("prune", run / "checkpoints", "--keep-last", "1")
     assert names(run) == ["rejected-step-00000009-1", "step-00000300"]
     assert "kept step-00000300: whole\n" in again.out and "removed 3, " in again.out
+
+
+def test_prune_keeps_the_best_as_a_run_does(tmp_path: Path, ckpt: Callable[..., Done]) -> None:
+    run = tmp_path / "run"
+    for step, loss in ((100, 3.0), (200, 1.0), (300, 2.0), (400, None), (500, 4.0)):
+        save(run, step, evaluation={} if loss is None else {"eval/a/loss": loss})
+    keep = ["--keep-last", "1", "--keep-best"]
+    assert ckpt("prune", run, *keep, "eval/a/los").code == 2
+    least = ckpt("prune", run, *keep, "eval/a/loss", "--dry-run", "--json").json["kept"]
+    assert least == ["step-00000200", "step-00000500"]
+    flip(run / "checkpoints" / "step-00000200" / "rank-00001.safetensors")
+    left = ckpt("prune", run, *keep, "eval/a/loss", "--dry-run", "--json").json
+    assert left["kept"] == ["step-00000300", "step-00000500"], "the best of those that are whole"
+    assert [one["name"] for one in left["left"]] == ["step-00000200"]
+    assert ckpt("prune", run, *keep, "eval/a/loss", "--mode", "max", "--json").json["kept"] == ["step-00000500"]
+    assert names(run) == ["step-00000200", "step-00000500"], "what is damaged is not removed"
 
 
 def test_prune_counts_and_removes_nothing_that_is_damaged(tmp_path: Path, ckpt: Callable[..., Done]) -> None:
@@ -381,6 +439,9 @@ def test_prune_never_removes_the_only_whole_one(tmp_path: Path, ckpt: Callable[.
 HOLD = """
 import sys
 from pathlib import Path
+from disttrain.engine.random_state import random_shards
+from disttrain.engine.snapshot import RANKS
+from disttrain.engine.state import tracked_shards
 from disttrain.report import RunFolder
 
 folder = RunFolder(Path(sys.argv[1]))
