@@ -1,8 +1,8 @@
 """`disttrain ckpt prune`: which checkpoints of a run may go, and letting them go.
 
 Nothing goes before all that is to stay was read and found whole; which those are is `choose_kept`'s word, as in a run.
-What is damaged is neither counted nor removed. Only one process at a time writes to a run's folder: refused while a run
-holds its lock.
+What is found damaged on the way is neither counted nor removed; what nobody wishes to keep is not read. Only one
+process at a time writes to a run's folder: refused while a run holds its lock.
 """
 
 from __future__ import annotations
