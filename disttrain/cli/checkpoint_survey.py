@@ -91,9 +91,11 @@ class Place:
 
 def find_place(path: str) -> Place:
     """A run's folder, its `checkpoints/`, or one checkpoint. Local. CheckpointError for whatever is none of them."""
-    given = Path(path)
+    if "://" in path:
+        do = "copy the folder here first; resume and disttrain.load read the store itself"
+        raise CheckpointError(explain(f"{path} is to be read.", "the address of a store, not a local folder", do))
     try:
-        return _find(given)
+        return _find(Path(path))
     except OSError as error:
         do = "name a run's folder DIR/NAME or a checkpoint in it that you may read"
         raise CheckpointError(explain(f"{path} is to be read.", f"{error.filename}: {error.strerror}", do)) from error
@@ -170,7 +172,7 @@ def _find(path: Path) -> Place:
         return Place(path, root, found, tuple((one, _what(one.name)) for one in inside if one not in found))
     if root != path or run.config.exists() or own == run.checkpoints.name:
         among = f"only {', '.join(one.name for one in inside[:5])}" if inside else "an empty folder"
-        do = "let the run come to its first checkpoint (checkpoint.every), or name another run"
+        do = "let the run come to its first checkpoint (checkpoint.every); those in a store are to be copied here first"
         found_none = f"no step-NNNNNNNN in {root}: {among}"
         raise CheckpointError(explain(f"{path} is to hold checkpoints.", found_none, do))
     runs = [one.name for one in inside if RunFolder(one).checkpoints.is_dir()]

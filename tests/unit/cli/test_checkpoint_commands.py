@@ -533,6 +533,12 @@ def test_a_path_without_a_checkpoint_is_refused_with_what_is_there(
         assert contents(tmp_path) == before
 
 
+def test_the_address_of_a_store_is_told_from_a_folder(ckpt: Callable[..., Done]) -> None:
+    done = ckpt("ls", "s3://bucket/runs/one")
+    assert (done.code, done.out) == (5, "")
+    assert "s3://bucket/runs/one is to be read.\n  found: the address of a store" in done.err
+
+
 def test_a_newer_format_is_told_with_what_to_do(tmp_path: Path, ckpt: Callable[..., Done]) -> None:
     path = save(tmp_path / "run", 1)
     seal(path, lambda content: content.update(version=2))
