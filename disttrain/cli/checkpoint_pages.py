@@ -169,6 +169,14 @@ def _box_lines(one: Mapping[str, Any]) -> list[str]:
 # ---------------------------------------------------------------------- verify
 
 
+def verify_place(place: Place) -> Iterator[dict[str, Any]]:
+    """A verdict on each checkpoint as it is read; none on those that a run removes meanwhile. Local."""
+    for one in surveys(place):
+        found = verify_checkpoint(one)
+        if found["whole"] or one.path.exists():
+            yield found
+
+
 def verify_checkpoint(one: Survey) -> dict[str, Any]:
     """One checkpoint with every fault of manifest, sizes and content. Reads all its bytes, a chunk at a time."""
     content = [fault for fault in one.content_faults() if fault not in one.faults]  # a missing file is named once

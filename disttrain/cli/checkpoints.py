@@ -60,15 +60,15 @@ def inspect(
 def verify(path: _Path, as_json: _Json = False) -> None:
     """Read every byte of a checkpoint, or of all of a run; name every fault. Exit code 5 if anything is damaged."""
     quiet_torch()
-    from disttrain.cli.checkpoint_pages import render_verdict, verify_checkpoint
-    from disttrain.cli.checkpoint_survey import find_place, surveys
+    from disttrain.cli.checkpoint_pages import render_verdict, verify_place
+    from disttrain.cli.checkpoint_survey import find_place
 
     place = find_place(path)
     found = []
-    for one in surveys(place):
-        found.append(verify_checkpoint(one))
+    for verdict in verify_place(place):
+        found.append(verdict)
         if not as_json:
-            print(render_verdict(found[-1]), flush=True)  # at once: each may take minutes
+            print(render_verdict(verdict), flush=True)  # at once: each may take minutes
     others = [{"name": other.name, "what": what} for other, what in place.others]
     ok = bool(found) and all(one["whole"] for one in found)
     if as_json:

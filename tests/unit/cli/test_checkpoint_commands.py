@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +25,7 @@ from checkpoint_world import LAYOUTS, on_ranks, some_tensors
 
 from disttrain.checkpoint import save_checkpoint
 from disttrain.cli import main as cli_main
+from disttrain.cli.checkpoint_survey import Survey
 from disttrain.engine.random_state import random_shards
 from disttrain.engine.snapshot import RANKS
 from disttrain.engine.state import tracked_shards
@@ -259,6 +261,23 @@ def test_verify_reads_every_byte_and_names_every_fault(tmp_path: Path, ckpt: Cal
     assert ckpt("verify", rotten).code == 5
 
 
+def test_what_a_run_removes_meanwhile_is_no_damage(
+    tmp_path: Path, ckpt: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2):
+        save(tmp_path / "run", step)
+    plain = Survey.content_faults
+
+    def removed_first(one: Survey) -> Iterator[str]:
+        if one.step == 1:
+            shutil.rmtree(one.path)
+        return plain(one)
+
+    monkeypatch.setattr(Survey, "content_faults", removed_first)
+    done = ckpt("verify", tmp_path / "run", "--json")
+    assert (done.code, [one["step"] for one in done.json["checkpoints"]]) == (0, [2])
+
+
 # ---------------------------------------------------------------------- diff
 
 
@@ -439,6 +458,7 @@ def test_prune_never_removes_the_only_whole_one(tmp_path: Path, ckpt: Callable[.
 HOLD = """
 import sys
 from pathlib import Path
+from disttrain.cli.checkpoint_survey import Survey
 from disttrain.engine.random_state import random_shards
 from disttrain.engine.snapshot import RANKS
 from disttrain.engine.state import tracked_shards
