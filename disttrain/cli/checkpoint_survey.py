@@ -10,6 +10,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -40,7 +41,10 @@ class Survey:
         if self.manifest is None:
             return []
         known = {MANIFEST, *self.manifest.files}
-        return sorted(one.name for one in self.path.iterdir() if one.name not in known)
+        try:
+            return sorted(one.name for one in self.path.iterdir() if one.name not in known)
+        except FileNotFoundError:  # a run removed it meanwhile
+            return []
 
     @property
     def step(self) -> int | None:
@@ -140,12 +144,14 @@ def survey(path: Path) -> Survey:
 
 
 def size_on_disk(path: Path) -> int:
-    """Bytes of the regular files at and below a path. Local."""
-    own = path.lstat()
-    if not stat.S_ISDIR(own.st_mode):
-        return own.st_size if stat.S_ISREG(own.st_mode) else 0
-    files = (Path(folder, name).lstat() for folder, _, names in os.walk(path) for name in names)
-    return sum(file.st_size for file in files if stat.S_ISREG(file.st_mode))
+    """Bytes of the regular files at and below a path, as far as they are still there. Local."""
+    below = (Path(folder, name) for folder, _, names in os.walk(path) for name in names)
+    size = 0
+    for file in [path, *below]:
+        with suppress(FileNotFoundError):  # a run that goes on renames and removes
+            found = file.lstat()
+            size += found.st_size if stat.S_ISREG(found.st_mode) else 0
+    return size
 
 
 def finding(error: CheckpointError, *, advice: bool = False) -> str:
