@@ -86,11 +86,12 @@ def _read(folder: Path, owner: str) -> ForeignState:
         masters = [list(one["single_partition_of_fp32_groups"]) for one in held]
         ranges = _sliced_ranges(folder, shapes, [one["param_slice_mappings"] for one in held])
         bases = [one["base_optimizer_state"] for one in held]
+    states = [[_state_of(base, group) for group in range(len(masters[0]))] for base in bases]
+    shape_of = {name: tuple(shape) for group in shapes for name, shape in group.items()}
     shards: list[Shard] = []
     for name, own in ranges.items():
-        shape = next(tuple(group[name]) for group in shapes if name in group)
-        shards += _cut(f"model/{owner}/{name}", shape, own, masters)
-        shards += _optimizer_state(f"optim/{owner}/{name}", shape, own, masters, bases)
+        shards += _cut(f"model/{owner}/{name}", shape_of[name], own, masters)
+        shards += _optimizer_state(f"optim/{owner}/{name}", shape_of[name], own, states)
     rest, ties, left_out = _untrained(folder, owner, models, first, stage, set(ranges))
     state = ForeignState(
         folder,
@@ -189,32 +190,34 @@ def _equal_ranges(
 
 
 def _cut(
-    full: str, shape: tuple[int, ...], ranges: Sequence[_Range], flats: Sequence[Sequence[Tensor]]
+    full: str, shape: tuple[int, ...], ranges: Sequence[_Range], flats: Sequence[Sequence[Tensor | None]]
 ) -> Iterator[Shard]:
-    """Views of the flat tensors `flats[rank][group]`, as boxes."""
+    """Views of the flat tensors `flats[rank][group]`, as boxes; of a tensor of no elements, itself."""
+    if not ranges:
+        yield whole_shard(full, torch.empty(shape))
     for one in ranges:
-        held = flats[one.rank][one.group].narrow(0, one.place, one.count)
-        at = 0
+        flat = flats[one.rank][one.group]
+        if flat is None:
+            raise ValueError(f"rank {one.rank} has no {full}")
+        held, at = flat.narrow(0, one.place, one.count), 0
         for box in flat_range_to_boxes(shape, one.start, one.start + one.count):
             yield Shard(full, shape, box, held.narrow(0, at, box.numel).view(box.sizes))
             at += box.numel
 
 
 def _optimizer_state(
-    full: str,
-    shape: tuple[int, ...],
-    ranges: Sequence[_Range],
-    masters: Sequence[Sequence[Tensor]],
-    bases: Sequence[Mapping[str, Any]],
+    full: str, shape: tuple[int, ...], ranges: Sequence[_Range], states: Sequence[Sequence[Mapping[str, Any]]]
 ) -> Iterator[Shard]:
-    """State as long as the flat masters (or padded beyond) is cut as they are; what is 0-d is the same on all ranks."""
-    first = ranges[0]
-    states = [[_state_of(base, group) for group in range(len(masters[0]))] for base in bases]
-    for key, value in states[first.rank][first.group].items():
+    """State as long as the flat masters (or padded beyond) is cut as they are; what is 0-d is the same on all ranks.
+
+    `states[rank][group]` is the optimizer's of one flat partition.
+    """
+    if not ranges:
+        return
+    for key, value in states[ranges[0].rank][ranges[0].group].items():
         if isinstance(value, Tensor) and value.dim() == 1:
-            yield from _cut(
-                f"{full}:{key}", shape, ranges, [[one.get(key, value) for one in groups] for groups in states]
-            )
+            flats = [[one.get(key) for one in groups] for groups in states]
+            yield from _cut(f"{full}:{key}", shape, ranges, flats)
         elif isinstance(value, Tensor) and value.dim():
             raise ValueError(f"{full}:{key} has shape {tuple(value.shape)}, which is no flat partition's")
         elif isinstance(value, Tensor | bool | int | float):
