@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from disttrain.checkpoint import Differences
 from disttrain.config import Config, load_config
 from disttrain.data import Batches, MicroBatch, StepBatch, align_batches
 from disttrain.engine import build, snapshot
@@ -138,7 +139,7 @@ class Engine:
         prepared = self.strategy.prepare(ingredients)
         self._prepared[name] = prepared
         if make_model is None and self.config.model is not None and self.config.model.weights:
-            self.load_weights(name, self.config.model.weights)
+            self.load_weights(name, self.config.model.weights, strict=self.config.model.weights_strict)
         return prepared.model
 
     def _configured(self, name: str, objective: Any) -> Ingredients:
@@ -385,9 +386,23 @@ class Engine:
         if found.path.parent.resolve() == self.record.folder.checkpoints.resolve():
             self._saved_at = self.progress.steps
 
-    def load_weights(self, name: str, path: str | Path) -> None:
-        """Only the weights of one model, from a run's folder or a checkpoint."""
-        snapshot.load_weights(self._parts(), name, self.record.open_checkpoint(path))
+    def load_weights(
+        self,
+        name: str,
+        path: str | Path,
+        *,
+        strict: bool = True,
+        only: Sequence[str] = (),
+        rename: Callable[[str], str] | None = None,
+    ) -> Differences:
+        """Only the weights of one model, from a run, a checkpoint, or weights of any format in docs/checkpoint-formats.
+
+        `only` are glob patterns of the model's names: others keep their values. `rename` makes the model's name of a
+        stored one. Without `strict`, missing and unexpected names are logged and returned, not refused.
+        """
+        found = snapshot.load_weights(self._parts(), name, path, strict=strict, only=only, rename=rename)
+        self.record.weights_loaded(path, found)
+        return found
 
     def load_for_evaluation(self, name: str, path: str | Path) -> None:
         """What an evaluation of one model needs: its weights, its objective's, and where its draws stand."""

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from disttrain.checkpoint import Checkpoint, Shard, save_checkpoint
+from disttrain.checkpoint import Checkpoint, Differences, Shard, save_checkpoint
+from disttrain.checkpoint.formats import Rename, load_weights_into, open_weights
 from disttrain.config import Config
 from disttrain.engine.buffers import share_buffers
 from disttrain.engine.state import (
@@ -109,7 +111,10 @@ def restore(parts: Parts, checkpoint: Checkpoint) -> Progress:
 
 
 def _restore(parts: Parts, checkpoint: Checkpoint) -> None:
-    refuse_another_run(str(checkpoint.path), checkpoint.document["config"], parts.config.to_dict())
+    if "imported" in checkpoint.document:  # what came from another library knows no config
+        _refuse_weights_alone(checkpoint)
+    else:
+        refuse_another_run(str(checkpoint.path), checkpoint.document["config"], parts.config.to_dict())
     try:
         _put_back(parts, checkpoint)
     except (OSError, KeyError, ValueError) as error:
@@ -120,6 +125,17 @@ def _restore(parts: Parts, checkpoint: Checkpoint) -> None:
                 "remove or repair it: the run then goes on from the one before",
             )
         ) from error
+
+
+def _refuse_weights_alone(checkpoint: Checkpoint) -> None:
+    if not checkpoint.document["optim"]:
+        raise CheckpointError(
+            explain(
+                f"{checkpoint.path} is to be continued.",
+                "weights alone, converted from another library's",
+                f"start from them: model.weights={checkpoint.path}",
+            )
+        )
 
 
 def _put_back(parts: Parts, checkpoint: Checkpoint) -> None:
@@ -159,9 +175,37 @@ def others_than(checkpoint: Checkpoint, name: str) -> set[str]:
     return {stored for stored in checkpoint.tensors if not stored.startswith(f"model/{name}/")}
 
 
-def load_weights(parts: Parts, name: str, checkpoint: Checkpoint) -> None:
-    """Only the model's own tensors, from a checkpoint of any strategy."""
-    _load(parts, name, checkpoint, lambda shard: shard.name.startswith("model/"))
+def load_weights(
+    parts: Parts, name: str, path: str | Path, *, strict: bool, only: Sequence[str], rename: Rename | None
+) -> Differences:
+    """Only the model's own tensors, from any format that `open_weights` knows; each rank reads its boxes."""
+    prepared = parts.prepared[name]
+
+    def fill() -> Differences:
+        shards = [shard for shard in parts.strategy.shards(prepared) if shard.name.startswith(f"model/{name}/")]
+        return load_weights_into(
+            open_weights(path, name),
+            shards,
+            owner=name,
+            aliases=other_names(prepared.model),
+            strict=strict,
+            only=only,
+            rename=rename,
+            do="use the model these weights are of; where some are to differ, set model.weights_strict=false, or call "
+            "engine.load_weights with strict=False, only=[...] or rename=",
+        )
+
+    differences = parts.world.group.together(fill, f"loading weights from {path}")
+    parts.strategy.loaded(prepared)
+    return differences
+
+
+def other_names(model: nn.Module) -> dict[str, str]:
+    """Further names of tied parameters, to the first, which is the canonical one. Local."""
+    first: dict[int, str] = {}
+    named = model.named_parameters(remove_duplicate=False)
+    pairs = [(name, first.setdefault(id(parameter), name)) for name, parameter in named]
+    return {name: canonical for name, canonical in pairs if name != canonical}
 
 
 def load_for_evaluation(parts: Parts, name: str, checkpoint: Checkpoint) -> None:

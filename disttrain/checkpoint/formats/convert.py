@@ -98,19 +98,14 @@ def _of_weights(source: Path, owner: str) -> ForeignState:
 
 def _document(state: ForeignState, owner: str) -> dict[str, Any]:
     """What the engine reads of a checkpoint. Without a config: whoever loads it brings the model and all settings."""
+    schedule = {"last_epoch": state.steps, "_step_count": state.steps + 1}
+    optimizer: dict[str, Any] = {"updates": state.steps, "optimizer": None, "groups": [], "schedule": schedule}
     trained = any(shard.name.startswith("optim/") for shard in state.shards)
     return {
         "progress": {"steps": state.steps, "samples": state.samples, "tokens": 0, "skipped": 0, "positions": {}},
         "config": {},
         "imported": {"from": state.kind, "path": str(state.path), "left_out": list(state.left_out)},
-        "optim": {
-            owner: {
-                "updates": state.steps,
-                "optimizer": None,
-                "groups": [],
-                "schedule": {"last_epoch": state.steps, "_step_count": state.steps + 1} if trained else None,
-            }
-        },
+        "optim": {owner: optimizer} if trained else {},
         "user": {},
         "writer": {"strategy": state.kind, "mesh": {}},
     }

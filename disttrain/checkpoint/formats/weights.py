@@ -75,13 +75,14 @@ def load_weights_into(
     strict: bool = True,
     only: Sequence[str] = (),
     rename: Rename | None = None,
+    do: str = "use the model these weights are of",
 ) -> Differences:
     """Copy stored weights into shards named `model/OWNER/NAME`; nothing is written before all names and shapes fit.
 
     `rename` makes the model's name of a stored one. `only` are glob patterns of the model's names: others keep their
     values and are not spoken of. `aliases` are further names of tied weights, to the name that their shard has: such a
     name may be stored instead, or beside it. Local. Raises CheckpointError for what is misshapen and, where `strict`,
-    missing or unexpected; else returns what differs.
+    missing or unexpected, with `do` as what to do; else returns what differs.
     """
     held: dict[str, list[Shard]] = defaultdict(list)
     for shard in shards:
@@ -95,7 +96,7 @@ def load_weights_into(
     fitting = sorted(chosen & set(stored) & set(held))
     misshapen = [text for name in fitting if (text := _misfit(name, weights.tensors[stored[name]], held[name][0]))]
     if misshapen or (strict and (missing or unexpected)):
-        raise _misfits(weights.path, missing, unexpected, misshapen)
+        raise _misfits(weights.path, do, missing, unexpected, misshapen)
     weights.fill(
         [
             Wanted(stored[name], shard.box, shard.tensor.detach())
@@ -143,14 +144,10 @@ def _misfit(name: str, info: WeightInfo, shard: Shard) -> str | None:
     return f"{name} is {info.dtype} there, {mine} here"
 
 
-def _misfits(path: Path, *differences: Sequence[str]) -> CheckpointError:
+def _misfits(path: Path, do: str, *differences: Sequence[str]) -> CheckpointError:
     found = [
         f"{title}: {', '.join(names[:10])}" + (f" and {len(names) - 10} more" if len(names) > 10 else "")
         for title, names in zip(("missing", "unexpected", "misshapen"), differences, strict=True)
         if names
     ]
-    do = (
-        "use the model these weights are of; where some are to differ, load with strict=False "
-        "(model.weights_strict=false), or say which with only=[...] and rename="
-    )
     return CheckpointError(explain(f"The weights in {path} do not fit the model.", "; ".join(found), do))

@@ -1,4 +1,4 @@
-"""Checkpoints as others write them: real torch DCP and real DeepSpeed worlds, with what they hold told by themselves."""
+"""Checkpoints as others write them: real torch DCP and real DeepSpeed worlds, and what they say of it."""
 
 from __future__ import annotations
 
