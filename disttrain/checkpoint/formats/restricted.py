@@ -88,12 +88,13 @@ def load_torch(path: Path, source: Any, allowed: Allowed | None = None, *, mappe
 
 
 def _wanted(error: Exception) -> str:
+    """What torch says of it, without its advice to run the pickle after all."""
     text = str(error)
-    match = re.search(r"Unsupported (?:global|class|operand|operation)[^.]*?(?:GLOBAL )?([\w.]+) was not", text)
+    match = re.search(r"GLOBAL ([\w.]+)", text)
     if match:
         return f"its pickle wants {match.group(1)}, which is neither a tensor nor a plain value"
-    detail = text.split("WeightsUnpickler error:")[-1].strip()
-    return f"{type(error).__name__}: {detail[:300]}"
+    detail = text.split("WeightsUnpickler error:")[-1].split("Check the documentation")[0]
+    return f"{type(error).__name__}: {' '.join(detail.split())[:300]}"
 
 
 _DO = (
