@@ -154,7 +154,7 @@ def _put_back(parts: Parts, checkpoint: Checkpoint) -> None:
         shards += parts.strategy.shards(prepared, checkpoint.tensors)
     checkpoint.load_into(shards, ignore={name for name in checkpoint.tensors if name.startswith("user/")})
     now, then = parts.config.to_dict(), document["config"]
-    same = all(now.get(section) == then.get(section) for section in ("optim", "schedule"))
+    same = "imported" not in document and all(now.get(key) == then.get(key) for key in ("optim", "schedule"))
     for name, prepared in parts.prepared.items():
         restore_optimizer(prepared, document["optim"][name], same_settings=same)
     for name, tracked in parts.tracked.items():

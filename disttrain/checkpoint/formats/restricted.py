@@ -72,6 +72,9 @@ def load_torch_file(path: Path, allowed: Allowed | None = None) -> Any:
         raise refusal(path, "no such file" if not path.exists() else "no regular file", "name a file of torch.save")
     with path.open("rb") as file:
         mapped = file.read(4) == b"PK\x03\x04"  # the form before torch 1.6 cannot be mapped
+        if path.suffix == ".safetensors":  # a name by which torch would go, whatever is in it
+            file.seek(0)
+            return load_torch(path, file, allowed)
     return load_torch(path, str(path), allowed, mapped=mapped)
 
 

@@ -103,45 +103,53 @@ def write_dcp(folder: Path, kind: str, state_of_its_own: bool = False) -> Told:
         return as_arrays(found)
 
 
-def write_deepspeed(folder: Path, stage: int, optimizer: str = "adamw") -> Told:
-    """Train by DeepSpeed's own loop and save by its `save_checkpoint`; what it holds, by its own words."""
+def write_deepspeed_stages(root: Path, cases: Mapping[str, tuple[int, str]]) -> dict[str, Told]:
+    """Train by DeepSpeed's own loop, one case (stage, optimizer) after the other, and save each by `save_checkpoint`
+    into a folder of its name; what each holds, by DeepSpeed's own words."""
     os.environ.update(DS_ACCELERATOR="cpu", DS_BUILD_OPS="0")
+    import deepspeed.ops
+
+    vars(deepspeed.ops).setdefault("__compatible_ops__", {})  # compiles nothing
+    with process_group():
+        return {name: write_deepspeed(root / name, *case) for name, case in cases.items()}
+
+
+def write_deepspeed(folder: Path, stage: int, optimizer: str) -> Told:
+    """One of them, in a world that stands."""
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    vars(__import__("deepspeed.ops", fromlist=["ops"])).setdefault("__compatible_ops__", {})
-    with process_group():
-        torch.manual_seed(1)
-        model = Small()
-        made: Any = torch.optim.AdamW if optimizer == "adamw" else torch.optim.SGD
-        options = {"lr": 0.01} | ({} if optimizer == "adamw" else {"momentum": 0.9})
-        engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=made(grouped(model), **options),
-            config={
-                "train_micro_batch_size_per_gpu": 6,
-                "zero_allow_untested_optimizer": True,
-                "zero_force_ds_cpu_optimizer": False,
-                "zero_optimization": {"stage": stage, "reduce_bucket_size": 1000, "stage3_prefetch_bucket_size": 1000},
-            },
-            dist_init_required=False,
-        )
-        for step in range(STEPS):
-            tokens = batch(step)
-            engine.backward(nn.functional.cross_entropy(engine(tokens), tokens))
-            engine.step()
-        engine.save_checkpoint(str(folder), tag="global_step3")
-        if stage < 3:  # DeepSpeed 0.19 links state to parameters at the first group's step, before others have any
-            engine.optimizer._hp_optimizer_states_linked = False
-            engine.optimizer._lazy_init_hp_params_optimizer_state()
-        keys = ("exp_avg", "exp_avg_sq") if optimizer == "adamw" else ("momentum_buffer",)
-        found: dict[str, dict[str, Tensor]] = {}
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                found[name] = {"value": safe_get_full_fp32_param(parameter).clone()}
-                found[name] |= {key: safe_get_full_optimizer_state(parameter, key).clone() for key in keys}
-            else:
-                with deepspeed.zero.GatheredParameters([parameter], enabled=stage == 3):
-                    found[name] = {"value": parameter.detach().clone()}
-        found |= {name: {"value": buffer.clone()} for name, buffer in model.named_buffers()}
-        return as_arrays(found)
+    torch.manual_seed(1)
+    model = Small()
+    made: Any = torch.optim.AdamW if optimizer == "adamw" else torch.optim.SGD
+    options = {"lr": 0.01} | ({} if optimizer == "adamw" else {"momentum": 0.9})
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=made(grouped(model), **options),
+        config={
+            "train_micro_batch_size_per_gpu": 6,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "zero_optimization": {"stage": stage, "reduce_bucket_size": 1000, "stage3_prefetch_bucket_size": 1000},
+        },
+        dist_init_required=False,
+    )
+    for step in range(STEPS):
+        tokens = batch(step)
+        engine.backward(nn.functional.cross_entropy(engine(tokens), tokens))
+        engine.step()
+    engine.save_checkpoint(str(folder), tag="global_step3")
+    if stage < 3:  # DeepSpeed 0.19 links state to parameters at the first group's step, before others have any
+        engine.optimizer._hp_optimizer_states_linked = False
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+    keys = ("exp_avg", "exp_avg_sq") if optimizer == "adamw" else ("momentum_buffer",)
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            found[name] = {"value": safe_get_full_fp32_param(parameter)}
+            found[name] |= {key: safe_get_full_optimizer_state(parameter, key) for key in keys}
+        else:
+            with deepspeed.zero.GatheredParameters([parameter], enabled=stage == 3):
+                found[name] = {"value": parameter.detach().clone()}
+    found |= {name: {"value": buffer} for name, buffer in model.named_buffers()}
+    return as_arrays(found)
