@@ -86,6 +86,9 @@ def _read(folder: Path, owner: str) -> ForeignState:
         masters = [list(one["single_partition_of_fp32_groups"]) for one in held]
         ranges = _sliced_ranges(folder, shapes, [one["param_slice_mappings"] for one in held])
         bases = [one["base_optimizer_state"] for one in held]
+    if not all(isinstance(base, Mapping) for base in bases):
+        do = "load it, and save it anew with elastic_checkpoint false"
+        raise _refusal(folder, "optimizer state of an elastic_checkpoint", do)
     states = [[_state_of(base, group) for group in range(len(masters[0]))] for base in bases]
     shape_of = {name: tuple(shape) for group in shapes for name, shape in group.items()}
     shards: list[Shard] = []

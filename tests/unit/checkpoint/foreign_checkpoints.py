@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,7 +67,13 @@ def as_arrays(found: Mapping[str, Mapping[str, Tensor]]) -> Told:
     """On rank 0, as processes can send it."""
     if dist.get_rank():
         return {}
-    return {name: {key: value.numpy().copy() for key, value in entry.items()} for name, entry in found.items()}
+    return {
+        name: {
+            key: (value.float() if value.dtype is torch.bfloat16 else value).numpy().copy()
+            for key, value in entry.items()
+        }
+        for name, entry in found.items()
+    }
 
 
 def write_dcp(folder: Path, kind: str, state_of_its_own: bool = False) -> Told:
@@ -103,24 +110,27 @@ def write_dcp(folder: Path, kind: str, state_of_its_own: bool = False) -> Told:
         return as_arrays(found)
 
 
-def write_deepspeed_stages(root: Path, cases: Mapping[str, tuple[int, str]]) -> dict[str, Told]:
-    """Train by DeepSpeed's own loop, one case (stage, optimizer) after the other, and save each by `save_checkpoint`
-    into a folder of its name; what each holds, by DeepSpeed's own words."""
+def write_deepspeed_stages(root: Path, cases: Mapping[str, Mapping[str, Any]]) -> dict[str, Told]:
+    """Train by DeepSpeed's own loop, one case (arguments of `write_deepspeed`) after the other, and save each by
+    `save_checkpoint` into a folder of its name; what each holds, by DeepSpeed's own words."""
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     os.environ.update(DS_ACCELERATOR="cpu", DS_BUILD_OPS="0")
     import deepspeed.ops
 
     vars(deepspeed.ops).setdefault("__compatible_ops__", {})  # compiles nothing
     with process_group():
-        return {name: write_deepspeed(root / name, *case) for name, case in cases.items()}
+        return {name: write_deepspeed(root / name, **case) for name, case in cases.items()}
 
 
-def write_deepspeed(folder: Path, stage: int, optimizer: str) -> Told:
-    """One of them, in a world that stands."""
+def write_deepspeed(
+    folder: Path, *, stage: int, optimizer: str = "adamw", zero: Mapping[str, Any] | None = None, bf16: bool = False
+) -> Told:
+    """One of them, in a world that stands; `zero` is more of its zero_optimization."""
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     torch.manual_seed(1)
-    model = Small()
+    model = Small().bfloat16() if bf16 else Small()
     made: Any = torch.optim.AdamW if optimizer == "adamw" else torch.optim.SGD
     options = {"lr": 0.01} | ({} if optimizer == "adamw" else {"momentum": 0.9})
     engine, *_ = deepspeed.initialize(
@@ -130,13 +140,15 @@ def write_deepspeed(folder: Path, stage: int, optimizer: str) -> Told:
             "train_micro_batch_size_per_gpu": 6,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
-            "zero_optimization": {"stage": stage, "reduce_bucket_size": 1000, "stage3_prefetch_bucket_size": 1000},
+            "zero_optimization": {"stage": stage, "reduce_bucket_size": 1000, "stage3_prefetch_bucket_size": 1000}
+            | dict(zero or {}),
+            "bf16": {"enabled": bf16},
         },
         dist_init_required=False,
     )
     for step in range(STEPS):
         tokens = batch(step)
-        engine.backward(nn.functional.cross_entropy(engine(tokens), tokens))
+        engine.backward(nn.functional.cross_entropy(engine(tokens).float(), tokens))
         engine.step()
     engine.save_checkpoint(str(folder), tag="global_step3")
     if stage < 3:  # DeepSpeed 0.19 links state to parameters at the first group's step, before others have any

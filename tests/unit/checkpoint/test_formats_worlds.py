@@ -62,7 +62,8 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, T
     """Folders that two ranks of torch and of DeepSpeed left, by kind, with what they say is in them."""
     root = tmp_path_factory.mktemp("foreign")
     found = {f"dcp-{kind}": run_world(2, write_dcp, root / f"dcp-{kind}", kind)[0] for kind in ("ddp", "fsdp")}
-    cases = {f"zero{stage}": (stage, "adamw") for stage in (1, 2, 3)} | {"zero1-sgd": (1, "sgd")}
+    cases: dict[str, dict[str, Any]] = {f"zero{stage}": {"stage": stage} for stage in (1, 2, 3)}
+    cases["zero1-sgd"] = {"stage": 1, "optimizer": "sgd"}
     found |= run_world(2, write_deepspeed_stages, root, cases)[0]
     return {kind: (root / kind, told) for kind, told in found.items()}
 
@@ -84,6 +85,38 @@ def test_weights_and_optimizer_state_come_in_bit_by_bit(
     loaded = disttrain.load(source, make_model=Small)
     assert loaded.rise.weight.detach().numpy().tobytes() == told["rise.weight"]["value"].tobytes()
     assert loaded.head.weight is loaded.embed.weight
+
+
+LAYOUTS = {
+    "several groups of parameters inside one": {"stage": 3, "zero": {"sub_group_size": 30}},
+    "parameters in turn": {"stage": 2, "zero": {"round_robin_gradients": True}},
+    "bf16 with float32 masters": {"stage": 2, "bf16": True},
+    "bf16 cut": {"stage": 3, "bf16": True},
+    "offloaded": {"stage": 2, "zero": {"offload_optimizer": {"device": "cpu"}}},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_every_layout_of_deepspeed_comes_in(size: int, tmp_path: Path) -> None:
+    told = run_world(size, write_deepspeed_stages, tmp_path, LAYOUTS)[0]
+    for name in LAYOUTS:
+        import_checkpoint(tmp_path / name, tmp_path / f"{name} converted")
+        found = Checkpoint.open(tmp_path / f"{name} converted")
+        for parameter, entry in told[name].items():
+            for key, expected in entry.items():
+                full = f"model/model/{parameter}" if key == "value" else f"optim/model/{parameter}:{key}"
+                value = found.read(full)
+                wide = value.float() if value.dtype is torch.bfloat16 else value
+                assert wide.numpy().tobytes() == expected.tobytes(), (name, full)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 3, 4])
+def test_shards_of_any_number_of_ranks_come_in(size: int, tmp_path: Path) -> None:
+    told = run_world(size, write_dcp, tmp_path / "fsdp", "fsdp")[0]
+    import_checkpoint(tmp_path / "fsdp", tmp_path / "converted")
+    assert_holds(Checkpoint.open(tmp_path / "converted"), told)
 
 
 def test_deepspeeds_weights_go_straight_to_other_formats(foreign: dict[str, tuple[Path, Told]], tmp_path: Path) -> None:
