@@ -15,7 +15,7 @@ from disttrain.checkpoint.formats.huggingface import SHARD_BYTES, write_folder, 
 from disttrain.checkpoint.formats.registry import carries_state, open_weights, read_state
 from disttrain.checkpoint.formats.state import ForeignState
 from disttrain.checkpoint.formats.torch_file import TorchWeights, write_torch
-from disttrain.checkpoint.formats.weights import Weights, read_weight
+from disttrain.checkpoint.formats.weights import Weights
 from disttrain.checkpoint.save import save_checkpoint
 from disttrain.checkpoint.shards import Shard, SoleRank, whole_shard
 from disttrain.errors import CheckpointError, explain
@@ -91,7 +91,7 @@ def _of_weights(source: Path, owner: str) -> ForeignState:
     weights = open_weights(source, owner)
     ties = weights.ties() if isinstance(weights, TorchWeights) else {}
     shards: list[Shard] = [
-        whole_shard(f"model/{owner}/{name}", read_weight(weights, name)) for name in weights.tensors if name not in ties
+        whole_shard(f"model/{owner}/{name}", weights.whole(name)) for name in weights.tensors if name not in ties
     ]
     return ForeignState(source, "weights", tuple(shards), ties=ties)
 

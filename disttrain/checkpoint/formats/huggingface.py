@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from disttrain.checkpoint.boxes import whole
 from disttrain.checkpoint.disk import Disk
 from disttrain.checkpoint.formats.torch_file import TorchWeights
-from disttrain.checkpoint.formats.weights import Wanted, WeightInfo, Weights, read_weight
+from disttrain.checkpoint.formats.weights import Wanted, WeightInfo, Weights, bytes_of, read_weights
 from disttrain.checkpoint.layout import Entry, plan_file, tensor_bytes
 from disttrain.errors import CheckpointError, explain
 
@@ -80,6 +80,12 @@ class SafetensorsWeights:
                     for one in own:
                         one.into.copy_(self._part(opened, one))
 
+    def whole(self, name: str) -> torch.Tensor:
+        """A view of the mapped file."""
+        with _opened(self._file_of[name]) as opened:
+            found: torch.Tensor = opened.get_tensor(name)
+        return found
+
     def _part(self, opened: Any, one: Wanted) -> torch.Tensor:
         if one.box == whole(self.tensors[one.name].shape):
             found: torch.Tensor = opened.get_tensor(one.name)
@@ -99,6 +105,10 @@ class SeveralFiles:
         """Part by part."""
         for part in self._parts:
             part.fill([one for one in wanted if one.name in part.tensors])
+
+    def whole(self, name: str) -> torch.Tensor:
+        """From the part that has it."""
+        return next(part for part in self._parts if name in part.tensors).whole(name)
 
 
 def open_folder(path: Path) -> Weights:
@@ -165,8 +175,8 @@ def write_safetensors(weights: Weights, names: Sequence[str], path: Path, disk: 
     head, placed = plan_file(entries, {"format": "pt"})
     with disk.create(path) as file:
         file.write(head)
-        for entry in placed:
-            for piece in tensor_bytes(read_weight(weights, entry.name), _PIECE_BYTES):
+        for _, tensor in read_weights(weights, [entry.name for entry in placed]):
+            for piece in tensor_bytes(tensor, _PIECE_BYTES):
                 file.write(piece)
         file.sync()
 
@@ -185,7 +195,7 @@ def write_folder(
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             write_safetensors(weights, names, folder / file, disk)
             weight_map |= dict.fromkeys(names, file)
-        total = sum(_bytes_of(weights.tensors[name]) for name in weights.tensors)
+        total = sum(bytes_of(weights.tensors[name]) for name in weights.tensors)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         texts[_INDEX] = json.dumps(index, indent=2) + "\n"
     for name, text in texts.items():
@@ -200,14 +210,10 @@ def _split(weights: Weights, shard_bytes: int) -> Iterator[list[str]]:
     own: list[str] = []
     room = shard_bytes
     for name, info in weights.tensors.items():
-        size = _bytes_of(info)
+        size = bytes_of(info)
         if own and size > room:
             yield own
             own, room = [], shard_bytes
         own.append(name)
         room -= size
     yield own
-
-
-def _bytes_of(info: WeightInfo) -> int:
-    return torch.Size(info.shape).numel() * info.dtype.itemsize

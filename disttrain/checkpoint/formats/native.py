@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from torch import Tensor
+
 from disttrain.checkpoint.folder import newest_whole
 from disttrain.checkpoint.formats.weights import Wanted, WeightInfo
 from disttrain.checkpoint.reader import Checkpoint
@@ -54,3 +56,7 @@ class NativeWeights:
         """Two passes: nothing is written before every chunk needed was read and checked."""
         shards = [Shard(self._prefix + w.name, self.tensors[w.name].shape, w.box, w.into) for w in wanted]
         self.checkpoint.load_into(shards, strict=False)
+
+    def whole(self, name: str) -> Tensor:
+        """In memory of its own, as what is read is checked."""
+        return self.checkpoint.read(self._prefix + name)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from disttrain.checkpoint.boxes import Box, overlap, tiling_fault
-from disttrain.checkpoint.formats.weights import Wanted, WeightInfo
+from disttrain.checkpoint.formats.weights import Wanted, WeightInfo, read_weight
 from disttrain.checkpoint.shards import Shard
 from disttrain.errors import CheckpointError, explain
 
@@ -64,6 +64,10 @@ class ForeignWeights:
                     if shared:
                         here, there = shared.slices(one.box.offsets), shared.slices(part.box.offsets)
                         one.into[here].copy_(part.tensor[there])
+
+    def whole(self, name: str) -> torch.Tensor:
+        """Put together from its boxes."""
+        return read_weight(self, name)
 
 
 def optimizer_shard(name: str, value: Any) -> Shard:

@@ -242,7 +242,12 @@ class _State:
         if tuple(self.folder.entries[one].size) != tuple(self.folder.entries[other].size):
             return False
         pairs = zip(self.folder.chunks(one), self.folder.chunks(other), strict=False)
-        return all(a == b and x.dtype == y.dtype and torch.equal(x, y) for (a, x), (b, y) in pairs)
+        return all(a == b and x.dtype == y.dtype and _equal(x, y) for (a, x), (b, y) in pairs)
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Of many pairs nearly all differ in their first row: the rest of it is not read."""
+    return torch.equal(one[:1], other[:1]) and torch.equal(one, other) if one.dim() else torch.equal(one, other)
 
 
 _KNOWN = (*_MODEL_KEYS, *_OPTIMIZER_KEYS)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from disttrain.checkpoint.formats.restricted import load_torch_file
-from disttrain.checkpoint.formats.weights import Wanted, WeightInfo, Weights, read_weight
+from disttrain.checkpoint.formats.weights import Wanted, WeightInfo, Weights, bytes_of, read_weights
 from disttrain.checkpoint.layout import ALIGNMENT, tensor_bytes
 from disttrain.errors import CheckpointError, explain
 
@@ -51,6 +51,10 @@ class TorchWeights:
         with torch.no_grad():
             for one in wanted:
                 one.into.copy_(self._found[one.name][one.box.slices()])
+
+    def whole(self, name: str) -> Tensor:
+        """A view of the mapped file."""
+        return self._found[name]
 
     def ties(self) -> dict[str, str]:
         """Further names of tensors that share all their memory with an earlier one, to its name."""
@@ -160,10 +164,10 @@ def write_torch(weights: Weights, path: Path, aliases: Mapping[str, str]) -> Non
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
             _write_record(file, archive, "data.pkl", [pickled.getvalue()], pickled.tell())
             _write_record(file, archive, "byteorder", [b"little"], 6)
-            for name, storage in storages.items():
-                pieces = tensor_bytes(read_weight(weights, name), _PIECE_BYTES) if storage.numel else ()
-                size = storage.numel * storage.info.dtype.itemsize
-                _write_record(file, archive, f"data/{storage.key}", pieces, size)
+            for name, tensor in read_weights(weights, list(storages)):
+                storage = storages[name]
+                pieces = tensor_bytes(tensor, _PIECE_BYTES) if storage.numel else ()
+                _write_record(file, archive, f"data/{storage.key}", pieces, bytes_of(storage.info))
             _write_record(file, archive, "version", [b"3\n"], 2)
         file.flush()
         os.fsync(file.fileno())

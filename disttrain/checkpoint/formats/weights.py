@@ -7,7 +7,7 @@ format's reader is one `Weights`; nothing here knows a format. Local: no rank wa
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -57,13 +57,46 @@ class Weights(Protocol):
         """Read these boxes and, where the format allows, nothing else; dtypes are converted. Local."""
         ...
 
+    def whole(self, name: str) -> Tensor:
+        """A whole weight in its stored dtype; a view of the mapped file where the format allows. Local."""
+        ...
+
+
+_BATCH_BYTES = 32 * 2**20
+"""What is read at once: a chunk of a checkpoint holds many small tensors, and is not to be read anew for each."""
+
 
 def read_weight(weights: Weights, name: str) -> Tensor:
-    """One whole weight, in host memory, in its stored dtype. Local."""
-    info = weights.tensors[name]
-    into = torch.empty(info.shape, dtype=info.dtype)
-    weights.fill([Wanted(name, whole(info.shape), into)])
-    return into
+    """One whole weight, in memory of its own. Local."""
+    return next(tensor for _, tensor in read_weights(weights, [name]))
+
+
+def read_weights(weights: Weights, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+    """Whole weights in turn, in memory of their own; small ones are read together. Local."""
+    batch: list[str] = []
+    room = _BATCH_BYTES
+    for name in names:
+        size = bytes_of(weights.tensors[name])
+        if batch and size > room:
+            yield from _read_batch(weights, batch)
+            batch, room = [], _BATCH_BYTES
+        batch.append(name)
+        room -= size
+    yield from _read_batch(weights, batch)
+
+
+def _read_batch(weights: Weights, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+    infos = [(name, weights.tensors[name]) for name in names]
+    wanted = [Wanted(name, whole(info.shape), torch.empty(info.shape, dtype=info.dtype)) for name, info in infos]
+    weights.fill(wanted)
+    while wanted:
+        one = wanted.pop(0)
+        yield one.name, one.into
+
+
+def bytes_of(info: WeightInfo) -> int:
+    """What a weight takes, in bytes. Pure."""
+    return torch.Size(info.shape).numel() * info.dtype.itemsize
 
 
 def load_weights_into(
