@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,39 +57,30 @@ class SafetensorsWeights:
     def __init__(self, path: Path, files: Sequence[Path]) -> None:
         self.path = path
         self._file_of: dict[str, Path] = {}
+        self._opened = {file: _open(file) for file in files}  # kept: opening reads and checks the whole header
         self.tensors: dict[str, WeightInfo] = {}
-        for file in files:
-            with _opened(file) as opened:
-                for name in opened.keys():  # noqa: SIM118 - no mapping
-                    if name in self.tensors:
-                        two = f"{name} in {self._file_of[name].name} and in {file.name}"
-                        raise _refusal(path, two, "name a folder with one model in it")
-                    part = opened.get_slice(name)
-                    self.tensors[name] = WeightInfo(tuple(part.get_shape()), _dtype(file, name, part.get_dtype()))
-                    self._file_of[name] = file
+        for file, opened in self._opened.items():
+            for name in opened.keys():  # noqa: SIM118 - no mapping
+                if name in self.tensors:
+                    two = f"{name} in {self._file_of[name].name} and in {file.name}"
+                    raise _refusal(path, two, "name a folder with one model in it")
+                part = opened.get_slice(name)
+                self.tensors[name] = WeightInfo(tuple(part.get_shape()), _dtype(file, name, part.get_dtype()))
+                self._file_of[name] = file
 
     def fill(self, wanted: Sequence[Wanted]) -> None:
-        """File by file; the data is mapped, not read whole."""
-        by_file: dict[Path, list[Wanted]] = defaultdict(list)
-        for one in wanted:
-            by_file[self._file_of[one.name]].append(one)
+        """The data is mapped, not read whole."""
         with torch.no_grad():
-            for file, own in by_file.items():
-                with _opened(file) as opened:
-                    for one in own:
-                        one.into.copy_(self._part(opened, one))
+            for one in wanted:
+                if one.box == whole(self.tensors[one.name].shape):
+                    one.into.copy_(self.whole(one.name))
+                else:
+                    opened = self._opened[self._file_of[one.name]]
+                    one.into.copy_(opened.get_slice(one.name)[one.box.slices()])
 
     def whole(self, name: str) -> torch.Tensor:
         """A view of the mapped file."""
-        with _opened(self._file_of[name]) as opened:
-            found: torch.Tensor = opened.get_tensor(name)
-        return found
-
-    def _part(self, opened: Any, one: Wanted) -> torch.Tensor:
-        if one.box == whole(self.tensors[one.name].shape):
-            found: torch.Tensor = opened.get_tensor(one.name)
-        else:
-            found = opened.get_slice(one.name)[one.box.slices()]
+        found: torch.Tensor = self._opened[self._file_of[name]].get_tensor(name)
         return found
 
 
@@ -145,7 +135,7 @@ def _indexed(path: Path, index: str) -> list[Path]:
     return [path / name for name in files]
 
 
-def _opened(file: Path) -> Any:
+def _open(file: Path) -> Any:
     try:
         return safe_open(str(file), framework="pt")
     except (SafetensorError, OSError) as error:
