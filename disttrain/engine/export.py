@@ -8,18 +8,17 @@ from typing import Any
 
 from torch import nn
 
+from disttrain.checkpoint import Place, place_of
 from disttrain.checkpoint.formats import (
     EXPORTS,
     Converted,
     Extras,
     NativeWeights,
     export_weights,
-    format_of,
     import_checkpoint,
-    open_newest,
-    open_weights,
 )
 from disttrain.engine.loading import configured_model
+from disttrain.engine.opening import kind_of, open_any
 from disttrain.engine.snapshot import other_names
 from disttrain.errors import CheckpointError, ConfigError, explain
 from disttrain.logs import room_logger
@@ -31,14 +30,14 @@ TARGETS = (*EXPORTS, "disttrain")
 _log = room_logger("checkpoint")
 
 
-def convert(source: str | Path, target: str | Path, *, to: str | None = None, name: str = "model") -> Converted:
+def convert(source: str | Place, target: str | Path, *, to: str | None = None, name: str = "model") -> Converted:
     """Make `target`, one of TARGETS, of what `source` holds; where `to` is left out, what fits the names. Local.
 
     Of a disttrain checkpoint the weights of the model prepared as `name` go out; what comes in gets that name. Holds
     one tensor at a time. Raises CheckpointError, ConfigError for an unknown target; never overwrites.
     """
-    source, target = Path(source), Path(target)
-    found = format_of(source)
+    source, target = place_of(source), Path(target)
+    found = kind_of(source)
     to = to or _likely(found, target)
     if to not in TARGETS:
         known = ", ".join(TARGETS)
@@ -47,16 +46,19 @@ def convert(source: str | Path, target: str | Path, *, to: str | None = None, na
         if found == "disttrain":
             do = f"convert it to one of {', '.join(EXPORTS)}, or copy the folder"
             raise CheckpointError(explain(f"{source} is to become a disttrain checkpoint.", "one already", do))
+        assert isinstance(source, Path)  # an address is a disttrain checkpoint's
         return import_checkpoint(source, target, owner=name)
-    if found != "disttrain":
-        return export_weights(open_weights(source, name), target, to)
-    weights = NativeWeights(open_newest(source), name)
+    weights = open_any(source, name)
+    if not isinstance(weights, NativeWeights):
+        return export_weights(weights, target, to)
     model = _model_of(weights) if to != "safetensors" else None
     extras = Extras(_texts(model), other_names(model)) if model is not None else Extras()
     done = export_weights(weights, target, to, extras=extras)
+    base = [key for key in weights.checkpoint.document.get("base", ()) if key.startswith(f"model/{name}/")]
+    left_out = [f"{len(base)} frozen parameters, which checkpoint.only=trainable left out"] if base else []
     if to == "huggingface" and not extras.texts:
-        return Converted(done.path, done.tensors, ("config.json, as the model has no Hugging Face config",))
-    return done
+        left_out.append("config.json: the model has no Hugging Face config")
+    return Converted(done.path, done.tensors, tuple(left_out))
 
 
 def _likely(found: str, target: Path) -> str:

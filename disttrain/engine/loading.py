@@ -7,11 +7,12 @@ from pathlib import Path
 
 from torch import nn
 
-from disttrain.checkpoint import Checkpoint, Shard, whole_shard
-from disttrain.checkpoint.formats import NativeWeights, Weights, format_of, load_weights_into, open_newest, open_weights
+from disttrain.checkpoint import Checkpoint, Place, Shard, whole_shard
+from disttrain.checkpoint.formats import NativeWeights, load_weights_into
 from disttrain.config import Config, load_config
 from disttrain.engine import build
-from disttrain.engine.snapshot import other_names, refuse_unknown
+from disttrain.engine.opening import open_any, open_newest
+from disttrain.engine.snapshot import other_names
 from disttrain.errors import CheckpointError, explain
 from disttrain.model import build_model
 from disttrain.runtime.seeds import restored_generators
@@ -38,7 +39,7 @@ def config_of(checkpoint: Checkpoint) -> Config:
     return load_config(document["config"], folder=Path(folder) if folder else None)
 
 
-def load(path: str | Path, *, name: str = "model", make_model: Callable[[], nn.Module] | None = None) -> nn.Module:
+def load(path: str | Place, *, name: str = "model", make_model: Callable[[], nn.Module] | None = None) -> nn.Module:
     """The trained module, on the CPU, in evaluation mode. Local.
 
     `path` is a run's folder, one checkpoint of any strategy, a Hugging Face folder, a safetensors file, a file of
@@ -46,19 +47,14 @@ def load(path: str | Path, *, name: str = "model", make_model: Callable[[], nn.M
     for all but a run and its checkpoints, and where the run's model came from Python. Raises CheckpointError where
     names or shapes differ.
     """
-    path = Path(path)
-    if not path.exists() or format_of(path) == "disttrain":
-        checkpoint = open_newest(path)
-        refuse_unknown(checkpoint, name)
-        make_model = make_model or configured_model(checkpoint)
-        weights: Weights = NativeWeights(checkpoint, name)
-    else:
-        weights = open_weights(path, name)
+    weights = open_any(path, name)
+    if make_model is None and isinstance(weights, NativeWeights):
+        make_model = configured_model(weights.checkpoint)
     if make_model is None:
         raise CheckpointError(
             explain(
                 f"The model of {path} is to be built.",
-                f"weights ({format_of(path)}) and no config that says of what",
+                "weights, and no config that says of what",
                 "pass make_model=, a function that returns the module",
             )
         )

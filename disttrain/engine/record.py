@@ -6,8 +6,7 @@ Rank 0 writes; a verdict that every rank needs is agreed on. Costs nothing on st
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from yaml import YAMLError
@@ -15,18 +14,18 @@ from yaml import YAMLError
 from disttrain.checkpoint import (
     Checkpoint,
     Differences,
+    Place,
     newest_whole,
-    prune,
+    refuse_unwritable,
     remove_stale_staging,
     set_aside,
 )
 from disttrain.config import Config, build_target, parse_value, render_config
 from disttrain.data import StepBatch
-from disttrain.engine import snapshot
 from disttrain.engine.build import Plan
 from disttrain.engine.failure import Failure, settle
 from disttrain.engine.loading import open_newest
-from disttrain.engine.snapshot import Parts, Progress
+from disttrain.engine.snapshot import Progress
 from disttrain.engine.state import refuse_another_run
 from disttrain.errors import CheckpointError, explain
 from disttrain.logs import room_logger
@@ -43,12 +42,14 @@ class Record:
 
     def __init__(self, config: Config, plan: Plan, group: Group) -> None:
         self.folder = RunFolder(plan.folder)
+        self.checkpoints = plan.checkpoints
         self._config, self._plan, self._group = config, plan, group
         self._main = group.rank == 0
         self._every = config.report.every
         self._steps: dict[str, tuple[StepSums, StepOutcome, Prepared, Objective]] = {}
         self._first = ""
         self.evaluated_at = -1
+        self._evaluation: dict[str, float] = {}
         try:
             earlier = group.together(lambda: self._join() if self._main else {}, "opening the run's folder")
         except BaseException:
@@ -117,7 +118,8 @@ class Record:
         return reporter
 
     def _start(self, progress: Progress, total_steps: int | None) -> None:
-        remove_stale_staging(self.folder.checkpoints)
+        refuse_unwritable(self.checkpoints)
+        remove_stale_staging(self.checkpoints)
         moved = self.folder.trim_metrics(progress.steps)
         self.folder.write_config(render_config(self._config))
         self.folder.append_ledger(
@@ -190,46 +192,63 @@ class Record:
 
     def evaluated(self, progress: Progress, values: Mapping[str, float]) -> None:
         """Report an evaluation. Local."""
-        self.evaluated_at = progress.steps
+        self.evaluated_at, self._evaluation = progress.steps, dict(values)
         if self._reporter is not None:
             self._reporter.evaluation(progress.steps, dict(values))
         elif self._main:
             _log.info("evaluation: %s", ", ".join(f"{key} {value:.4f}" for key, value in values.items()))
 
+    def evaluation_of(self, step: int) -> Mapping[str, float]:
+        """What was found if this very step was evaluated; else nothing. Local."""
+        return self._evaluation if self.evaluated_at == step else {}
+
     # ------------------------------------------------------------------ checkpoints
 
-    def save(self, parts: Parts, progress: Progress) -> Path:
-        """Commit this step's checkpoint, tell of it, keep the newest `keep_last`."""
-        path = snapshot.save(parts, self.folder.checkpoints, progress)
-        if self._main:
-            prune(self.folder.checkpoints, self._config.checkpoint.keep_last)
-            if self._reporter is not None:
-                self._reporter.checkpoint(progress.steps, path)
-        return path
+    def committed(self, step: int, path: Place) -> None:
+        """Tell of a checkpoint that is whole and durable. Local."""
+        if self._main and self._reporter is not None:
+            self._reporter.checkpoint(step, path)
+
+    def incident(self, kind: str, **fields: Any) -> None:
+        """Tell of something that went wrong and that the run survives. Local."""
+        if self._main and self._reporter is not None:
+            self._reporter.incident(kind, **fields)
 
     def find_checkpoint(self) -> Checkpoint | None:
         """The run's own newest whole checkpoint, else that of `checkpoint.resume=PATH`, else None."""
-        found, rejected = newest_whole(self.folder.checkpoints, self._group)
-        for path, reason in rejected if self._main else ():
-            aside = set_aside(path)
-            _log.warning("%s is not whole and was set aside as %s: %s", path.name, aside.name, reason)
-            self.folder.append_ledger("checkpoint_rejected", path=str(path), reason=reason)
+        found, rejected = newest_whole(self.checkpoints, self._group)
+        if rejected:
+            self._group.together(lambda: self._set_aside(rejected) if self._main else None, "setting checkpoints aside")
+        if found is not None and self._config.checkpoint.resume == "never":  # in a storage: the run's folder is new
+            raise CheckpointError(
+                explain(
+                    "checkpoint.resume=never starts from nothing.",
+                    f"{self.checkpoints} holds a run's checkpoints already",
+                    "set another run.name, remove them, or set checkpoint.resume=auto",
+                )
+            )
         if found is None and self._config.checkpoint.resume not in ("auto", "never"):
             return self.open_checkpoint(self._config.checkpoint.resume)
         return found
 
-    def open_checkpoint(self, path: str | Path) -> Checkpoint:
+    def _set_aside(self, rejected: Sequence[tuple[Place, str]]) -> None:
+        for path, reason in rejected:
+            aside = set_aside(path)
+            _log.warning("%s is not whole and was set aside as %s: %s", path.name, aside.name, reason)
+            self.folder.append_ledger("checkpoint_rejected", path=str(path), reason=reason)
+
+    def open_checkpoint(self, path: str | Place) -> Checkpoint:
         """A checkpoint from elsewhere, on every rank."""
         return self._group.together(lambda: open_newest(path), f"opening {path}")
 
-    def weights_loaded(self, path: str | Path, differences: Differences) -> None:
+    def weights_loaded(self, path: str | Place, differences: Differences) -> None:
         """Say what a load without `strict` left as it was. Local."""
         for title, names in (("missing", differences.missing), ("unexpected", differences.unexpected)):
             if names and self._main:
                 more = f" and {len(names) - 10} more" if len(names) > 10 else ""
                 _log.warning("%s: %s: %s%s", path, title, ", ".join(names[:10]), more)
 
-    def resumed(self, progress: Progress, path: Path) -> None:
+    def resumed(self, progress: Progress, path: Place) -> None:
         """Say where the run goes on. Local."""
         _log.info("continues at step %d from %s", progress.steps, path)
 

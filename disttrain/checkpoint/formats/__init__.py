@@ -8,7 +8,7 @@ are read by restricted loaders with an explicit list of classes each. Entered by
 from __future__ import annotations
 
 from disttrain.checkpoint.formats.convert import EXPORTS, Converted, Extras, export_weights, import_checkpoint
-from disttrain.checkpoint.formats.native import NativeWeights, open_newest
+from disttrain.checkpoint.formats.native import NativeWeights
 from disttrain.checkpoint.formats.registry import FORMATS, format_of, open_weights
 from disttrain.checkpoint.formats.weights import (
     Rename,
@@ -33,7 +33,6 @@ __all__ = [
     "format_of",
     "import_checkpoint",
     "load_weights_into",
-    "open_newest",
     "open_weights",
     "read_weight",
 ]

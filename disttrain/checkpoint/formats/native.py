@@ -1,37 +1,15 @@
-"""disttrain's own checkpoints as weights, and which of a run's checkpoints a path means."""
+"""disttrain's own checkpoints as weights, wherever they lie."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from torch import Tensor
 
-from disttrain.checkpoint.folder import newest_whole
 from disttrain.checkpoint.formats.weights import Wanted, WeightInfo
 from disttrain.checkpoint.reader import Checkpoint
-from disttrain.checkpoint.shards import Shard, SoleRank
+from disttrain.checkpoint.shards import Shard
 from disttrain.errors import CheckpointError, explain
-
-
-def open_newest(path: str | Path) -> Checkpoint:
-    """The checkpoint at `path`, or the newest whole one of the run whose folder `path` is. Local.
-
-    Raises CheckpointError where there is none, with what was found.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise CheckpointError(
-            explain(f"{path} is to be loaded.", "no such folder", "name a run's folder or a checkpoint")
-        )
-    root = path / "checkpoints"
-    if not root.is_dir():
-        return Checkpoint.open(path)
-    found, rejected = newest_whole(root, SoleRank())
-    if found is None:
-        reasons = "; ".join(f"{one.name}: {reason}" for one, reason in rejected) or "no committed checkpoint"
-        raise CheckpointError(explain(f"{path} is to be loaded.", reasons, "train it first, or name another run"))
-    return found
 
 
 class NativeWeights:

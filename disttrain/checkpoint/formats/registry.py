@@ -7,15 +7,16 @@ from pathlib import Path
 
 from disttrain.checkpoint.formats import deepspeed, huggingface, torch_distributed
 from disttrain.checkpoint.formats.huggingface import SafetensorsWeights
-from disttrain.checkpoint.formats.native import NativeWeights, open_newest
+from disttrain.checkpoint.formats.native import NativeWeights
 from disttrain.checkpoint.formats.state import ForeignState, ForeignWeights
 from disttrain.checkpoint.formats.torch_file import TorchWeights
 from disttrain.checkpoint.formats.weights import Weights
 from disttrain.checkpoint.manifest import MANIFEST
+from disttrain.checkpoint.reader import Checkpoint
 from disttrain.errors import CheckpointError, explain
 
 _OPEN: dict[str, Callable[[Path, str], Weights]] = {
-    "disttrain": lambda path, owner: NativeWeights(open_newest(path), owner),
+    "disttrain": lambda path, owner: NativeWeights(Checkpoint.open(path), owner),
     "huggingface": lambda path, owner: huggingface.open_folder(path),
     "safetensors": lambda path, owner: SafetensorsWeights(path, [path]),
     "torch": lambda path, owner: TorchWeights(path),
@@ -36,7 +37,7 @@ def format_of(path: Path) -> str:
     path = Path(path)
     if path.is_dir():
         names = sorted(one.name for one in path.iterdir())
-        if MANIFEST in names or (path / "checkpoints").is_dir():
+        if MANIFEST in names:
             return "disttrain"
         if torch_distributed.METADATA in names:
             return "torch-distributed"

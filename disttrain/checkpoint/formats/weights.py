@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from disttrain.checkpoint.address import Place
 from disttrain.checkpoint.boxes import Box, whole
 from disttrain.checkpoint.reader import Differences
 from disttrain.checkpoint.shards import Shard
@@ -46,7 +46,7 @@ class Weights(Protocol):
     """One model's weights on disk, under the model's own names."""
 
     @property
-    def path(self) -> Path: ...
+    def path(self) -> Place: ...
 
     @property
     def tensors(self) -> Mapping[str, WeightInfo]:
@@ -177,7 +177,7 @@ def _misfit(name: str, info: WeightInfo, shard: Shard) -> str | None:
     return f"{name} is {info.dtype} there, {mine} here"
 
 
-def _misfits(path: Path, do: str, *differences: Sequence[str]) -> CheckpointError:
+def _misfits(path: Place, do: str, *differences: Sequence[str]) -> CheckpointError:
     found = [
         f"{title}: {', '.join(names[:10])}" + (f" and {len(names) - 10} more" if len(names) > 10 else "")
         for title, names in zip(("missing", "unexpected", "misshapen"), differences, strict=True)
