@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from disttrain.checkpoint.boxes import Box, flat_range_to_boxes, overlap, tiling_fault, whole
 from disttrain.checkpoint.disk import Disk
+from disttrain.checkpoint.fingerprint import add_up, fingerprint
 from disttrain.checkpoint.folder import (
     list_checkpoints,
     newest_whole,
@@ -19,21 +20,28 @@ from disttrain.checkpoint.folder import (
 )
 from disttrain.checkpoint.manifest import Manifest, StoredBox, TensorInfo
 from disttrain.checkpoint.reader import Checkpoint, Differences
+from disttrain.checkpoint.retention import Best, Retention
 from disttrain.checkpoint.save import save_checkpoint
 from disttrain.checkpoint.shards import KINDS, Ranks, Shard, SoleRank, whole_shard
+from disttrain.checkpoint.staging import StagingBuffer
 
 __all__ = [
     "KINDS",
+    "Best",
     "Box",
     "Checkpoint",
     "Differences",
     "Disk",
     "Manifest",
     "Ranks",
+    "Retention",
     "Shard",
     "SoleRank",
+    "StagingBuffer",
     "StoredBox",
     "TensorInfo",
+    "add_up",
+    "fingerprint",
     "flat_range_to_boxes",
     "list_checkpoints",
     "newest_whole",

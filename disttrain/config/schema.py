@@ -200,11 +200,28 @@ class MemoryConfig(Section):
     blocks: tuple[str, ...] | None = None
 
 
+class BestConfig(Section):
+    """Also keep the `keep` checkpoints with the least (`mode` min) or greatest (max) `metric`, as `eval/SET/NAME`: of
+    those saved on a step that was evaluated."""
+
+    metric: str
+    mode: Literal["min", "max"] = "min"
+    keep: int = Field(1, gt=0)
+
+
 class CheckpointConfig(Section):
-    """`resume` is auto, never, or the path of a run or checkpoint to start from."""
+    """Saved `every` steps and at the end, in the `background` if wanted: training then waits for a copy in host memory
+    alone. Kept are the newest `keep_last`, those of steps that `keep_every` divides, and the `best`. `only: trainable`
+    leaves frozen parameters out. Where a save fails the run may stop, retry (three times) or go_on without it.
+    `resume` is auto, never, or the path of a run or checkpoint to start from."""
 
     every: int | None = Field(None, gt=0)
+    background: bool = False
     keep_last: int = Field(2, gt=0)
+    keep_every: int | None = Field(None, gt=0)
+    best: BestConfig | None = None
+    only: Literal["all", "trainable"] = "all"
+    on_failure: Literal["stop", "retry", "go_on"] = "stop"
     resume: str = "auto"
     at_end: bool = True
 

@@ -18,15 +18,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from disttrain.checkpoint import Checkpoint
 from disttrain.config import Config, load_config
 from disttrain.data import Batches, MicroBatch, StepBatch, align_batches
 from disttrain.engine import build, snapshot
+from disttrain.engine.base import Base
 from disttrain.engine.buffers import share_buffers
 from disttrain.engine.datasets import Datasets
 from disttrain.engine.evaluation import evaluate_set
 from disttrain.engine.objectives import Objectives
+from disttrain.engine.random_state import OWNER
 from disttrain.engine.record import Record
-from disttrain.engine.snapshot import Parts, Progress
+from disttrain.engine.saving import Saver
+from disttrain.engine.snapshot import Parts, Progress, Snapshot, Tracked
 from disttrain.engine.transfer import to_device
 from disttrain.errors import ConfigError, explain
 from disttrain.launch.accelerate import settle_strategy
@@ -64,12 +68,13 @@ class Engine:
         self._objectives = Objectives(self.config, self.world)
         self._used: dict[str, Objective] = {}
         self._pending: dict[str, StepSums] = {}
-        self._tracked: dict[str, Any] = {}
+        self._tracked: dict[str, Tracked] = {}
         self._datasets = Datasets(self.config, self.world)
         self._clip_norm = self.config.clip_norm
         evaluated = self.config.eval.every if self.config.eval else None
         self._every = {"eval": evaluated, "checkpoint": self.config.checkpoint.every}
-        self._saved_at = -1
+        self._saver = Saver(self.config.checkpoint, self.record, self.world.group)
+        self._base = Base()
         self._stopped = False
         self._begun = False
         self._unlogged = False
@@ -235,7 +240,7 @@ class Engine:
             found = ", ".join(sorted({type(micro).__name__ for micro in micro_batches})) or "an empty list"
             do = f"take it from engine.batches(), or pass engine.micro_batches([...]) to accumulate({name!r}, ...)"
             raise ConfigError(explain("A step's list of micro-batches.", found, do))
-        flags = (1.0 if self._interrupts.requested else 0.0,)
+        flags = (1.0 if self._interrupts.requested else 0.0, 1.0 if self._saver.failed else 0.0)
         used = self._objectives.find(name, objective)
         with self._others_frozen(name):
             try:
@@ -245,6 +250,8 @@ class Engine:
                 raise
         self._used[name] = used
         self._stopped = self._stopped or sums.flags[0] > 0
+        if sums.flags[1]:
+            self._saver.wait()
         self._pending[name] = sums if name not in self._pending else self._pending[name].plus(sums)
         return sums
 
@@ -289,9 +296,16 @@ class Engine:
         return every is not None and step % every == 0
 
     def should_stop(self) -> bool:
-        """Save if a checkpoint is due; True once the run's steps are done or a stop was asked for on any rank."""
+        """Save if a checkpoint is due; True once the run's steps are done or a stop was asked for on any rank.
+
+        With `checkpoint.background` it returns when what is saved was copied, and the copy is written meanwhile.
+        """
+        self._saver.settle()
         if self.due("checkpoint"):
-            self.save()
+            if self.config.checkpoint.background and self._unsaved():
+                self._saver.begin(self._snapshot())
+            else:
+                self.save()
         return self._stopped or self.finished()
 
     def finished(self) -> bool:
@@ -344,17 +358,29 @@ class Engine:
 
     # ------------------------------------------------------------------ state
 
-    def track(self, name: str, thing: Any) -> None:
-        """Save and restore `thing` (it has `state_dict` and `load_state_dict`; JSON values and tensors). Local."""
-        self._tracked[name] = thing
+    def track(self, name: str, thing: Any, *, per_rank: bool = False) -> None:
+        """Save and restore `thing` (it has `state_dict` and `load_state_dict`; JSON values and tensors). Local.
+
+        Its state is the same on all ranks, or `per_rank` each one's own: then a rank gets back what it saved, and one
+        that was not there keeps what it has. DTensors are saved by each rank's part.
+        """
+        if name == OWNER:
+            raise ConfigError(explain(f"track({name!r})", "a name that the engine uses itself", "take another"))
+        self._tracked[name] = Tracked(thing, per_rank)
 
     def save(self) -> Path | None:
-        """Write a checkpoint of this step, unless this step has one; keep the newest `checkpoint.keep_last`."""
-        if self.progress.steps in (0, self._saved_at):
-            return None
-        path = self.record.save(self._parts(), self.progress)
-        self._saved_at = self.progress.steps
-        return path
+        """Write a checkpoint of this step, unless this step has one; returns when it is durable.
+
+        Waits for one that is written in the background. None too where the save failed and `on_failure` is go_on.
+        """
+        self._saver.wait()
+        return self._saver.save(self._snapshot()) if self._unsaved() else None
+
+    def _unsaved(self) -> bool:
+        return self.progress.steps not in (0, self._saver.saved_at)
+
+    def _snapshot(self) -> Snapshot:
+        return snapshot.take(self._parts(), self.progress, self.record.evaluation_of(self.progress.steps))
 
     def resume(self) -> None:
         """Begin: continue from the run's own newest whole checkpoint, else from `checkpoint.resume`'s path.
@@ -365,7 +391,7 @@ class Engine:
             found = self.record.find_checkpoint()
             if found is not None:
                 self.progress = snapshot.restore(self._parts(), found)
-                self._saved_at = self.progress.steps
+                self._note_own(found)
                 self.record.resumed(self.progress, found.path)
             self._begun = True
             atexit.register(self._leave)
@@ -382,8 +408,11 @@ class Engine:
             )
         found = self.record.open_checkpoint(path)
         self.progress = snapshot.restore(self._parts(), found)
+        self._note_own(found)
+
+    def _note_own(self, found: Checkpoint) -> None:
         if found.path.parent.resolve() == self.record.folder.checkpoints.resolve():
-            self._saved_at = self.progress.steps
+            self._saver.found(self.progress.steps, found.path)
 
     def load_weights(self, name: str, path: str | Path) -> None:
         """Only the weights of one model, from a run's folder or a checkpoint."""
@@ -406,8 +435,9 @@ class Engine:
             if self.was_finished:
                 self._ended = self.record.finished_before()
             else:
-                if self.config.checkpoint.at_end or self._stopped:
-                    self.save()
+                self._saver.wait()
+                if (self.config.checkpoint.at_end or self._stopped) and self._unsaved():
+                    self._saver.save(self._snapshot(), last=True)
                 self._ended = self.record.finished(self.progress, interrupted=self._stopped and not self.finished())
         return self._ended
 
@@ -419,6 +449,7 @@ class Engine:
         """Let go of the process group, signal handlers and files."""
         atexit.unregister(self._leave)
         self._interrupts.__exit__(None, None, None)
+        self._saver.close()
         self.record.close()
         self.strategy.close()
         self.world.group.close()
@@ -449,7 +480,7 @@ class Engine:
             raise
 
     def _parts(self) -> Parts:
-        return Parts(self.config, self.world, self.strategy, self._prepared, self._tracked)
+        return Parts(self.config, self.world, self.strategy, self._prepared, self._tracked, self._base)
 
     def _find(self, name: str) -> Prepared:
         if name not in self._prepared:

@@ -15,17 +15,15 @@ from yaml import YAMLError
 from disttrain.checkpoint import (
     Checkpoint,
     newest_whole,
-    prune,
     remove_stale_staging,
     set_aside,
 )
 from disttrain.config import Config, build_target, parse_value, render_config
 from disttrain.data import StepBatch
-from disttrain.engine import snapshot
 from disttrain.engine.build import Plan
 from disttrain.engine.failure import Failure, settle
 from disttrain.engine.loading import open_newest
-from disttrain.engine.snapshot import Parts, Progress
+from disttrain.engine.snapshot import Progress
 from disttrain.engine.state import refuse_another_run
 from disttrain.errors import CheckpointError, explain
 from disttrain.logs import room_logger
@@ -48,6 +46,7 @@ class Record:
         self._steps: dict[str, tuple[StepSums, StepOutcome, Prepared, Objective]] = {}
         self._first = ""
         self.evaluated_at = -1
+        self._evaluation: dict[str, float] = {}
         try:
             earlier = group.together(lambda: self._join() if self._main else {}, "opening the run's folder")
         except BaseException:
@@ -189,22 +188,27 @@ class Record:
 
     def evaluated(self, progress: Progress, values: Mapping[str, float]) -> None:
         """Report an evaluation. Local."""
-        self.evaluated_at = progress.steps
+        self.evaluated_at, self._evaluation = progress.steps, dict(values)
         if self._reporter is not None:
             self._reporter.evaluation(progress.steps, dict(values))
         elif self._main:
             _log.info("evaluation: %s", ", ".join(f"{key} {value:.4f}" for key, value in values.items()))
 
+    def evaluation_of(self, step: int) -> Mapping[str, float]:
+        """What was found if this very step was evaluated; else nothing. Local."""
+        return self._evaluation if self.evaluated_at == step else {}
+
     # ------------------------------------------------------------------ checkpoints
 
-    def save(self, parts: Parts, progress: Progress) -> Path:
-        """Commit this step's checkpoint, tell of it, keep the newest `keep_last`."""
-        path = snapshot.save(parts, self.folder.checkpoints, progress)
-        if self._main:
-            prune(self.folder.checkpoints, self._config.checkpoint.keep_last)
-            if self._reporter is not None:
-                self._reporter.checkpoint(progress.steps, path)
-        return path
+    def committed(self, step: int, path: Path) -> None:
+        """Tell of a checkpoint that is whole and durable. Local."""
+        if self._main and self._reporter is not None:
+            self._reporter.checkpoint(step, path)
+
+    def incident(self, kind: str, **fields: Any) -> None:
+        """Tell of something that went wrong and that the run survives. Local."""
+        if self._main and self._reporter is not None:
+            self._reporter.incident(kind, **fields)
 
     def find_checkpoint(self) -> Checkpoint | None:
         """The run's own newest whole checkpoint, else that of `checkpoint.resume=PATH`, else None."""

@@ -5,16 +5,20 @@ All functions are collective. Raises CheckpointError on every rank where one ran
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from disttrain.checkpoint import Checkpoint, Shard, save_checkpoint
+from disttrain.checkpoint import Checkpoint, Ranks, Shard, save_checkpoint
 from disttrain.config import Config
+from disttrain.engine.base import Base
 from disttrain.engine.buffers import share_buffers
+from disttrain.engine.random_state import random_shards, restore_random
 from disttrain.engine.state import (
     optimizer_document,
     refuse_another_run,
@@ -24,7 +28,13 @@ from disttrain.engine.state import (
     tracked_tensor_names,
 )
 from disttrain.errors import CheckpointError, TrainingError, explain
+from disttrain.logs import room_logger
 from disttrain.strategy import AbstractStrategy, Prepared, World
+
+_log = room_logger("checkpoint")
+
+RANKS = "$ranks"
+"""In the document: a tracked object's states, one a rank."""
 
 
 @dataclass
@@ -39,6 +49,14 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class Tracked:
+    """A user's object whose state goes along: one for the world, or each rank its own."""
+
+    thing: Any
+    per_rank: bool = False
+
+
+@dataclass(frozen=True)
 class Parts:
     """What a checkpoint is made of."""
 
@@ -46,31 +64,76 @@ class Parts:
     world: World
     strategy: AbstractStrategy
     prepared: Mapping[str, Prepared]
-    tracked: Mapping[str, Any] = field(default_factory=dict)
+    tracked: Mapping[str, Tracked] = field(default_factory=dict)
+    base: Base = field(default_factory=Base)
 
 
-def save(parts: Parts, root: Path, progress: Progress) -> Path:
-    """Write and commit the checkpoint of this step; returns its folder."""
+@dataclass(frozen=True)
+class Snapshot:
+    """What a rank brings to the checkpoint of a step; `trained` names the tensors that are to be finite."""
+
+    step: int
+    shards: Sequence[Shard]
+    document: Mapping[str, Any]
+    trained: frozenset[str]
+
+
+def take(parts: Parts, progress: Progress, evaluation: Mapping[str, float]) -> Snapshot:
+    """This rank's part of the checkpoint of this step, by reference: a step would change it."""
     for prepared in parts.prepared.values():
         share_buffers(prepared)
     group = parts.world.group
-    shards, document = group.together(lambda: _collect(parts, progress), "collecting the checkpoint")
-    return save_checkpoint(root, progress.steps, shards, document, group)
+    shards, own, document = group.together(lambda: _collect(parts, progress), "collecting the checkpoint")
+    if own:
+        everyones = group.gather_all(own)
+        document["user"] |= {name: {RANKS: [states[name] for states in everyones]} for name in own}
+    if parts.config.checkpoint.only == "trainable":
+        frozen = _frozen(parts.prepared)
+        left_out = [shard for shard in shards if shard.name in frozen]
+        document["base"] = parts.base.fingerprints(left_out, group)
+        shards = [shard for shard in shards if shard.name not in frozen]
+    document["evaluation"] = dict(evaluation)
+    return Snapshot(progress.steps, shards, document, frozenset(_trained(parts.prepared)))
 
 
-def _collect(parts: Parts, progress: Progress) -> tuple[list[Shard], dict[str, Any]]:
-    """What this rank brings, and the document. Local."""
-    replica = (parts.world.group.rank, parts.world.group.size)
-    shards: list[Shard] = []
+def commit(snapshot: Snapshot, root: Path, ranks: Ranks) -> Path:
+    """Write a snapshot as a checkpoint; returns its folder. Collective over `ranks`; any thread may do it.
+
+    Raises TrainingError on every rank where weights are not finite: such a checkpoint would end every resume.
+    """
+    name = next(
+        (s.name for s in snapshot.shards if s.name in snapshot.trained and not bool(torch.isfinite(s.tensor).all())),
+        None,
+    )
+    found = ranks.gather(name)
+    first = ranks.broadcast(next((one for one in found if one is not None), None) if found is not None else None)
+    if first is not None:
+        raise TrainingError(
+            explain(
+                "The weights that are saved are to be finite.",
+                f"{first} is not; nothing was saved",
+                "go on from the checkpoint before: lower the learning rate, clip gradients (optim.clip_norm), "
+                "or set report.every=1, which looks at every step's gradient before it is applied",
+            )
+        )
+    return save_checkpoint(root, snapshot.step, snapshot.shards, snapshot.document, ranks)
+
+
+def _collect(parts: Parts, progress: Progress) -> tuple[list[Shard], dict[str, Any], dict[str, Any]]:
+    """What this rank brings, what of tracked state is its own, and the document. Local."""
+    group = parts.world.group
+    shards = random_shards(group.rank, group.size, parts.world.device)
+    own: dict[str, Any] = {}
     users: dict[str, Any] = {}
     for prepared in parts.prepared.values():
-        own = parts.strategy.shards(prepared)
-        _refuse_non_finite(prepared, own)
-        shards += own
+        shards += parts.strategy.shards(prepared)
     for name, tracked in parts.tracked.items():
-        more, users[name] = tracked_shards(name, tracked, replica)
+        if tracked.per_rank:
+            more, own[name] = tracked_shards(f"{name}/rank-{group.rank:05d}", tracked.thing, (0, 1))
+        else:
+            more, users[name] = tracked_shards(name, tracked.thing, (group.rank, group.size))
         shards += more
-    return shards, {
+    document = {
         "progress": {**vars(progress)},
         "config": parts.config.to_dict(),
         "folder": str(parts.config.folder),
@@ -78,34 +141,55 @@ def _collect(parts: Parts, progress: Progress) -> tuple[list[Shard], dict[str, A
         "user": users,
         "writer": {"strategy": parts.config.strategy.name, "mesh": vars(parts.world.mesh.sizes)},
     }
+    return shards, own, deepcopy(document)
 
 
-def _refuse_non_finite(prepared: Prepared, shards: Sequence[Shard]) -> None:
-    """A checkpoint of weights that are not finite would be the end of every resume."""
-    trained = {
-        f"{kind}/{prepared.name}/{name}"
-        for kind, module in (("model", prepared.model), ("objective", prepared.objective))
-        for name, parameter in (module.named_parameters() if module is not None else ())
-        if parameter.requires_grad
-    }
-    for shard in shards:
-        if shard.name in trained and not bool(torch.isfinite(shard.tensor).all()):
-            raise TrainingError(
-                explain(
-                    "The weights that are saved are to be finite.",
-                    f"{shard.name} is not; nothing was saved",
-                    "go on from the checkpoint before: lower the learning rate, clip gradients (optim.clip_norm), "
-                    "or set report.every=1, which looks at every step's gradient before it is applied",
-                )
-            )
+def _parameters(prepared: Mapping[str, Prepared]) -> Iterator[tuple[str, nn.Parameter]]:
+    """Every parameter of the prepared models and objectives, under its stored name."""
+    for one in prepared.values():
+        for kind, module in (("model", one.model), ("objective", one.objective)):
+            for name, parameter in module.named_parameters() if module is not None else ():
+                yield f"{kind}/{one.name}/{name}", parameter
+
+
+def _trained(prepared: Mapping[str, Prepared]) -> set[str]:
+    return {name for name, parameter in _parameters(prepared) if parameter.requires_grad}
+
+
+def _frozen(prepared: Mapping[str, Prepared]) -> set[str]:
+    return {name for name, parameter in _parameters(prepared) if not parameter.requires_grad}
 
 
 def restore(parts: Parts, checkpoint: Checkpoint) -> Progress:
     """Put everything back into parts that are prepared already; nothing is kept of a checkpoint that does not fit."""
+    if "base" in checkpoint.document:
+        _check_base(parts, checkpoint)
     parts.world.group.together(lambda: _restore(parts, checkpoint), "loading the checkpoint")
     for prepared in parts.prepared.values():
         parts.strategy.loaded(prepared)
     return Progress(**checkpoint.document["progress"])
+
+
+def _check_base(parts: Parts, checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError, on every rank, where the frozen parameters are not those that the checkpoint left out."""
+    stored: Mapping[str, str] = checkpoint.document["base"]
+
+    def left_out() -> list[Shard]:
+        every = [shard for prepared in parts.prepared.values() for shard in parts.strategy.shards(prepared)]
+        return [shard for shard in every if shard.name in stored]
+
+    group = parts.world.group
+    found = parts.base.fingerprints(group.together(left_out, "checking the frozen parameters"), group)
+    differing = sorted(name for name in stored if found.get(name) != stored[name])
+    if differing:
+        more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
+        raise CheckpointError(
+            explain(
+                f"{checkpoint.path} holds the trainable parameters alone, for frozen ones of known checksums.",
+                f"other values or none in {', '.join(differing[:5])}{more}",
+                "start from the base that it was trained on (model.weights), with the same parameters frozen",
+            )
+        )
 
 
 def _restore(parts: Parts, checkpoint: Checkpoint) -> None:
@@ -136,6 +220,7 @@ def _put_back(parts: Parts, checkpoint: Checkpoint) -> None:
     shards: list[Shard] = []
     for prepared in parts.prepared.values():
         shards += parts.strategy.shards(prepared, checkpoint.tensors)
+    shards = [shard for shard in shards if shard.name not in document.get("base", ())]
     checkpoint.load_into(shards, ignore={name for name in checkpoint.tensors if name.startswith("user/")})
     now, then = parts.config.to_dict(), document["config"]
     same = all(now.get(section) == then.get(section) for section in ("optim", "schedule"))
@@ -151,7 +236,24 @@ def _put_back(parts: Parts, checkpoint: Checkpoint) -> None:
                     "track what was tracked when it was saved",
                 )
             )
-        restore_tracked(tracked, saved, {key: checkpoint.read(key) for key in tracked_tensor_names(saved)})
+        if tracked.per_rank:
+            saved = _own_part(saved, name, parts.world.group.rank)
+        if saved is not None:
+            restore_tracked(tracked.thing, saved, {key: checkpoint.read(key) for key in tracked_tensor_names(saved)})
+    restore_random(checkpoint, parts.world.group.rank, parts.world.device)
+
+
+def _own_part(saved: Any, name: str, rank: int) -> Any:
+    """What this rank saved of a state of its own; None for one that was not there: it keeps what it has."""
+    states = saved.get(RANKS) if isinstance(saved, Mapping) else None
+    if states is None:
+        raise CheckpointError(
+            explain(f"{name!r} is tracked per rank.", "one state for the whole world", "track it without per_rank")
+        )
+    if rank >= len(states):
+        _log.warning("rank %d: the checkpoint has %r of %d ranks; it keeps its own", rank, name, len(states))
+        return None
+    return states[rank]
 
 
 def others_than(checkpoint: Checkpoint, name: str) -> set[str]:

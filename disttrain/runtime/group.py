@@ -109,6 +109,10 @@ class Group:
         """Wait for all ranks."""
         self.gather_all(None)
 
+    def beside(self) -> BesideGroup:
+        """The same ranks with a way of their own to speak, for a thread: its collectives meet none of training's."""
+        return BesideGroup(self)
+
     def agree(self, error: BaseException | None, what: str) -> None:
         """All ranks learn that one failed: raise on every rank if any rank brings an error, the first cause named."""
         told = None if error is None else (type(error).__name__, str(error), getattr(error, "exit_code", 1))
@@ -163,6 +167,30 @@ class Group:
             if self._store.check(everyone):
                 return
             time.sleep(0.05)
+
+
+class BesideGroup:
+    """Gathers and broadcasts over a second gloo group. Made by `Group.beside`; goes with the group it was made from."""
+
+    def __init__(self, group: Group) -> None:
+        self.rank, self.size = group.rank, group.size
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=group.timeout_s))
+
+    def gather(self, value: Any) -> list[Any] | None:
+        """Every rank's picklable value, in rank order, on rank 0; None elsewhere."""
+        into: list[Any] | None = [None] * self.size if self.rank == 0 else None
+        dist.gather_object(value, into, group=self._group)
+        return into
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's picklable value, on all ranks."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self._group)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.broadcast(self.gather(None) is None)
 
 
 def _let_threads_end(within_s: float = 5.0) -> None:

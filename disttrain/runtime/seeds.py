@@ -8,12 +8,14 @@ from __future__ import annotations
 import hashlib
 import random
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import Tensor
 
 GeneratorFor = Callable[[str], torch.Generator]
 """Maps a parameter's or buffer's name to its own CPU generator."""
@@ -86,3 +88,43 @@ def restored_generators() -> Iterator[None]:
         torch.set_rng_state(state[0])
         np.random.set_state(state[1])
         random.setstate(state[2])
+
+
+def generator_states(device: torch.device) -> dict[str, Tensor]:
+    """Where this process's generators stand: `torch`, `cuda` where `device` is one, `numpy`, `python`. Local.
+
+    Vectors of one length each, uint8 or int64; a pending second normal number is kept by its bits.
+    """
+    _, keys, place, pending, number = cast(tuple[str, Any, int, int, float], np.random.get_state(legacy=True))
+    version, words, waiting = random.getstate()
+    assert version == 3, f"Python's generator has a state of version {version}"
+    found = {
+        "torch": torch.get_rng_state(),
+        "numpy": torch.tensor([*np.asarray(keys).tolist(), place, pending, _bits(number)]),
+        "python": torch.tensor([*words, waiting is not None, _bits(waiting or 0.0)]),
+    }
+    if device.type == "cuda":
+        found["cuda"] = torch.cuda.get_rng_state(device)
+    return found
+
+
+def set_generator_states(states: Mapping[str, Tensor], device: torch.device) -> None:
+    """Put this process's generators where `generator_states` found them; those not named stay. Local."""
+    if "torch" in states:
+        torch.set_rng_state(states["torch"])
+    if "numpy" in states:
+        *keys, place, pending, number = states["numpy"].tolist()
+        np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), place, pending, _number(number)))
+    if "python" in states:
+        *words, waits, number = states["python"].tolist()
+        random.setstate((3, tuple(words), _number(number) if waits else None))
+    if "cuda" in states and device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def _bits(number: float) -> int:
+    return int(struct.unpack("<q", struct.pack("<d", number))[0])
+
+
+def _number(bits: int) -> float:
+    return float(struct.unpack("<d", struct.pack("<q", bits))[0])
