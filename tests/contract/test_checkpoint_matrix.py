@@ -1,4 +1,4 @@
-"""One checkpoint for every strategy: saved by each, loaded into each, bit-equal, and the losses go on as if nothing was.
+"""One checkpoint for every strategy: saved by each, loaded into each, bit-equal, and the losses go on undisturbed.
 
 In CI every saver and every loader at least once, at mixed sizes; with `-m slow -s` every cell, and the table of
 docs/checkpoint-proof.md.
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from contract.checkpoint_cells import (
     LOADERS,
     SAVED,
@@ -17,6 +18,7 @@ from contract.checkpoint_cells import (
     STRATEGIES,
     Found,
     Place,
+    differences,
     load_all,
     plain_losses,
     save_all,
@@ -24,8 +26,10 @@ from contract.checkpoint_cells import (
 from contract.engine_runs import worst
 from world import run_world
 
+from disttrain.checkpoint import SoleRank, save_checkpoint, whole_shard
+
 BOUND = 1e-5
-"""Of the losses after loading, relative; of parameters and optimizer state there is none: they are equal bit for bit."""
+"""Of the losses after loading, relative. Parameters and optimizer state need none: they are equal bit for bit."""
 
 Cell = tuple[Place, Place]
 
@@ -55,6 +59,20 @@ def test_saved_by_one_and_loaded_into_another(tmp_path: Path) -> None:
     saved, found = run_cells(tmp_path, SAMPLE)
     assert set(found) == set(SAMPLE)
     assert not faults(saved, found), "\n".join(faults(saved, found))
+
+
+def test_a_difference_of_one_bit_is_told(tmp_path: Path) -> None:
+    paths = []
+    for flipped in (False, True):
+        tensors = {"model/model/w": torch.ones(5), "optim/model/w:step": torch.tensor(4.0)}
+        if flipped:
+            tensors["optim/model/w:step"].view(torch.int32).bitwise_xor_(1)
+        document = {"progress": {"steps": 4 + flipped}, "user": {}, "optim": {"model": {"groups": [], "updates": 4}}}
+        shards = [whole_shard(name, tensor) for name, tensor in tensors.items()]
+        paths.append(save_checkpoint(tmp_path / str(flipped), SAVED, shards, document, SoleRank()))
+    told, count = differences(*paths)
+    assert count == 2
+    assert told == ["optim/model/w:step differs in 1 bytes", "progress is {'steps': 4}, then {'steps': 5}"]
 
 
 @pytest.mark.slow
