@@ -92,11 +92,14 @@ def prune(root: Path, keep_last: int, protect: Collection[Path] = (), *, disk: D
     kept = {path.resolve() for path in protect}
     gone = [path for path in whole[:-keep_last] if path.resolve() not in kept]
     disk = disk or Disk()
-    for path in gone:
-        doomed = path.with_name(f"{STAGING}pruned-{path.name}")
-        disk.remove_tree(doomed)
-        disk.rename(path, doomed)
-        disk.remove_tree(doomed)
+    doomed = [path.with_name(f"{STAGING}pruned-{path.name}") for path in gone]
+    for path, new in zip(gone, doomed, strict=True):
+        disk.remove_tree(new)
+        disk.rename(path, new)
+    if gone:
+        disk.sync_folder(root)  # else a power cut may give the old name back to what is half removed
+    for path in doomed:
+        disk.remove_tree(path)
     return gone
 
 
