@@ -13,7 +13,16 @@ import torch
 from checkpoint_world import LAYOUTS, on_ranks, same_bits
 from power_cut import ModelDisk, Operation, Recorder, count_states, every_state, lay_out, some_state
 
-from disttrain.checkpoint import SoleRank, newest_whole, prune, remove_stale_staging, save_checkpoint, set_aside
+from disttrain.checkpoint import (
+    Checkpoint,
+    SoleRank,
+    newest_whole,
+    prune,
+    remove_stale_staging,
+    save_checkpoint,
+    set_aside,
+)
+from disttrain.errors import CheckpointError
 
 RANKS = 2
 RETURNED = "returned"
@@ -104,6 +113,9 @@ def fault_of(root: Path, safe: int, begun: int, *, go_on: bool) -> str | None:
         return f"{found.step} holds another {', '.join(mixed)}"
     if rejected:
         return f"{found.step} found, but a newer one half there: {rejected}"
+    half = [path.name for path in root.glob("step-*") if not whole(path)]
+    if half:
+        return f"{found.step} found, but {half} are half there"
     if go_on:  # what a run does next: clean up, and save what the cut took
         remove_stale_staging(root)
         for path, _ in rejected:
@@ -116,25 +128,24 @@ def fault_of(root: Path, safe: int, begun: int, *, go_on: bool) -> str | None:
     return None
 
 
+def whole(path: Path) -> bool:
+    try:
+        Checkpoint.open(path, verify=False)
+    except CheckpointError:
+        return False
+    return True
+
+
 def shape(tree: object) -> object:
     return {name: shape(child) for name, child in tree.items()} if isinstance(tree, dict) else len(tree)  # type: ignore[arg-type]
 
 
 def test_every_state_after_a_power_cut_has_the_previous_or_the_new_checkpoint(recorded, tmp_path: Path) -> None:
     run, operations = recorded
-    tally = replay(run, operations, tmp_path / "cut", limit=40)
+    tally = replay(run, operations, tmp_path / "cut", limit=500)
     print(f"\n{tally.points} crash points, {tally.looked_at} of {tally.possible} disk states looked at")
     assert tally.points > 50
-    assert tally.looked_at > 1000
-    assert not tally.faults, f"{len(tally.faults)} states:\n" + "\n".join(tally.faults[:10])
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-def test_many_more_states_after_a_power_cut(recorded, tmp_path: Path) -> None:
-    run, operations = recorded
-    tally = replay(run, operations, tmp_path / "cut", limit=2000)
-    print(f"\n{tally.points} crash points, {tally.looked_at} of {tally.possible} disk states looked at")
+    assert tally.looked_at == tally.possible > 1000
     assert not tally.faults, f"{len(tally.faults)} states:\n" + "\n".join(tally.faults[:10])
 
 
@@ -142,4 +153,4 @@ def test_many_more_states_after_a_power_cut(recorded, tmp_path: Path) -> None:
 def test_a_writer_that_forgets_to_sync_is_caught(recorded, tmp_path: Path, forgotten: str) -> None:
     run, operations = recorded
     careless = [one for one in operations if one.name != forgotten]
-    assert replay(run, careless, tmp_path / "cut", limit=40).faults
+    assert replay(run, careless, tmp_path / "cut", limit=10).faults
