@@ -76,6 +76,55 @@ def test_four_hundred_single_bit_flips_are_all_detected(tmp_path: Path) -> None:
     load_all(path)
 
 
+def test_two_hundred_bit_flips_each_send_the_run_back_to_the_previous_and_name_the_file(tmp_path: Path) -> None:
+    """Everywhere in the folder by size, every fourth in the manifest; no flip is where another was."""
+    save(tmp_path, 100)
+    path = save(tmp_path, 200)
+    files = sorted(path.iterdir())
+    sizes = [file.stat().st_size for file in files]
+    chosen, tried = random.Random(7), set()
+    while len(tried) < 200:
+        file = path / "manifest.json" if len(tried) % 4 == 0 else chosen.choices(files, sizes)[0]
+        original = file.read_bytes()
+        bit = chosen.randrange(len(original) * 8)
+        if (file, bit) in tried:
+            continue
+        tried.add((file, bit))
+        content = bytearray(original)
+        content[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(content)
+        checkpoint, rejected = newest_whole(tmp_path, SoleRank())
+        assert checkpoint is not None
+        assert checkpoint.step == 100
+        ((what, why),) = rejected
+        assert what == path
+        assert file.name in why, (bit, why)
+        file.write_bytes(original)
+    assert newest_whole(tmp_path, SoleRank())[1] == []
+
+
+def test_any_zeroed_sector_and_any_two_swapped_ones_are_detected(tmp_path: Path) -> None:
+    path = save(tmp_path, 100)
+    sector = 512
+    damaged = 0
+    for file in sorted(path.iterdir()):
+        original = file.read_bytes()
+        starts = range(0, len(original), sector)
+        contents = [original[:at] + bytes(len(original[at : at + sector])) + original[at + sector :] for at in starts]
+        for at in starts[:-2]:
+            a, b = original[at : at + sector], original[at + sector : at + 2 * sector]
+            contents.append(original[:at] + b + a + original[at + 2 * sector :])
+        for content in contents:
+            if content != original:
+                file.write_bytes(content)
+                with pytest.raises(CheckpointError, match=re.escape(file.name)):
+                    load_all(path)
+                damaged += 1
+        file.write_bytes(original)
+    load_all(path)
+    assert damaged > 20
+
+
 @pytest.mark.parametrize("name", ["manifest.json", "rank-00000.safetensors", "rank-00001.safetensors"])
 def test_truncated_emptied_zeroed_lengthened_missing_and_swapped_files_are_detected(tmp_path: Path, name: str) -> None:
     file = save(tmp_path, 100) / name
