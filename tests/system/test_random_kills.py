@@ -162,6 +162,10 @@ def strike(world: World, run: Path, chosen: random.Random, found: Hunt, segments
     alive = [rank for rank in who if world.ranks[rank].is_alive()]
     for rank in alive:
         world.ranks[rank].kill()
+    if alive and len(ledger(run, "segment")) == segments:
+        # A rank that still waits for one that never comes does so for run.timeout_s: torchrun ends it at once.
+        for rank in world.ranks:
+            rank.kill()
     if alive:
         found.kills += 1
         found.victims[" and ".join(map(str, who))] += 1
