@@ -1,0 +1,478 @@
+"""What saving and loading cost beside the same bytes written and read by hand, and beside torch's own checkpoints.
+
+    python benchmarks/checkpoint.py [durable load stall memory manifest] [--mib 1024] [--ranks 2] [--rounds 7] [--dir DIR]
+
+Every rank holds `--mib` of float32 tensors of many sizes (rows of matrices, as FSDP2 cuts them). In every round each
+contestant acts once, in an order that is rotated from round to round; a time is from one barrier to the next, and the
+table gives medians and the median of the ratios to the raw act of the same round.
+
+durable   `save_checkpoint` beside `os.write` and `os.fsync` of the same bytes, and torch's DCP and torch.save with fsync
+load      opened, verified and loaded, beside reading the same files; with the page cache dropped before (cold), and warm
+stall     what a step that saves in the background waits, beside copying the same bytes to kept memory by the same ranks,
+          and torch's async save; and training's speed while a save is written, beside that without one
+memory    what the process holds at most while it loads, above the state itself
+manifest  the manifest of a model of 1,000 tensors saved by 1 to 1,024 simulated ranks: size, time to encode and to read
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks.ranks import run_ranks
+
+KINDS = ("durable", "load", "stall", "memory", "manifest")
+WIDTH = 1024
+PIECE = 16 * 2**20
+
+
+# ---------------------------------------------------------------------- the state and a clock
+
+
+def shapes_of(mib: int, ranks: int) -> dict[str, tuple[int, ...]]:
+    """Global shapes of about `mib` MiB a rank: mostly matrices of 16 MiB and 4 MiB a rank, and small vectors."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    left, number = mib * 2**20, 0
+    while left > 0:
+        rows = 4096 if number % 3 else 1024
+        shapes[f"model/model/layer{number:03d}.weight"] = (rows * ranks, WIDTH)
+        shapes[f"model/model/layer{number:03d}.bias"] = (WIDTH * ranks,)
+        left -= (rows + 1) * WIDTH * 4
+        number += 1
+    return shapes
+
+
+def parts_of(shapes: dict[str, tuple[int, ...]], rank: int, ranks: int) -> dict[str, Any]:
+    """This rank's rows of every tensor."""
+    import torch
+
+    generator = torch.Generator().manual_seed(rank)
+    return {name: torch.randn((s[0] // ranks, *s[1:]), generator=generator) for name, s in shapes.items()}
+
+
+def shards_of(shapes: dict[str, tuple[int, ...]], parts: dict[str, Any], rank: int) -> list[Any]:
+    """The same as canonical boxes."""
+    from disttrain.checkpoint import Box, Shard
+
+    return [
+        Shard(name, shapes[name], Box((rank * len(own), *(0 for _ in own.shape[1:])), tuple(own.shape)), own)
+        for name, own in parts.items()
+    ]
+
+
+def world() -> tuple[int, int]:
+    """(rank, size), with a gloo group started."""
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+class Ranks:
+    """The world, as `save_checkpoint` wants it."""
+
+    def __init__(self) -> None:
+        import torch.distributed as dist
+
+        self._dist, self.rank, self.size = dist, dist.get_rank(), dist.get_world_size()
+
+    def gather(self, value: Any) -> Any:
+        into = [None] * self.size if self.rank == 0 else None
+        self._dist.gather_object(value, into)
+        return into
+
+    def broadcast(self, value: Any) -> Any:
+        box = [value]
+        self._dist.broadcast_object_list(box)
+        return box[0]
+
+    def barrier(self) -> None:
+        self._dist.barrier()
+
+
+def timed(act: Callable[[], Any]) -> float:
+    """Seconds from all ranks' beginning to all ranks' end."""
+    import torch.distributed as dist
+
+    dist.barrier()
+    began = time.perf_counter()
+    act()
+    dist.barrier()
+    return time.perf_counter() - began
+
+
+def settle_disk(*, drop: bool = False) -> None:
+    """What was written before is on the disk; with `drop` nothing of it is in memory."""
+    import torch.distributed as dist
+
+    os.sync()
+    dist.barrier()
+    if drop and dist.get_rank() == 0:
+        Path("/proc/sys/vm/drop_caches").write_text("3")
+    dist.barrier()
+
+
+def rotated(names: list[str], turn: int) -> list[str]:
+    """The names, beginning at another one each turn."""
+    turn %= len(names)
+    return names[turn:] + names[:turn]
+
+
+def raw_bytes(tensor: Any) -> memoryview:
+    """A contiguous tensor's bytes as they lie."""
+    import torch
+
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+
+# ---------------------------------------------------------------------- durable
+
+
+def write_raw(folder: Path, rank: int, parts: dict[str, Any]) -> None:
+    """Every byte, then fsync of the file and its folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / f"{rank}.raw", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for tensor in parts.values():
+        rest = raw_bytes(tensor)
+        while rest:
+            rest = rest[os.write(descriptor, rest[:PIECE]) :]
+    os.fsync(descriptor)
+    os.close(descriptor)
+    place = os.open(folder, os.O_RDONLY)
+    os.fsync(place)
+    os.close(place)
+
+
+def dtensors(shapes: dict[str, tuple[int, ...]], parts: dict[str, Any]) -> dict[str, Any]:
+    """The same state as DCP wants it."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import Shard as Cut
+
+    mesh = init_device_mesh("cpu", (Ranks().size,))
+    return {name: DTensor.from_local(own, mesh, [Cut(0)], run_check=False) for name, own in parts.items()}
+
+
+def save_torch(folder: Path, rank: int, parts: dict[str, Any]) -> None:
+    """torch.save of a rank's own tensors, and fsync."""
+    import torch
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f"{rank}.pt", "wb") as file:
+        torch.save(parts, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def durable(mib: int, rounds: int, folder: str) -> dict[str, list[float]]:
+    """Seconds until all is on the disk. Collective."""
+    rank, size = world()
+    import torch.distributed as dist
+    import torch.distributed.checkpoint as dcp
+
+    from disttrain.checkpoint import save_checkpoint
+
+    shapes = shapes_of(mib, size)
+    parts = parts_of(shapes, rank, size)
+    shards, ranks, cut = shards_of(shapes, parts, rank), Ranks(), dtensors(shapes, parts)
+    root = Path(folder)
+    acts: dict[str, Callable[[int], Any]] = {
+        "raw": lambda turn: write_raw(root / f"raw-{turn}", rank, parts),
+        "disttrain": lambda turn: save_checkpoint(root / "ours", turn + 1, shards, {}, ranks),
+        "DCP": lambda turn: dcp.save(cut, checkpoint_id=root / f"dcp-{turn}"),
+        "torch.save": lambda turn: save_torch(root / f"torch-{turn}", rank, parts),
+    }
+    found: dict[str, list[float]] = {name: [] for name in acts}
+    for turn in range(-1, rounds):
+        for name in rotated(list(acts), turn):
+            settle_disk()
+            took = timed(lambda name=name, turn=turn: acts[name](turn + 1))  # type: ignore[misc]
+            if turn >= 0:
+                found[name].append(took)
+            dist.barrier()
+            if rank == 0:
+                for path in root.iterdir():
+                    shutil.rmtree(path)
+            dist.barrier()
+    return found
+
+
+# ---------------------------------------------------------------------- load
+
+
+def load(mib: int, rounds: int, folder: str) -> dict[str, list[float]]:
+    """Seconds until this rank's tensors hold what was saved. Collective."""
+    rank, size = world()
+    import torch
+    import torch.distributed.checkpoint as dcp
+
+    from disttrain.checkpoint import newest_whole, save_checkpoint
+
+    shapes = shapes_of(mib, size)
+    parts = parts_of(shapes, rank, size)
+    shards, ranks, cut = shards_of(shapes, parts, rank), Ranks(), dtensors(shapes, parts)
+    root = Path(folder)
+    path = save_checkpoint(root / "ours", 1, shards, {}, ranks)
+    dcp.save(cut, checkpoint_id=root / "dcp")
+    want = {name: own.clone() for name, own in parts.items()}
+
+    def read_raw() -> None:
+        buffer = bytearray(PIECE)
+        with open(path / f"rank-{rank:05d}.safetensors", "rb", buffering=0) as file:
+            while file.readinto(buffer):
+                continue
+
+    def resume() -> None:
+        found, rejected = newest_whole(root / "ours", ranks)
+        assert found is not None and not rejected
+        found.load_into(shards)
+
+    acts: dict[str, Callable[[], Any]] = {
+        "raw": read_raw,
+        "disttrain": resume,
+        "DCP, which verifies nothing": lambda: dcp.load(cut, checkpoint_id=root / "dcp"),
+    }
+    found: dict[str, list[float]] = {f"{name}, {how}": [] for how in ("cold", "warm") for name in acts}
+    for turn in range(-1, rounds):
+        for how in ("cold", "warm"):
+            for name in rotated(list(acts), turn):
+                settle_disk(drop=how == "cold")
+                if how == "warm":
+                    acts[name]()
+                for own in parts.values():
+                    own.zero_()
+                took = timed(acts[name])
+                assert name == "raw" or all(torch.equal(own, want[key]) for key, own in parts.items())
+                if turn >= 0:
+                    found[f"{name}, {how}"].append(took)
+    return found
+
+
+# ---------------------------------------------------------------------- stall
+
+
+def stall(mib: int, rounds: int, folder: str) -> dict[str, list[float]]:
+    """Seconds that the loop waits for a save in the background, and a step's with one under way. Collective."""
+    import torch
+    import torch.distributed as dist
+    import torch.distributed.checkpoint as dcp
+    from torch import nn
+
+    import disttrain
+    from disttrain.data import MicroBatch
+
+    size = int(os.environ["WORLD_SIZE"])
+    torch.set_num_threads(1)
+    layers = max(1, mib * size // (3 * 16))  # parameter and two moments of 16 MiB each a layer, over the ranks
+
+    def make_model() -> nn.Module:
+        return nn.Sequential(*(nn.Linear(2048, 2048, bias=False) for _ in range(layers)))
+
+    def objective(model: Any, batch: Any) -> Any:
+        return model(batch).square().sum(), len(batch)
+
+    def step() -> None:
+        engine.accumulate("model", [MicroBatch(inputs, engine.rank, True, len(inputs))], objective)
+        engine.step()
+        engine.log()
+
+    config = {
+        "run": {"name": "stall", "dir": folder, "steps": 10**6},
+        "strategy": {"name": "fsdp"},
+        "checkpoint": {"every": 10**6, "background": True, "keep_last": 1, "at_end": False},
+        "report": {"every": 10**6, "progress": False, "plot": False},
+    }
+    found: dict[str, list[float]] = {
+        name: [] for name in ("copy", "disttrain", "DCP async", "step alone", "step beside a save")
+    }
+    with disttrain.Engine(config) as engine:
+        engine.prepare("model", make_model, lambda own: torch.optim.AdamW(own, lr=1e-4, fused=True))
+        engine.resume()
+        inputs = torch.randn(32, 2048)
+        model, optimizer = engine._prepared["model"].model, engine._prepared["model"].optimizer
+        step()
+        live = [p.to_local() for p in model.parameters()]
+        live += [v.to_local() for s in optimizer.state.values() for v in s.values() if v.dim()]
+        kept = [torch.empty_like(own) for own in live]
+        group = dist.new_group(backend="gloo")
+        for turn in range(-1, rounds):
+            alone = [timed(step) for _ in range(6)]
+            times: dict[str, float] = {}
+            for name in rotated(["copy", "disttrain", "DCP async"], turn):
+                settle_disk()
+                if name == "copy":
+                    times[name] = timed(lambda: [a.copy_(b) for a, b in zip(kept, live, strict=True)])
+                elif name == "disttrain":
+                    times[name] = timed(lambda: engine._saver.begin(engine._snapshot()))
+                    beside = []
+                    while engine._saver._running.is_alive() and len(beside) < 50:  # type: ignore[union-attr]
+                        beside.append(timed(step))
+                        beside = beside if agree(all_alive(engine)) else beside[:-1]
+                        if not agree(all_alive(engine)):
+                            break
+                    engine._saver.wait()
+                else:
+                    state = {"model": model.state_dict(), "optim": _named(model, optimizer)}
+                    where = Path(folder) / f"dcp-{turn}"
+                    pending: list[Any] = []
+                    save = lambda: pending.append(  # noqa: E731
+                        dcp.async_save(state, checkpoint_id=where, process_group=group)  # noqa: B023
+                    )
+                    times[name] = timed(save)
+                    pending[0].result()
+                    dist.barrier()
+                    if engine.rank == 0:
+                        shutil.rmtree(where)
+            if turn >= 0:
+                for name, took in times.items():
+                    found[name].append(took)
+                found["step alone"].append(statistics.median(alone))
+                found["step beside a save"].append(statistics.median(beside) if beside else float("nan"))
+    return found
+
+
+def _named(model: Any, optimizer: Any) -> dict[str, Any]:
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {f"{names[p]}.{key}": value for p, own in optimizer.state.items() for key, value in own.items()}
+
+
+def all_alive(engine: Any) -> bool:
+    """Whether this rank's save is still under way."""
+    running = engine._saver._running
+    return running is not None and running.is_alive()
+
+
+def agree(mine: bool) -> bool:
+    """Whether all ranks say so."""
+    import torch
+    import torch.distributed as dist
+
+    answer = torch.tensor(int(mine))
+    dist.all_reduce(answer, dist.ReduceOp.MIN)
+    return bool(answer)
+
+
+# ---------------------------------------------------------------------- memory
+
+
+def memory(mib: int, folder: str) -> dict[str, float]:
+    """MiB that the process holds at most while it loads, above what it holds before. Collective."""
+    rank, size = world()
+    from disttrain.checkpoint import newest_whole, save_checkpoint
+
+    shapes = shapes_of(mib, size)
+    parts = parts_of(shapes, rank, size)
+    shards, ranks = shards_of(shapes, parts, rank), Ranks()
+    save_checkpoint(Path(folder) / "ours", 1, shards, {}, ranks)
+    newest_whole(Path(folder) / "ours", ranks)  # whatever is allocated once is there
+    before = resident()
+    found, _ = newest_whole(Path(folder) / "ours", ranks)
+    assert found is not None
+    found.load_into(shards)
+    return {"state": mib, "above it": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before}
+
+
+def resident() -> float:
+    """MiB of this process in memory now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+
+# ---------------------------------------------------------------------- manifest
+
+
+def manifest(tensors: int = 1000) -> Iterator[str]:
+    """Rows: ranks, bytes of the manifest, seconds to encode and to read it."""
+    import torch
+
+    from disttrain.checkpoint import Box, Manifest, StoredBox, TensorInfo
+    from disttrain.checkpoint.manifest import FileInfo, decode_manifest, encode_manifest
+
+    for layout in ("each tensor cut over all ranks", "each tensor on one rank"):
+        for ranks in (1, 8, 64, 512, 1024):
+            infos, ends = {}, [0] * ranks
+            for number in range(tensors):
+                cuts = ranks if layout.startswith("each tensor cut") else 1
+                boxes = []
+                for part in range(cuts):
+                    owner = part if cuts > 1 else number % ranks
+                    boxes.append(StoredBox(Box((part, 0), (1, 256)), f"rank-{owner:05d}.safetensors", ends[owner]))
+                    ends[owner] += 1024
+                infos[f"model/model/layer{number:04d}.weight"] = TensorInfo((cuts, 256), torch.float32, tuple(boxes))
+            chunk = 2**24
+            files = {
+                f"rank-{rank:05d}.safetensors": FileInfo(end, (0,) * -(-end // chunk))
+                for rank, end in enumerate(ends)
+                if end
+            }
+            began = time.perf_counter()
+            raw = encode_manifest(Manifest(1, chunk, infos, files, {}))
+            middle = time.perf_counter()
+            decode_manifest(raw, where="bench")
+            took = time.perf_counter() - middle
+            yield f"| {layout} | {ranks} | {len(raw) / 1024:.0f} | {middle - began:.2f} | {took:.2f} |"
+
+
+# ---------------------------------------------------------------------- tables
+
+
+def print_times(title: str, found: list[dict[str, list[float]]], base: Callable[[str], str]) -> None:
+    """One table: medians of the slowest rank, and of the ratios to the base of the same round."""
+    worst = {name: [max(times) for times in zip(*(one[name] for one in found), strict=True)] for name in found[0]}
+    print(f"\n{title}\n\n| | seconds | ratio | spread of the ratio |\n|---|---:|---:|---|")
+    for name, times in worst.items():
+        ratios = [own / raw for own, raw in zip(times, worst[base(name)], strict=True)]
+        spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+        print(f"| {name} | {statistics.median(times):.3f} | {statistics.median(ratios):.2f} | {spread} |", flush=True)
+
+
+def main() -> None:
+    """Race, and print Markdown tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", default=list(KINDS))
+    parser.add_argument("--mib", type=int, default=1024, help="of state for each rank")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--dir", help="where to write; a file system of its own kind and speed")
+    given = parser.parse_args()
+    unknown = sorted(set(given.what) - set(KINDS))
+    if unknown:
+        parser.error(f"no {', '.join(unknown)}; there are {', '.join(KINDS)}")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    title = f"{given.mib} MiB a rank, {given.ranks} ranks, medians of {given.rounds} rounds"
+    for what in given.what:
+        with tempfile.TemporaryDirectory(dir=given.dir) as folder:
+            if what == "durable":
+                found = run_ranks(given.ranks, durable, given.mib, given.rounds, folder)
+                print_times(f"durable: {title}", found, lambda name: "raw")
+            elif what == "load":
+                found = run_ranks(given.ranks, load, given.mib, given.rounds, folder)
+                print_times(f"load: {title}", found, lambda name: f"raw, {name.rsplit(', ', 1)[1]}")
+            elif what == "stall":
+                found = run_ranks(given.ranks, stall, given.mib, given.rounds, folder)
+                print_times(f"stall: {title}", found, lambda name: "step alone" if "step" in name else "copy")
+            elif what == "memory":
+                print("\n| rank | state, MiB | above it, MiB |\n|---|---:|---:|")
+                for rank, one in enumerate(run_ranks(given.ranks, memory, given.mib, folder)):
+                    print(f"| {rank} | {one['state']:.0f} | {one['above it']:.1f} |")
+            else:
+                print("\n| | ranks | KiB | encode, s | read, s |\n|---|---:|---:|---:|---:|")
+                for row in manifest():
+                    print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()

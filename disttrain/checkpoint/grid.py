@@ -1,0 +1,93 @@
+"""How most tensors are cut: into equal steps along each dim, box by box over the ranks. One line, whatever the ranks.
+
+A list of boxes would make the manifest grow with tensors times ranks. Pure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from disttrain.checkpoint.boxes import Box, overlap
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """A tensor of `shape` in boxes of `steps` along each dim (the last of a dim may be shorter), as torch.chunk cuts.
+
+    The box at (i, j, ...) of the grid is written by rank `first + i * strides[0] + j * strides[1] + ...`.
+    """
+
+    shape: tuple[int, ...]
+    steps: tuple[int, ...]
+    first: int
+    strides: tuple[int, ...]
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """How many boxes along each dim."""
+        return tuple(-(-size // step) for size, step in zip(self.shape, self.steps, strict=True))
+
+    def box(self, place: Sequence[int]) -> Box:
+        """The box at a place of the grid."""
+        offsets = tuple(k * step for k, step in zip(place, self.steps, strict=True))
+        sizes = tuple(min(step, n - o) for step, n, o in zip(self.steps, self.shape, offsets, strict=True))
+        return Box(offsets, sizes)
+
+    def rank(self, place: Sequence[int]) -> int:
+        """The rank that wrote the box at a place."""
+        return self.first + sum(k * stride for k, stride in zip(place, self.strides, strict=True))
+
+    def meeting(self, wanted: Box) -> Iterator[tuple[Box, int]]:
+        """The boxes that share something with `wanted`, each with its writer; looks at no other."""
+        spans = [
+            range(offset // step, -(-stop // step))
+            for offset, stop, step in zip(wanted.offsets, wanted.stops, self.steps, strict=True)
+        ]
+        for place in product(*spans):
+            box = self.box(place)
+            if overlap(box, wanted):
+                yield box, self.rank(place)
+
+    def all(self) -> Iterator[tuple[Box, int]]:
+        """Every box with its writer, in row-major order of the grid."""
+        for place in product(*(range(count) for count in self.counts)):
+            yield self.box(place), self.rank(place)
+
+    def highest_rank(self) -> int:
+        """The greatest rank that wrote one: strides are not negative."""
+        return self.rank([count - 1 for count in self.counts])
+
+
+def find_grid(shape: Sequence[int], held: Mapping[Box, int]) -> Grid | None:
+    """The grid that these boxes (each with its writer) make of a tensor; None where they make none.
+
+    Boxes that tile the tensor otherwise, or whose writers are in no such order, stay a list.
+    """
+    shape = tuple(shape)
+    if not math.prod(shape):
+        return None
+    steps = []
+    for dim, size in enumerate(shape):
+        offsets = sorted({box.offsets[dim] for box in held})
+        step = offsets[1] if len(offsets) > 1 else size
+        if offsets != list(range(0, size, step)):
+            return None
+        steps.append(step)
+    bare = Grid(shape, tuple(steps), 0, (0,) * len(shape))
+    counts = bare.counts
+    if len(held) != math.prod(counts):
+        return None
+    places = [tuple(int(k == dim) for k in range(len(shape))) for dim in range(len(shape))]
+    origin = held.get(bare.box((0,) * len(shape)))
+    if origin is None:
+        return None
+    strides = [
+        held.get(bare.box(place), -1) - origin if count > 1 else 0 for place, count in zip(places, counts, strict=True)
+    ]
+    if min(strides, default=0) < 0:
+        return None
+    found = Grid(shape, tuple(steps), origin, tuple(strides))
+    return found if all(held.get(box) == rank for box, rank in found.all()) else None
