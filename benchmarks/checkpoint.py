@@ -1,17 +1,17 @@
 """What saving and loading cost beside the same bytes written and read by hand, and beside torch's own checkpoints.
 
-    python benchmarks/checkpoint.py [durable load stall memory manifest] [--mib 1024] [--ranks 2] [--rounds 7] [--dir DIR]
+    python benchmarks/checkpoint.py [durable load stall memory manifest] [--mib 1024] [--ranks 2] [--rounds 7]
 
 Every rank holds `--mib` of float32 tensors of many sizes (rows of matrices, as FSDP2 cuts them). In every round each
 contestant acts once, in an order that is rotated from round to round; a time is from one barrier to the next, and the
 table gives medians and the median of the ratios to the raw act of the same round.
 
-durable   `save_checkpoint` beside `os.write` and `os.fsync` of the same bytes, and torch's DCP and torch.save with fsync
-load      opened, verified and loaded, beside reading the same files; with the page cache dropped before (cold), and warm
-stall     what a step that saves in the background waits, beside copying the same bytes to kept memory by the same ranks,
-          and torch's async save; and training's speed while a save is written, beside that without one
-memory    what the process holds at most while it loads, above the state itself
-manifest  the manifest of a model of 1,000 tensors saved by 1 to 1,024 simulated ranks: size, time to encode and to read
+durable   `save_checkpoint` beside `os.write` and `os.fsync` of the same bytes, torch's DCP, and torch.save with fsync
+load      found, verified and loaded, beside reading the same files; after the page cache was dropped (cold), and warm
+stall     what a step that saves in the background waits, beside copying the same bytes to kept memory by the same
+          ranks, and torch's async save; and a step's time while a save is written, beside that without one
+memory    what the process holds at most while it loads, above what it holds before
+manifest  the manifest of a model of 1,000 tensors saved by 1 to 1,024 simulated ranks: size, time to encode and read
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def save_torch(folder: Path, rank: int, parts: dict[str, Any]) -> None:
     import torch
 
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / f"{rank}.pt", "wb") as file:
+    with (folder / f"{rank}.pt").open("wb") as file:
         torch.save(parts, file)
         file.flush()
         os.fsync(file.fileno())
@@ -231,7 +231,7 @@ def load(mib: int, rounds: int, folder: str) -> dict[str, list[float]]:
 
     def read_raw() -> None:
         buffer = bytearray(PIECE)
-        with open(path / f"rank-{rank:05d}.safetensors", "rb", buffering=0) as file:
+        with (path / f"rank-{rank:05d}.safetensors").open("rb", buffering=0) as file:
             while file.readinto(buffer):
                 continue
 
@@ -308,6 +308,16 @@ def stall(mib: int, rounds: int, folder: str) -> dict[str, list[float]]:
         live += [v.to_local() for s in optimizer.state.values() for v in s.values() if v.dim()]
         kept = [torch.empty_like(own) for own in live]
         group = dist.new_group(backend="gloo")
+
+        def save_beside() -> list[float]:
+            """Steps while a save is under way on all ranks."""
+            times = []
+            while True:
+                took = timed(step)
+                if not agree(engine._saver.under_way):
+                    return times
+                times.append(took)
+
         for turn in range(-1, rounds):
             alone = [timed(step) for _ in range(6)]
             times: dict[str, float] = {}
@@ -317,21 +327,17 @@ def stall(mib: int, rounds: int, folder: str) -> dict[str, list[float]]:
                     times[name] = timed(lambda: [a.copy_(b) for a, b in zip(kept, live, strict=True)])
                 elif name == "disttrain":
                     times[name] = timed(lambda: engine._saver.begin(engine._snapshot()))
-                    beside = []
-                    while engine._saver._running.is_alive() and len(beside) < 50:  # type: ignore[union-attr]
-                        beside.append(timed(step))
-                        beside = beside if agree(all_alive(engine)) else beside[:-1]
-                        if not agree(all_alive(engine)):
-                            break
+                    beside = save_beside()
                     engine._saver.wait()
                 else:
                     state = {"model": model.state_dict(), "optim": _named(model, optimizer)}
-                    where = Path(folder) / f"dcp-{turn}"
-                    pending: list[Any] = []
-                    save = lambda: pending.append(  # noqa: E731
-                        dcp.async_save(state, checkpoint_id=where, process_group=group)  # noqa: B023
+                    where, pending = Path(folder) / f"dcp-{turn}", []
+                    asked = {"checkpoint_id": where, "process_group": group}
+                    times[name] = timed(
+                        lambda state=state, asked=asked, pending=pending: pending.append(  # type: ignore[misc]
+                            dcp.async_save(state, **asked)
+                        )
                     )
-                    times[name] = timed(save)
                     pending[0].result()
                     dist.barrier()
                     if engine.rank == 0:
@@ -347,12 +353,6 @@ def stall(mib: int, rounds: int, folder: str) -> dict[str, list[float]]:
 def _named(model: Any, optimizer: Any) -> dict[str, Any]:
     names = {parameter: name for name, parameter in model.named_parameters()}
     return {f"{names[p]}.{key}": value for p, own in optimizer.state.items() for key, value in own.items()}
-
-
-def all_alive(engine: Any) -> bool:
-    """Whether this rank's save is still under way."""
-    running = engine._saver._running
-    return running is not None and running.is_alive()
 
 
 def agree(mine: bool) -> bool:

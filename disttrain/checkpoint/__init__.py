@@ -7,32 +7,39 @@ fit its checksums.
 
 from __future__ import annotations
 
+from disttrain.checkpoint.address import Address, Place, PlaceT, place_of, step_folder
 from disttrain.checkpoint.boxes import Box, flat_range_to_boxes, overlap, tiling_fault, whole
 from disttrain.checkpoint.disk import Disk
 from disttrain.checkpoint.fingerprint import add_up, fingerprint
 from disttrain.checkpoint.folder import (
+    holds_checkpoints,
     list_checkpoints,
     newest_whole,
     prune,
+    refuse_unwritable,
     remove_stale_staging,
     set_aside,
-    step_folder,
 )
 from disttrain.checkpoint.manifest import Manifest, StoredBox, TensorInfo
 from disttrain.checkpoint.reader import Checkpoint, Differences
+from disttrain.checkpoint.remote import address_fault
 from disttrain.checkpoint.retention import Best, Retention
 from disttrain.checkpoint.save import save_checkpoint
 from disttrain.checkpoint.shards import KINDS, Ranks, Shard, SoleRank, whole_shard
 from disttrain.checkpoint.staging import StagingBuffer
+from disttrain.checkpoint.storage import storage_of
 
 __all__ = [
     "KINDS",
+    "Address",
     "Best",
     "Box",
     "Checkpoint",
     "Differences",
     "Disk",
     "Manifest",
+    "Place",
+    "PlaceT",
     "Ranks",
     "Retention",
     "Shard",
@@ -41,16 +48,21 @@ __all__ = [
     "StoredBox",
     "TensorInfo",
     "add_up",
+    "address_fault",
     "fingerprint",
     "flat_range_to_boxes",
+    "holds_checkpoints",
     "list_checkpoints",
     "newest_whole",
     "overlap",
+    "place_of",
     "prune",
+    "refuse_unwritable",
     "remove_stale_staging",
     "save_checkpoint",
     "set_aside",
     "step_folder",
+    "storage_of",
     "tiling_fault",
     "whole",
     "whole_shard",

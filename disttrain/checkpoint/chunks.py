@@ -1,7 +1,7 @@
 """Reading a checkpoint's files chunk by chunk, each held against its checksum.
 
-Owns the open descriptor and the one buffer a reader needs. Refuses links and whatever is no regular file of the size
-that the manifest gives.
+Owns the open descriptor and the one buffer a reader needs; a store's files are filled into the same buffer by its own
+`Fill`. Refuses links and whatever is no regular file of the size that the manifest gives.
 """
 
 from __future__ import annotations
@@ -9,21 +9,25 @@ from __future__ import annotations
 import os
 import stat
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from disttrain.checkpoint.address import Place
 from disttrain.checkpoint.manifest import MANIFEST, FileInfo
 from disttrain.errors import CheckpointError, explain
 
+Fill = Callable[[memoryview, int], int]
+"""Reads a file's bytes from a place on into a view; returns how many came, 0 at the end. OSError where it cannot."""
+
 
 class ChunkReader:
-    """One open file of a checkpoint and a buffer for one chunk of it. Made by `open_chunks`."""
+    """One open file of a checkpoint and a buffer for one chunk of it. Made by a storage's `open_chunks`."""
 
-    def __init__(self, descriptor: int, name: str, info: FileInfo, chunk_bytes: int) -> None:
+    def __init__(self, fill: Fill, name: str, info: FileInfo, chunk_bytes: int) -> None:
         self.name = name
         self.buffer = bytearray(min(chunk_bytes, info.size))
-        self._descriptor, self._info, self._chunk_bytes = descriptor, info, chunk_bytes
+        self._fill, self._info, self._chunk_bytes = fill, info, chunk_bytes
 
     def span(self, chunk: int) -> tuple[int, int]:
         """The file's bytes that a chunk is: (first, after the last)."""
@@ -36,7 +40,7 @@ class ChunkReader:
         view, at = memoryview(self.buffer)[: end - begin], begin
         try:
             while at < end:
-                got = os.preadv(self._descriptor, [view[at - begin :]], at)
+                got = self._fill(view[at - begin :], at)
                 if not got:
                     return f"{self.name} ends at byte {at} of {self._info.size}"
                 at += got
@@ -53,7 +57,7 @@ def open_chunks(path: Path, info: FileInfo, chunk_bytes: int) -> Iterator[ChunkR
     """The file open for reading, if it is a regular one of the right size; CheckpointError if not."""
     descriptor = _open_plain(path, info.size)
     try:
-        yield ChunkReader(descriptor, path.name, info, chunk_bytes)
+        yield ChunkReader(lambda view, at: os.preadv(descriptor, [view], at), path.name, info, chunk_bytes)
     finally:
         os.close(descriptor)
 
@@ -67,17 +71,18 @@ def read_manifest_bytes(folder: Path) -> bytes:
     """What the folder's manifest holds; CheckpointError that says what is there instead."""
     try:
         if not folder.is_dir():
-            raise _unusable(folder, "a file" if folder.exists() else "no such folder")
+            raise unusable(folder, "a file" if folder.exists() else "no such folder")
         names = sorted(path.name for path in folder.iterdir())
     except OSError as error:
-        raise _unusable(folder, str(error.strerror)) from error
+        raise unusable(folder, str(error.strerror)) from error
     if MANIFEST not in names:
-        raise _unusable(folder, _whose_folder(names))
+        raise unusable(folder, whose_folder(names))
     with open(_open_plain(folder / MANIFEST, None), "rb") as file:
         return file.read()
 
 
-def _whose_folder(names: Sequence[str]) -> str:
+def whose_folder(names: Sequence[str]) -> str:
+    """What a folder without a manifest holds, in words."""
     if not names:
         return "an empty folder"
     if ".metadata" in names:
@@ -91,18 +96,19 @@ def _open_plain(path: Path, size: int | None) -> int:
     try:
         mode = path.lstat().st_mode
         if not stat.S_ISREG(mode):
-            raise _unusable(path, "a link" if stat.S_ISLNK(mode) else "no regular file")
+            raise unusable(path, "a link" if stat.S_ISLNK(mode) else "no regular file")
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        raise _unusable(path, str(error.strerror)) from error
+        raise unusable(path, str(error.strerror)) from error
     found = os.fstat(descriptor).st_size
     if size is not None and found != size:
         os.close(descriptor)
-        raise _unusable(path, f"{found} bytes instead of {size}")
+        raise unusable(path, f"{found} bytes instead of {size}")
     return descriptor
 
 
-def _unusable(path: Path, found: str) -> CheckpointError:
+def unusable(path: Place, found: str) -> CheckpointError:
+    """The error for a folder or file that is not what a checkpoint has."""
     return CheckpointError(
         explain(f"{path} is not (part of) a whole checkpoint.", found, "name a whole folder step-NNNNNNNN of a run")
     )

@@ -12,11 +12,12 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from disttrain.logs import room_logger
 
-Before = Callable[[str, Path], None]
-"""Called with an operation's name and path before it happens; may raise, or kill the process."""
+Before = Callable[[str, Any], None]
+"""Called with an operation's name and place before it happens; may raise, or kill the process."""
 
 
 def _nothing(operation: str, path: Path) -> None:
@@ -57,6 +58,11 @@ class Disk:
 
     def __init__(self, before: Before = _nothing) -> None:
         self._before = before
+
+    @property
+    def before(self) -> Before:
+        """What stands in front of a writer's operations, for a store that has other ones."""
+        return self._before
 
     def make_folder(self, path: Path) -> None:
         """One new folder; its parents too, where they are missing. Those are on the disk when it returns."""

@@ -1,56 +1,52 @@
 """The folder of a run's checkpoints: which there are, which to resume from, which to let go.
 
 A folder without a complete manifest is not a checkpoint. There is no pointer to the latest that could go stale: the
-names are the list. Removing and setting aside are one rename first, so that a kill leaves no half checkpoint.
+names are the list. However they are removed or set aside, a kill leaves no half checkpoint.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection
-from pathlib import Path
 
+from disttrain.checkpoint.address import Place, PlaceT, below, beside, step_folder, step_of
 from disttrain.checkpoint.disk import Disk
+from disttrain.checkpoint.local import STAGING
 from disttrain.checkpoint.manifest import MANIFEST
 from disttrain.checkpoint.reader import Checkpoint
 from disttrain.checkpoint.shards import Ranks, take_step
+from disttrain.checkpoint.storage import storage_of
 from disttrain.errors import CheckpointError, explain
 from disttrain.logs import room_logger
 
-STAGING = ".tmp-"
-_STEP = re.compile(r"step-(\d{8,})")
 
-
-def step_folder(step: int) -> str:
-    """The folder's name of a step's checkpoint."""
-    if step < 0:
-        raise ValueError(f"a step is not negative: {step}")
-    return f"step-{step:08d}"
-
-
-def list_checkpoints(root: Path) -> list[Path]:
+def list_checkpoints(root: PlaceT) -> list[PlaceT]:
     """Committed checkpoints, by step, oldest first; whether they are whole is not looked at. Local."""
-    return [path for path in _step_folders(root) if (path / MANIFEST).is_file()]
+    storage = storage_of(root)
+    return [path for path in _step_folders(root) if storage.size(below(path, MANIFEST)) is not None]
 
 
-def _step_folders(root: Path) -> list[Path]:
-    if not root.is_dir():
-        return []
-    found = [(int(match.group(1)), path) for path in root.iterdir() if (match := _STEP.fullmatch(path.name))]
+def _step_folders(root: PlaceT) -> list[PlaceT]:
+    found = [(step, below(root, name)) for name in storage_of(root).names(root) if (step := step_of(name)) is not None]
     return [path for _, path in sorted(found)]
 
 
-def newest_whole(root: Path, ranks: Ranks, verify: bool = True) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:
+def _candidates(root: PlaceT) -> list[PlaceT]:
+    """What may be a checkpoint, newest first: not what a killed writer left."""
+    unfinished = set(storage_of(root).unfinished(root))
+    return [path for path in reversed(_step_folders(root)) if path not in unfinished]
+
+
+def newest_whole(root: PlaceT, ranks: Ranks, verify: bool = True) -> tuple[Checkpoint | None, list[tuple[PlaceT, str]]]:
     """The newest checkpoint that every rank can read, and the newer ones rejected with the reason. Collective.
 
     Rank 0 lists; all ranks open. With `verify` every byte is read once, each rank reading its part.
     """
-    candidates = take_step(ranks, lambda: None, lambda _: _step_folders(root)[::-1], asked=f"{root} cannot be listed.")
-    rejected: list[tuple[Path, str]] = []
+    candidates = take_step(ranks, lambda: None, lambda _: _candidates(root), asked=f"{root} cannot be listed.")
+    rejected: list[tuple[PlaceT, str]] = []
     for path in candidates:
         opened: list[Checkpoint] = []
 
-        def inspect(path: Path = path, opened: list[Checkpoint] = opened) -> None:
+        def inspect(path: PlaceT = path, opened: list[Checkpoint] = opened) -> None:
             opened.append(_open_own_step(path, verify=verify))
             faults = opened[0].faults((ranks.rank, ranks.size)) if verify else []
             if faults:
@@ -65,7 +61,7 @@ def newest_whole(root: Path, ranks: Ranks, verify: bool = True) -> tuple[Checkpo
     return None, rejected
 
 
-def _open_own_step(path: Path, *, verify: bool) -> Checkpoint:
+def _open_own_step(path: Place, *, verify: bool) -> Checkpoint:
     checkpoint = Checkpoint.open(path, verify=verify)
     if path.name != step_folder(checkpoint.step):
         raise CheckpointError(
@@ -74,7 +70,18 @@ def _open_own_step(path: Path, *, verify: bool) -> Checkpoint:
     return checkpoint
 
 
-def prune(root: Path, keep_last: int, protect: Collection[Path] = (), *, disk: Disk | None = None) -> list[Path]:
+def holds_checkpoints(root: Place) -> bool:
+    """Whether there are folders of checkpoints, finished or not, and it is not one itself. Local."""
+    names = storage_of(root).names(root)
+    return MANIFEST not in names and any(step_of(name) is not None for name in names)
+
+
+def refuse_unwritable(root: Place) -> None:
+    """Raise CheckpointError where an address cannot be written to; a disk is not tried. Local: rank 0."""
+    storage_of(root).refuse_unwritable(root)
+
+
+def prune(root: PlaceT, keep_last: int, protect: Collection[Place] = (), *, disk: Disk | None = None) -> list[PlaceT]:
     """Remove all but the newest `keep_last` checkpoints and those in `protect`; returns the removed. Local: rank 0.
 
     A checkpoint whose manifest or files' sizes are wrong is neither counted nor removed.
@@ -91,33 +98,37 @@ def prune(root: Path, keep_last: int, protect: Collection[Path] = (), *, disk: D
             whole.append(path)
     kept = {path.resolve() for path in protect}
     gone = [path for path in whole[:-keep_last] if path.resolve() not in kept]
-    disk = disk or Disk()
-    doomed = [path.with_name(f"{STAGING}pruned-{path.name}") for path in gone]
-    for path, new in zip(gone, doomed, strict=True):
-        disk.remove_tree(new)
-        disk.rename(path, new)
-    if gone:
-        disk.sync_folder(root)  # else a power cut may give the old name back to what is half removed
-    for path in doomed:
-        disk.remove_tree(path)
+    storage_of(root, disk).remove(gone)
     return gone
 
 
-def set_aside(path: Path, *, disk: Disk | None = None) -> Path:
+def set_aside(path: PlaceT, *, disk: Disk | None = None) -> PlaceT:
     """Rename a rejected checkpoint, so that its step can be saved again; the new path. Local: rank 0."""
-    disk = disk or Disk()
+    storage = storage_of(path, disk)
     for number in range(1, 10_000):
-        aside = path.with_name(f"rejected-{path.name}-{number}")
-        if not aside.exists():
-            disk.rename(path, aside)
-            disk.sync_folder(path.parent)
+        aside = beside(path, f"rejected-{path.name}-{number}")
+        if not storage.taken(aside):
+            storage.move(path, aside)
             return aside
     raise CheckpointError(explain(f"{path} cannot be set aside.", "9999 earlier ones", "remove rejected-* there"))
 
 
-def remove_stale_staging(root: Path, *, disk: Disk | None = None) -> list[Path]:
+def remove_stale_staging(root: PlaceT, *, disk: Disk | None = None) -> list[PlaceT]:
     """Remove what killed writers left behind; returns it. Local: rank 0, when nobody saves."""
-    stale = sorted(path for path in root.iterdir() if path.name.startswith(STAGING)) if root.is_dir() else []
-    for path in stale:
-        (disk or Disk()).remove_tree(path)
+    storage = storage_of(root, disk)
+    stale = storage.unfinished(root)
+    storage.remove(stale)
     return stale
+
+
+__all__ = [
+    "STAGING",
+    "holds_checkpoints",
+    "list_checkpoints",
+    "newest_whole",
+    "prune",
+    "refuse_unwritable",
+    "remove_stale_staging",
+    "set_aside",
+    "step_folder",
+]

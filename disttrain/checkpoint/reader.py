@@ -10,16 +10,17 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from disttrain.checkpoint.address import Place, place_of
 from disttrain.checkpoint.boxes import Box, flat_range_to_boxes, overlap, whole
-from disttrain.checkpoint.chunks import ChunkReader, open_chunks, read_manifest_bytes, refuse_unusable
+from disttrain.checkpoint.chunks import ChunkReader
 from disttrain.checkpoint.manifest import MANIFEST, Manifest, StoredBox, TensorInfo, decode_manifest
 from disttrain.checkpoint.shards import Shard, refuse_bad_shards
+from disttrain.checkpoint.storage import Storage, storage_of
 from disttrain.errors import CheckpointError, explain
 
 
@@ -32,27 +33,27 @@ class Differences:
 
 
 class Checkpoint:
-    """A committed checkpoint on disk. Made by `Checkpoint.open`."""
+    """A committed checkpoint, on a disk or in a store. Made by `Checkpoint.open`."""
 
-    def __init__(self, path: Path, manifest: Manifest, *, verify: bool) -> None:
+    def __init__(self, path: Place, manifest: Manifest, *, verify: bool) -> None:
         self.path = path
+        self._storage: Storage[Place] = storage_of(path)
         self._manifest = manifest
         self._verify = verify
         self._checked: set[tuple[str, int]] = set()
 
     @classmethod
-    def open(cls, path: Path, *, verify: bool = True) -> Checkpoint:
-        """Read and check the manifest, and that every file is there with its size; tensors stay on disk. Local.
+    def open(cls, path: str | Place, *, verify: bool = True) -> Checkpoint:
+        """Read and check the manifest, and that every file is there with its size; tensors stay there. Local.
 
         With `verify`, every chunk read later is checked against its checksum before its bytes are used. Raises
         CheckpointError for whatever is not a whole checkpoint.
         """
-        path = Path(path)
-        manifest = decode_manifest(read_manifest_bytes(path), where=str(path / MANIFEST))
-        checkpoint = cls(path, manifest, verify=verify)
-        for name, info in manifest.files.items():
-            refuse_unusable(path / name, info)
-        return checkpoint
+        path = place_of(path)
+        storage = storage_of(path)
+        manifest = decode_manifest(storage.read_manifest(path), where=str(path / MANIFEST))
+        storage.refuse_unusable(path, manifest.files)
+        return cls(path, manifest, verify=verify)
 
     @property
     def step(self) -> int:
@@ -125,7 +126,7 @@ class Checkpoint:
     def strays(self) -> list[str]:
         """Names in the folder that the manifest does not know; they are never read. Local."""
         known = {MANIFEST, *self._manifest.files}
-        return sorted(path.name for path in self.path.iterdir() if path.name not in known)
+        return [name for name in self._storage.names(self.path) if name not in known]
 
     def _compare(self, shards: Sequence[Shard], strict: bool, ignore: Collection[str]) -> Differences:
         wanted = {shard.name for shard in shards}
@@ -189,7 +190,7 @@ class Checkpoint:
                     copy.perform(reader.buffer, reader.span(chunk)[0])
 
     def _open(self, file: str) -> AbstractContextManager[ChunkReader]:
-        return open_chunks(self.path / file, self._manifest.files[file], self._manifest.chunk_bytes)
+        return self._storage.open_chunks(self.path / file, self._manifest.files[file], self._manifest.chunk_bytes)
 
     def _damaged(self, faults: Sequence[str]) -> CheckpointError:
         more = f"; and {len(faults) - 10} more" if len(faults) > 10 else ""

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
+from disttrain.checkpoint.address import Place
 from disttrain.checkpoint.folder import list_checkpoints, prune
 from disttrain.checkpoint.reader import Checkpoint
 from disttrain.errors import CheckpointError
@@ -48,14 +48,14 @@ def choose_kept(
 class Retention:
     """Rank 0's hand on the checkpoints in `root`. `verified` are the folders known to be whole."""
 
-    root: Path
+    root: Place
     keep_last: int
     keep_every: int | None = None
     best: Best | None = None
-    verified: dict[Path, float | None] = field(default_factory=dict)
-    _damaged: set[Path] = field(default_factory=set)
+    verified: dict[Place, float | None] = field(default_factory=dict)
+    _damaged: set[Place] = field(default_factory=set)
 
-    def committed(self, path: Path) -> list[Path]:
+    def committed(self, path: Place) -> list[Place]:
         """A checkpoint was written whole: let go of what need not be kept any more; returns that. Local.
 
         What cannot be removed stays, with a warning: it is no fault of the checkpoint.
@@ -70,15 +70,15 @@ class Retention:
             scores = {step: self.verified[one] for step, one in steps.items()}
             kept = choose_kept(scores, keep_last=self.keep_last, keep_every=self.keep_every, best=self.best)
             return prune(self.root, 1, protect=[*(steps[step] for step in kept), *self._damaged])
-        except OSError as error:
+        except (OSError, CheckpointError) as error:
             _log.warning("checkpoints of %s that need not be kept stay: %s", self.root, error)
             return []
 
-    def found_whole(self, path: Path) -> None:
+    def found_whole(self, path: Place) -> None:
         """One that was read whole, by whom it matters not."""
         self.verified[path] = self._score(path)
 
-    def _verify(self, path: Path) -> None:
+    def _verify(self, path: Place) -> None:
         try:
             Checkpoint.open(path).verify()
         except CheckpointError as error:
@@ -87,7 +87,7 @@ class Retention:
         else:
             self.verified[path] = self._score(path)
 
-    def _score(self, path: Path) -> float | None:
+    def _score(self, path: Place) -> float | None:
         if self.best is None:
             return None
         document = Checkpoint.open(path, verify=False).document

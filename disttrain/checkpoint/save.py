@@ -1,4 +1,4 @@
-"""Writing a checkpoint: each rank its own file, the manifest last, one rename as the commit.
+"""Writing a checkpoint: each rank its own file, the manifest last, one commit.
 
 Two meetings of the ranks: all plans are judged before a byte is written, all files before the commit. Holds one
 piece of one tensor at a time beyond the state itself. Refuses an existing name; leaves nothing behind when it fails.
@@ -6,20 +6,17 @@ piece of one tensor at a time beyond the state itself. Refuses an existing name;
 
 from __future__ import annotations
 
-import os
-import secrets
 import zlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
+from disttrain.checkpoint.address import Place, PlaceT, below, step_folder
 from disttrain.checkpoint.boxes import tiling_fault
-from disttrain.checkpoint.disk import Disk, DiskFile, free_bytes
-from disttrain.checkpoint.folder import STAGING, step_folder
+from disttrain.checkpoint.disk import Disk
 from disttrain.checkpoint.layout import Entry, dtype_name, plan_file, tensor_bytes
 from disttrain.checkpoint.manifest import (
     MANIFEST,
@@ -31,6 +28,7 @@ from disttrain.checkpoint.manifest import (
     encode_manifest,
 )
 from disttrain.checkpoint.shards import Ranks, Shard, refuse_bad_shards, take_step
+from disttrain.checkpoint.storage import NewFile, Storage, storage_of
 from disttrain.errors import CheckpointError, explain
 
 CHUNK_BYTES = 16 * 2**20
@@ -38,7 +36,7 @@ CHUNK_BYTES = 16 * 2**20
 
 
 def save_checkpoint(
-    root: Path,
+    root: PlaceT,
     step: int,
     shards: Sequence[Shard],
     document: Mapping[str, Any],
@@ -46,18 +44,18 @@ def save_checkpoint(
     *,
     disk: Disk | None = None,
     chunk_bytes: int = CHUNK_BYTES,
-) -> Path:
-    """Save all ranks' shards and rank 0's document as `root/step-NNNNNNNN`; returns that path. Collective.
+) -> PlaceT:
+    """Save all ranks' shards and rank 0's document as `root/step-NNNNNNNN`; returns that place. Collective.
 
-    When it returns, the checkpoint is whole and on the disk; when it raises CheckpointError (on every rank, with the
+    When it returns, the checkpoint is whole and durable; when it raises CheckpointError (on every rank, with the
     first cause), nothing of it is left, unless only the sync after the commit failed. `document` is a JSON object;
     tuples in it come back as lists.
     """
-    save = _Save(root / step_folder(step), step, tuple(shards), ranks, disk or Disk(), chunk_bytes)
+    save = _Save(storage_of(cast(Place, root), disk), root / step_folder(step), step, tuple(shards), ranks, chunk_bytes)
     asked = f"The checkpoint of step {step} could not be saved to {save.target}."
     head, entries, staging = save.agree_on_plan(document, asked)
     try:
-        return take_step(
+        take_step(
             ranks,
             lambda: save.write(staging, head, entries),
             lambda written: save.commit(staging, written, document),
@@ -65,8 +63,9 @@ def save_checkpoint(
         )
     except BaseException:
         if ranks.rank == 0:  # every other rank has told how it ended, so nobody writes here any more
-            save.disk.remove_tree(staging.folder)
+            save.storage.discard(staging.folder)
         raise
+    return below(root, save.target.name)
 
 
 @dataclass(frozen=True)
@@ -79,18 +78,18 @@ class _Plan:
 
 @dataclass(frozen=True)
 class _Staging:
-    folder: Path
+    folder: Place
     needed: int
-    free: int
+    free: int | None
 
 
 @dataclass(frozen=True)
 class _Save:
-    target: Path
+    storage: Storage[Place]
+    target: Place
     step: int
     shards: tuple[Shard, ...]
     ranks: Ranks
-    disk: Disk
     chunk_bytes: int
 
     def agree_on_plan(self, document: Mapping[str, Any], asked: str) -> tuple[bytes, list[Entry], _Staging]:
@@ -110,16 +109,14 @@ class _Save:
         def judge(plans: list[_Plan]) -> _Staging:
             refuse_bad_tensors([plan.entries for plan in plans])
             checked_document(document)
-            if os.path.lexists(self.target):
-                do = "move it away, or save elsewhere"
-                raise CheckpointError(explain("nothing is overwritten.", f"{self.target} exists already", do))
-            folder = self.target.parent / f"{STAGING}{self.target.name}-{secrets.token_hex(4)}"
-            staging = _Staging(folder, sum(plan.size for plan in plans), free_bytes(folder.parent))
+            needed, free = sum(plan.size for plan in plans), self.storage.free_bytes(self.target.parent)
             try:
-                self.disk.make_folder(folder)
+                if self.storage.taken(self.target):
+                    do = "move it away, or save elsewhere"
+                    raise CheckpointError(explain("nothing is overwritten.", f"{self.target} exists already", do))
+                return _Staging(self.storage.begin(self.target), needed, free)
             except OSError as error:
-                raise _disk_error(error, staging) from error
-            return staging
+                raise self._refusal(error, _Staging(self.target.parent, needed, free)) from error
 
         staging = take_step(self.ranks, plan, judge, asked=asked)
         return *mine[0], staging
@@ -131,16 +128,16 @@ class _Save:
             return name, FileInfo(0, ()), ()
         tensors = {(shard.name, shard.box): shard.tensor for shard in self.shards}
         try:
-            with self.disk.create(staging.folder / name) as file:
+            with self.storage.create(staging.folder / name, entries[-1].stop) as file:
                 summed = _SummedFile(file, self.chunk_bytes)
                 summed.write(head)
                 for entry in entries:
                     for piece in tensor_bytes(tensors[entry.name, entry.box], self.chunk_bytes):
                         summed.write(piece)
                 file.sync()
-            self.disk.sync_folder(staging.folder)
+            self.storage.sync_folder(staging.folder)
         except OSError as error:
-            raise _disk_error(error, staging) from error
+            raise self._refusal(error, staging) from error
         return name, summed.info(), entries
 
     def commit(
@@ -148,8 +145,8 @@ class _Save:
         staging: _Staging,
         written: Sequence[tuple[str, FileInfo, Sequence[Entry]]],
         document: Mapping[str, Any],
-    ) -> Path:
-        """Rank 0: check that all files are here, write the manifest, rename. Local."""
+    ) -> None:
+        """Rank 0: check that all files are here, write the manifest, commit. Local."""
         manifest = Manifest(
             step=self.step,
             chunk_bytes=self.chunk_bytes,
@@ -160,16 +157,35 @@ class _Save:
         )
         try:
             for name, info in manifest.files.items():
-                _refuse_absent(staging.folder / name, info.size)
-            with self.disk.create(staging.folder / MANIFEST) as file:
-                file.write(encode_manifest(manifest))
+                self._refuse_absent(staging.folder / name, info.size)
+            content = encode_manifest(manifest)
+            with self.storage.create(staging.folder / MANIFEST, len(content)) as file:
+                file.write(content)
                 file.sync()
-            self.disk.sync_folder(staging.folder)
-            self.disk.rename(staging.folder, self.target)
-            self.disk.sync_folder(self.target.parent)
+            self.storage.sync_folder(staging.folder)
+            self.storage.commit(staging.folder, self.target)
         except OSError as error:
-            raise _disk_error(error, staging) from error
-        return self.target
+            raise self._refusal(error, staging) from error
+
+    def _refuse_absent(self, path: Place, size: int) -> None:
+        found = self.storage.size(path)
+        if found != size:
+            raise CheckpointError(
+                explain(
+                    f"rank 0 does not see what another rank wrote as {path.name}.",
+                    "no such file" if found is None else f"{found} bytes instead of {size}",
+                    f"put checkpoints where all nodes see the same files ({self.target.parent} is not such a place)",
+                )
+            )
+
+    def _refusal(self, error: OSError, staging: _Staging) -> CheckpointError:
+        found = f"{error.strerror} ({error.filename or staging.folder}); the checkpoint needs {staging.needed} bytes"
+        if staging.free is None:
+            do = "see that the address exists and is reachable, and that its credentials may list, get, put and delete"
+            return CheckpointError(explain("the store refused.", found, do))
+        found += f", {staging.free} were free before it and {self.storage.free_bytes(staging.folder)} are now"
+        do = "make room or name another run.dir; on several nodes it must be a folder that all of them see"
+        return CheckpointError(explain("the disk refused.", found, do))
 
 
 def choose_shards(shards: Sequence[Shard]) -> list[Shard]:
@@ -234,7 +250,7 @@ def _gather_tensors(
 class _SummedFile:
     """Writes through to a file and keeps the crc32 of each chunk of it (zlib's: 6 GiB/s where measured)."""
 
-    def __init__(self, file: DiskFile, chunk_bytes: int) -> None:
+    def __init__(self, file: NewFile, chunk_bytes: int) -> None:
         self._file, self._chunk_bytes = file, chunk_bytes
         self._done: list[int] = []
         self._sum = self._filled = 0
@@ -254,25 +270,3 @@ class _SummedFile:
     def info(self) -> FileInfo:
         size = len(self._done) * self._chunk_bytes + self._filled
         return FileInfo(size, (*self._done, self._sum) if self._filled else tuple(self._done))
-
-
-def _refuse_absent(path: Path, size: int) -> None:
-    found = path.stat().st_size if path.exists() else None
-    if found != size:
-        raise CheckpointError(
-            explain(
-                f"rank 0 does not see what another rank wrote as {path.name}.",
-                "no such file" if found is None else f"{found} bytes instead of {size}",
-                f"put the run's folder on a file system that all nodes share ({path.parent.parent} is not)",
-            )
-        )
-
-
-def _disk_error(error: OSError, staging: _Staging) -> CheckpointError:
-    path = error.filename or staging.folder
-    found = (
-        f"{error.strerror} ({path}); the checkpoint needs {staging.needed} bytes, {staging.free} were free before it"
-        f" and {free_bytes(staging.folder)} are now"
-    )
-    do = "make room or name another run.dir; on several nodes it must be a folder that all of them see"
-    return CheckpointError(explain("the disk refused.", found, do))

@@ -73,7 +73,13 @@ def evaluate_run(*, path: str, overrides: Sequence[str], as_json: bool) -> None:
     checkpoint = open_newest(path)
     config = config_of(checkpoint)
     with TemporaryDirectory() as nowhere, redirect_stdout(sys.stderr):  # what user code prints is no result
-        alone: list[Any] = ["strategy.name=none", "mesh.shard=-1", "checkpoint.resume=auto", ("run.dir", nowhere)]
+        alone: list[Any] = [
+            "strategy.name=none",
+            "mesh.shard=-1",
+            "checkpoint.resume=auto",
+            "checkpoint.storage=null",
+            ("run.dir", nowhere),
+        ]
         if config.model is not None:
             alone.append("model.weights=null")  # the checkpoint has them; those it began with may be gone
         with Engine(load_config(config, [*alone, *overrides])) as engine:

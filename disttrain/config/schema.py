@@ -213,8 +213,10 @@ class CheckpointConfig(Section):
     """Saved `every` steps and at the end, in the `background` if wanted: training then waits for a copy in host memory
     alone. Kept are the newest `keep_last`, those of steps that `keep_every` divides, and the `best`. `only: trainable`
     leaves frozen parameters out. Where a save fails the run may stop, retry (three times) or go_on without it.
-    `resume` is auto, never, or the path of a run or checkpoint to start from."""
+    `resume` is auto, never, or the path of a run or checkpoint to start from. `storage` is an address such as
+    s3://bucket/prefix, or a folder: checkpoints then lie in its RUN_NAME instead of in the run's folder."""
 
+    storage: str | None = None
     every: int | None = Field(None, gt=0)
     background: bool = False
     keep_last: int = Field(2, gt=0)

@@ -16,8 +16,10 @@ from typing import Any
 
 from torch import nn
 
+from disttrain.checkpoint import Place
 from disttrain.config import Config, Target, build_nested, build_target, check_arguments, resolve_target
 from disttrain.config.schema import OptimConfig
+from disttrain.engine.places import checkpoints_of
 from disttrain.errors import ConfigError, explain
 from disttrain.launch.accelerate import unheeded
 from disttrain.logs import room_logger
@@ -54,6 +56,7 @@ class Plan:
     sizes: MeshSizes
     strategy: type[AbstractStrategy]
     folder: Path
+    checkpoints: Place
 
 
 def plan_run(config: Config) -> Plan:
@@ -87,7 +90,8 @@ def plan_run(config: Config) -> Plan:
         target = attrgetter(section)(config) if section == "objective" or config.data is not None else None
         if target is not None:
             resolve_target(target.target, section=section.split(".")[0], folder=config.folder)
-    return Plan(config, launch, device, sizes, strategy, Path(config.run.dir) / config.run.name)
+    folder = Path(config.run.dir) / config.run.name
+    return Plan(config, launch, device, sizes, strategy, folder, checkpoints_of(config))
 
 
 def start_world(plan: Plan) -> World:

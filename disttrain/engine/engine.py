@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from disttrain.checkpoint import Checkpoint
+from disttrain.checkpoint import Checkpoint, Place
 from disttrain.config import Config, load_config
 from disttrain.data import Batches, MicroBatch, StepBatch, align_batches
 from disttrain.engine import build, snapshot
@@ -368,7 +368,7 @@ class Engine:
             raise ConfigError(explain(f"track({name!r})", "a name that the engine uses itself", "take another"))
         self._tracked[name] = Tracked(thing, per_rank)
 
-    def save(self) -> Path | None:
+    def save(self) -> Place | None:
         """Write a checkpoint of this step, unless this step has one; returns when it is durable.
 
         Waits for one that is written in the background. None too where the save failed and `on_failure` is go_on.
@@ -400,7 +400,7 @@ class Engine:
             else:
                 self.record.started(self.progress, self.total_steps, self._prepared)
 
-    def load(self, path: str | Path) -> None:
+    def load(self, path: str | Place) -> None:
         """Everything from a run's newest whole checkpoint, or from the one named; before the loop begins."""
         if self._begun:
             raise ConfigError(
@@ -411,14 +411,14 @@ class Engine:
         self._note_own(found)
 
     def _note_own(self, found: Checkpoint) -> None:
-        if found.path.parent.resolve() == self.record.folder.checkpoints.resolve():
+        if found.path.parent.resolve() == self.record.checkpoints.resolve():
             self._saver.found(self.progress.steps, found.path)
 
-    def load_weights(self, name: str, path: str | Path) -> None:
+    def load_weights(self, name: str, path: str | Place) -> None:
         """Only the weights of one model, from a run's folder or a checkpoint."""
         snapshot.load_weights(self._parts(), name, self.record.open_checkpoint(path))
 
-    def load_for_evaluation(self, name: str, path: str | Path) -> None:
+    def load_for_evaluation(self, name: str, path: str | Place) -> None:
         """What an evaluation of one model needs: its weights, its objective's, and where its draws stand."""
         snapshot.load_for_evaluation(self._parts(), name, self.record.open_checkpoint(path))
 

@@ -7,27 +7,28 @@ from pathlib import Path
 
 from torch import nn
 
-from disttrain.checkpoint import Checkpoint, Shard, SoleRank, newest_whole, whole_shard
+from disttrain.checkpoint import Checkpoint, Place, Shard, SoleRank, newest_whole, place_of, storage_of, whole_shard
 from disttrain.config import Config, load_config
 from disttrain.engine import build
+from disttrain.engine.places import checkpoints_in
 from disttrain.engine.snapshot import others_than, refuse_unknown
 from disttrain.errors import CheckpointError, explain
 from disttrain.model import build_model
 from disttrain.runtime.seeds import restored_generators
 
 
-def open_newest(path: str | Path) -> Checkpoint:
+def open_newest(path: str | Place) -> Checkpoint:
     """The checkpoint at `path`, or the newest whole one of the run whose folder `path` is. Local.
 
     Raises CheckpointError where there is none, with what was found.
     """
-    path = Path(path)
-    if not path.exists():
+    path = place_of(path)
+    if not storage_of(path).taken(path):
         raise CheckpointError(
             explain(f"{path} is to be loaded.", "no such folder", "name a run's folder or a checkpoint")
         )
-    root = path / "checkpoints"
-    if not root.is_dir():
+    root = checkpoints_in(path)
+    if root is None:
         return Checkpoint.open(path)
     found, rejected = newest_whole(root, SoleRank())
     if found is None:
@@ -42,7 +43,7 @@ def config_of(checkpoint: Checkpoint) -> Config:
     return load_config(checkpoint.document["config"], folder=Path(folder) if folder else None)
 
 
-def load(path: str | Path, *, name: str = "model", make_model: Callable[[], nn.Module] | None = None) -> nn.Module:
+def load(path: str | Place, *, name: str = "model", make_model: Callable[[], nn.Module] | None = None) -> nn.Module:
     """The trained module, on the CPU, in evaluation mode, from a run's folder or one checkpoint of any strategy. Local.
 
     `make_model` is needed where the run's model came from Python and not from its config. Raises CheckpointError where

@@ -6,15 +6,16 @@ Rank 0 writes; a verdict that every rank needs is agreed on. Costs nothing on st
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from yaml import YAMLError
 
 from disttrain.checkpoint import (
     Checkpoint,
+    Place,
     newest_whole,
+    refuse_unwritable,
     remove_stale_staging,
     set_aside,
 )
@@ -40,6 +41,7 @@ class Record:
 
     def __init__(self, config: Config, plan: Plan, group: Group) -> None:
         self.folder = RunFolder(plan.folder)
+        self.checkpoints = plan.checkpoints
         self._config, self._plan, self._group = config, plan, group
         self._main = group.rank == 0
         self._every = config.report.every
@@ -115,7 +117,8 @@ class Record:
         return reporter
 
     def _start(self, progress: Progress, total_steps: int | None) -> None:
-        remove_stale_staging(self.folder.checkpoints)
+        refuse_unwritable(self.checkpoints)
+        remove_stale_staging(self.checkpoints)
         moved = self.folder.trim_metrics(progress.steps)
         self.folder.write_config(render_config(self._config))
         self.folder.append_ledger(
@@ -200,7 +203,7 @@ class Record:
 
     # ------------------------------------------------------------------ checkpoints
 
-    def committed(self, step: int, path: Path) -> None:
+    def committed(self, step: int, path: Place) -> None:
         """Tell of a checkpoint that is whole and durable. Local."""
         if self._main and self._reporter is not None:
             self._reporter.checkpoint(step, path)
@@ -212,20 +215,32 @@ class Record:
 
     def find_checkpoint(self) -> Checkpoint | None:
         """The run's own newest whole checkpoint, else that of `checkpoint.resume=PATH`, else None."""
-        found, rejected = newest_whole(self.folder.checkpoints, self._group)
-        for path, reason in rejected if self._main else ():
-            aside = set_aside(path)
-            _log.warning("%s is not whole and was set aside as %s: %s", path.name, aside.name, reason)
-            self.folder.append_ledger("checkpoint_rejected", path=str(path), reason=reason)
+        found, rejected = newest_whole(self.checkpoints, self._group)
+        if rejected:
+            self._group.together(lambda: self._set_aside(rejected) if self._main else None, "setting checkpoints aside")
+        if found is not None and self._config.checkpoint.resume == "never":  # in a storage: the run's folder is new
+            raise CheckpointError(
+                explain(
+                    "checkpoint.resume=never starts from nothing.",
+                    f"{self.checkpoints} holds a run's checkpoints already",
+                    "set another run.name, remove them, or set checkpoint.resume=auto",
+                )
+            )
         if found is None and self._config.checkpoint.resume not in ("auto", "never"):
             return self.open_checkpoint(self._config.checkpoint.resume)
         return found
 
-    def open_checkpoint(self, path: str | Path) -> Checkpoint:
+    def _set_aside(self, rejected: Sequence[tuple[Place, str]]) -> None:
+        for path, reason in rejected:
+            aside = set_aside(path)
+            _log.warning("%s is not whole and was set aside as %s: %s", path.name, aside.name, reason)
+            self.folder.append_ledger("checkpoint_rejected", path=str(path), reason=reason)
+
+    def open_checkpoint(self, path: str | Place) -> Checkpoint:
         """A checkpoint from elsewhere, on every rank."""
         return self._group.together(lambda: open_newest(path), f"opening {path}")
 
-    def resumed(self, progress: Progress, path: Path) -> None:
+    def resumed(self, progress: Progress, path: Place) -> None:
         """Say where the run goes on. Local."""
         _log.info("continues at step %d from %s", progress.steps, path)
 

@@ -6,12 +6,13 @@ loop waits for a copy only; a save that falls due while another is being written
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 import time
 from dataclasses import replace
-from pathlib import Path
 
-from disttrain.checkpoint import Best, Ranks, Retention, SoleRank, StagingBuffer
+from disttrain.checkpoint import Best, Place, Ranks, Retention, SoleRank, StagingBuffer
 from disttrain.config.schema import CheckpointConfig
 from disttrain.engine import snapshot
 from disttrain.engine.record import Record
@@ -24,6 +25,7 @@ _log = room_logger("checkpoint")
 
 _TRIES, _PAUSE_S = 3, 1.0
 """How often `on_failure: retry` tries in all, and the first pause, which doubles."""
+_NICENESS = 10
 _LEAVE_S = 10.0
 """How long a failed run waits for a save in the background: it may be whole in a moment, or its ranks may be gone."""
 
@@ -34,7 +36,7 @@ class Saver:
     def __init__(self, config: CheckpointConfig, record: Record, group: Group) -> None:
         self._config, self._record, self._group = config, record, group
         best = Best(**vars(config.best)) if config.best is not None else None
-        self._retention = Retention(record.folder.checkpoints, config.keep_last, config.keep_every, best)
+        self._retention = Retention(record.checkpoints, config.keep_last, config.keep_every, best)
         self._staging = StagingBuffer()
         self._beside: Ranks | None = None
         self._running: _Background | None = None
@@ -46,13 +48,18 @@ class Saver:
         """Whether this rank knows that a save in the background failed. Local."""
         return self._running is not None and self._running.error is not None
 
-    def found(self, step: int, path: Path) -> None:
+    @property
+    def under_way(self) -> bool:
+        """Whether a save is being written in the background. Local."""
+        return self._running is not None and self._running.is_alive()
+
+    def found(self, step: int, path: Place) -> None:
         """The run goes on from this whole checkpoint of its own. Local."""
         self.saved_at = step
         if self._group.rank == 0:
             self._retention.found_whole(path)
 
-    def save(self, taken: Snapshot, *, last: bool = False) -> Path | None:
+    def save(self, taken: Snapshot, *, last: bool = False) -> Place | None:
         """Write a snapshot and return when it is durable; None where it failed and the run goes on without.
 
         The `last` of a run has nothing to go on to: it raises whatever `on_failure` says.
@@ -70,7 +77,8 @@ class Saver:
     def begin(self, taken: Snapshot) -> None:
         """Copy a snapshot and write it in the background."""
         began = time.monotonic()
-        if self._running is not None and self._running.is_alive():
+        if self.under_way:
+            assert self._running is not None
             _log.info("step %d waits to be saved: step %d is still being written", taken.step, self._running.step)
         self.wait()
         waited = time.monotonic() - began
@@ -113,9 +121,9 @@ class Saver:
                 _log.warning("step %d was still being written and is lost", self._running.step)
             self.settle()
 
-    def _commit(self, taken: Snapshot, ranks: Ranks) -> Path:
+    def _commit(self, taken: Snapshot, ranks: Ranks) -> Place:
         """Write, again if that is the policy; then let go of what need not be kept."""
-        root = self._record.folder.checkpoints
+        root = self._record.checkpoints
         for tried in range(1, _TRIES + 1):
             try:
                 path = snapshot.commit(taken, root, ranks)
@@ -144,11 +152,18 @@ class _Background(threading.Thread):
         super().__init__(name=f"save-{taken.step}", daemon=True)
         self._saver, self._taken, self._ranks = saver, taken, ranks
         self.step = taken.step
-        self.path: Path | None = None
+        self.path: Place | None = None
         self.error: Exception | None = None
 
     def run(self) -> None:
+        _give_way()
         try:
             self.path = self._saver._commit(self._taken, self._ranks)
         except Exception as error:  # noqa: BLE001 - raised in the loop's thread, by `wait`
             self.error = error
+
+
+def _give_way() -> None:
+    """Let training have the processor first. On Linux priorities are a thread's own; elsewhere they stay."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)

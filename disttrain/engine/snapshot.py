@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from disttrain.checkpoint import Checkpoint, Ranks, Shard, save_checkpoint
+from disttrain.checkpoint import Checkpoint, PlaceT, Ranks, Shard, save_checkpoint
 from disttrain.config import Config
 from disttrain.engine.base import Base
 from disttrain.engine.buffers import share_buffers
@@ -96,7 +95,7 @@ def take(parts: Parts, progress: Progress, evaluation: Mapping[str, float]) -> S
     return Snapshot(progress.steps, shards, document, frozenset(_trained(parts.prepared)))
 
 
-def commit(snapshot: Snapshot, root: Path, ranks: Ranks) -> Path:
+def commit(snapshot: Snapshot, root: PlaceT, ranks: Ranks) -> PlaceT:
     """Write a snapshot as a checkpoint; returns its folder. Collective over `ranks`; any thread may do it.
 
     Raises TrainingError on every rank where weights are not finite: such a checkpoint would end every resume.

@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, TextIO
 
 from disttrain.errors import CheckpointError
@@ -68,7 +67,7 @@ class Reporter:
         self._track(step, values)
         self._display.say(f"step {step}  " + "  ".join(f"{key} {value:.4f}" for key, value in values.items()))
 
-    def checkpoint(self, step: int, path: Path) -> None:
+    def checkpoint(self, step: int, path: object) -> None:
         """A checkpoint was committed."""
         if self._folder is None:
             return

@@ -10,6 +10,7 @@ from typing import Any
 APART: tuple[Any, ...] = (
     "checkpoint.resume=never",
     "checkpoint.every=null",
+    "checkpoint.storage=null",
     "checkpoint.at_end=false",
     "report.every=1",
     "report.trackers=[]",

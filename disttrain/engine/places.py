@@ -1,0 +1,48 @@
+"""Where a run's checkpoints lie: in its folder, or in `checkpoint.storage`. The one place that says so."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from yaml import YAMLError
+
+from disttrain.checkpoint import Address, Place, address_fault, holds_checkpoints, place_of
+from disttrain.config import Config, parse_value
+from disttrain.errors import ConfigError, explain
+from disttrain.report import RunFolder
+
+
+def checkpoints_of(config: Config) -> Place:
+    """The folder of the run's checkpoints. Touches neither disk nor network; ConfigError for an unusable storage."""
+    storage = config.checkpoint.storage
+    if storage is None:
+        return RunFolder(Path(config.run.dir) / config.run.name).checkpoints
+    place = place_of(storage)
+    fault = address_fault(place) if isinstance(place, Address) else _path_fault(storage)
+    if fault:
+        raise ConfigError(explain(f"checkpoint.storage={storage} is to hold the run's checkpoints.", *fault))
+    return place / config.run.name
+
+
+def _path_fault(storage: str) -> tuple[str, str] | None:
+    protocol, colon, rest = storage.partition(":")
+    if colon and rest.startswith("/") and "/" not in protocol:
+        return "a path that begins like an address", f"write {protocol}://{rest.lstrip('/')}"
+    return None if storage else ("an empty name", "name an address or a folder, or take the line out")
+
+
+def checkpoints_in(place: Place) -> Place | None:
+    """The folder of checkpoints that belongs to the run at `place`; None where no run is there."""
+    if isinstance(place, Address):
+        return place if holds_checkpoints(place) else None
+    folder = RunFolder(place)
+    if folder.checkpoints.is_dir():
+        return folder.checkpoints
+    try:
+        config = parse_value(folder.config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, YAMLError):  # no run's folder: what it is, its reader will say
+        return None
+    section = config.get("checkpoint") if isinstance(config, Mapping) else None
+    storage = section.get("storage") if isinstance(section, Mapping) else None
+    return place_of(storage) / config["run"]["name"] if isinstance(storage, str) else None
