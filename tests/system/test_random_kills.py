@@ -199,7 +199,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def judge(found: Hunt, kills: int) -> None:
     print(
         f"\n{found.kills} kills ({dict(found.victims)}), {found.finished} runs ended bit-equal; "
-        f"steps computed again: {dict(sorted(Counter(found.lost).items()))}"
+        f"steps computed again: {dict(sorted(Counter(found.lost).items()))}",
+        flush=True,
     )
     assert found.kills == kills
     assert found.finished >= 1
@@ -214,7 +215,8 @@ def test_twenty_kills_while_saving_in_the_background(name: str, seed: int, run: 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
-@pytest.mark.parametrize(("name", "seed"), [("ddp", 3), ("fsdp", 4)])
-def test_two_hundred_kills_while_saving_in_the_background(name: str, seed: int, run: Path) -> None:
-    judge(hunt(run, STRATEGIES[name], random.Random(seed), 100), 100)
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("seed", range(3, 13))
+def test_two_hundred_kills_while_saving_in_the_background(seed: int, run: Path) -> None:
+    """Ten rounds of twenty."""
+    judge(hunt(run, STRATEGIES["ddp" if seed % 2 else "fsdp"], random.Random(seed), 20), 20)
