@@ -15,6 +15,7 @@ STARTED_BY = {
     "checkpoint-commands.md": "test_checkpoint_page.py",
     "parity.md": "test_parity.py",
     "plugins.md": "test_plugin.py",
+    "checkpoint-proof.md": "../contract/test_checkpoint_matrix.py",
     "configuration.md": "test_readme.py",
     "contract.md": "../contract/test_strategies.py",
     "hardware.md": "test_gpu.py",
