@@ -324,6 +324,8 @@ def test_a_run_goes_on_from_the_store_alone_with_the_numbers_of_one_that_never_s
     start = ["run.name=next", f"model.weights={there}", f"checkpoint.resume={there}", "run.steps=9"]
     assert run_world(1, train, endpoint, str(folder), start) == [0]
     assert list(losses(folder, "next")) == [9]
+    assert run_world(1, train, endpoint, str(folder), ["run.steps=9"]) == [5]  # it would find none in its folder
+    assert list(losses(folder)) == [6, 7, 8]
     never = [*stored, "checkpoint.resume=never", "run.dir=elsewhere"]
     assert run_world(1, train, endpoint, str(folder), never) == [5]
 
