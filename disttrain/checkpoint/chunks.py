@@ -81,14 +81,17 @@ def read_manifest_bytes(folder: Path) -> bytes:
         return file.read()
 
 
+_CONVERTER = "; disttrain ckpt convert PATH TARGET makes a checkpoint of it"
+
+
 def whose_folder(names: Sequence[str]) -> str:
     """What a folder without a manifest holds, in words."""
     if not names:
         return "an empty folder"
     if ".metadata" in names:
-        return "a torch distributed checkpoint (.metadata), which is a pickle and is not read"
+        return f"a torch distributed checkpoint (.metadata), which is a pickle and is not read{_CONVERTER}"
     if any(name.startswith(("zero_", "mp_rank_")) or name == "latest" for name in names):
-        return "a DeepSpeed checkpoint, which is a pickle and is not read"
+        return f"a DeepSpeed checkpoint, which is a pickle and is not read{_CONVERTER}"
     return f"no {MANIFEST} among {', '.join(names[:5])}"
 
 

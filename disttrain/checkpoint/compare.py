@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from disttrain.checkpoint.boxes import Box, flat_range_to_boxes
-from disttrain.checkpoint.manifest import StoredBox, TensorInfo
-from disttrain.checkpoint.reader import Checkpoint
+from disttrain.checkpoint.manifest import TensorInfo
+from disttrain.checkpoint.reader import Checkpoint, PlacedBox
 from disttrain.checkpoint.shards import Shard
 
 BATCH_BYTES = 64 * 2**20
@@ -137,7 +137,7 @@ class _Piece:
 def _batches(a: Checkpoint, names: Sequence[str], batch_bytes: int) -> Iterator[list[_Piece]]:
     """The tensors in the order in which they lie in the first checkpoint, as much at once as may be held."""
     places = sorted(
-        ((stored.file, stored.start, name, stored) for name in names for stored in a.tensors[name].boxes),
+        ((stored.file, stored.start, name, stored) for name in names for stored in a.located(name)),
         key=lambda place: place[:3],
     )
     batch: list[_Piece] = []
@@ -153,7 +153,7 @@ def _batches(a: Checkpoint, names: Sequence[str], batch_bytes: int) -> Iterator[
         yield batch
 
 
-def _pieces(name: str, stored: StoredBox, dtype: torch.dtype, chunk_bytes: int, most: int) -> Iterator[_Piece]:
+def _pieces(name: str, stored: PlacedBox, dtype: torch.dtype, chunk_bytes: int, most: int) -> Iterator[_Piece]:
     """A stored box, cut where it is more than may be held: at the ends of chunks, so that none is read twice."""
     item, numel = dtype.itemsize, stored.box.numel
     begin = 0

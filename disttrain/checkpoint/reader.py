@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +23,15 @@ from disttrain.checkpoint.manifest import MANIFEST, Manifest, StoredBox, TensorI
 from disttrain.checkpoint.shards import Shard, refuse_bad_shards
 from disttrain.checkpoint.storage import Storage, storage_of
 from disttrain.errors import CheckpointError, explain
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedBox:
+    """A stored box, with the first byte of its row-major bytes in the file."""
+
+    box: Box
+    file: str
+    start: int
 
 
 @dataclass(frozen=True)
@@ -111,7 +120,7 @@ class Checkpoint:
             self._fill(file, own)
         return differences
 
-    def located(self, name: str, box: Box | None = None) -> list[StoredBox]:
+    def located(self, name: str, box: Box | None = None) -> list[PlacedBox]:
         """A tensor's stored boxes, or those that meet a box, with their first bytes. Reads headers. Local."""
         info = self.tensors[name]
         return [self._locate(name, info, one) for one in (info.boxes if box is None else info.meeting(box))]
@@ -174,16 +183,16 @@ class Checkpoint:
             if info is None:
                 continue
             for stored in self.located(shard.name, shard.box):
-                assert stored.start is not None  # it was located
                 job = _Job(stored.box, stored.start, info.dtype, shard.box, shard.tensor.detach())
                 jobs[stored.file].append(job)
         return {file: sorted(own, key=lambda job: job.start) for file, own in sorted(jobs.items())}
 
-    def _locate(self, name: str, info: TensorInfo, stored: StoredBox) -> StoredBox:
+    def _locate(self, name: str, info: TensorInfo, stored: StoredBox) -> PlacedBox:
         if stored.start is not None:
-            return stored
+            return PlacedBox(stored.box, stored.file, stored.start)
         try:
-            return replace(stored, start=self._header(stored.file).start(name, info.shape, info.dtype, stored.box))
+            start = self._header(stored.file).start(name, info.shape, info.dtype, stored.box)
+            return PlacedBox(stored.box, stored.file, start)
         except (ValueError, KeyError, TypeError) as error:
             raise self._damaged([f"the header of {stored.file} does not fit the manifest: {error}"]) from None
 

@@ -108,7 +108,6 @@ def _tensor(info: TensorInfo) -> dict[str, Any]:
             "sizes": list(stored.box.sizes),
             "file": stored.file,
             "rank": int(match.group(1)) if (match := _RANK.fullmatch(stored.file)) else None,
-            "start": stored.start,
             "bytes": stored.box.numel * item,
         }
         for stored in info.boxes
@@ -162,7 +161,7 @@ def _box_lines(one: Mapping[str, Any]) -> list[str]:
     for box in one["boxes"]:
         spans = zip(box["offsets"], box["sizes"], strict=True)
         place = ",".join(f"{offset}:{offset + size}" for offset, size in spans)
-        lines.append(f"    [{place}] {size_text(box['bytes'])} at byte {box['start']} of {box['file']}")
+        lines.append(f"    [{place}] {size_text(box['bytes'])} in {box['file']}")
     return lines
 
 

@@ -62,10 +62,12 @@ class RunConfig(Section):
 
 
 class ModelConfig(Target):
-    """`weights` is a run or checkpoint whose weights to start from. With `sync_batch_norm` batch norms take their
-    statistics over the micro-batches of all ranks."""
+    """`weights` is a run, a checkpoint or a file or folder of weights to start from; without `weights_strict` names may
+    be missing there, or more than the model's. With `sync_batch_norm` batch norms take their statistics over the
+    micro-batches of all ranks."""
 
     weights: str | None = None
+    weights_strict: bool = True
     sync_batch_norm: bool = False
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from disttrain.checkpoint import Checkpoint, Place
+from disttrain.checkpoint import Checkpoint, Differences, Place
 from disttrain.config import Config, load_config
 from disttrain.data import Batches, MicroBatch, StepBatch, align_batches
 from disttrain.engine import build, snapshot
@@ -143,7 +143,7 @@ class Engine:
         prepared = self.strategy.prepare(ingredients)
         self._prepared[name] = prepared
         if make_model is None and self.config.model is not None and self.config.model.weights:
-            self.load_weights(name, self.config.model.weights)
+            self.load_weights(name, self.config.model.weights, strict=self.config.model.weights_strict)
         return prepared.model
 
     def _configured(self, name: str, objective: Any) -> Ingredients:
@@ -414,9 +414,23 @@ class Engine:
         if found.path.parent.resolve() == self.record.checkpoints.resolve():
             self._saver.found(self.progress.steps, found.path)
 
-    def load_weights(self, name: str, path: str | Place) -> None:
-        """Only the weights of one model, from a run's folder or a checkpoint."""
-        snapshot.load_weights(self._parts(), name, self.record.open_checkpoint(path))
+    def load_weights(
+        self,
+        name: str,
+        path: str | Place,
+        *,
+        strict: bool = True,
+        only: Sequence[str] = (),
+        rename: Callable[[str], str] | None = None,
+    ) -> Differences:
+        """Only the weights of one model, from a run, a checkpoint, or weights of any format in docs/checkpoint-formats.
+
+        `only` are glob patterns of the model's names: others keep their values. `rename` makes the model's name of a
+        stored one. Without `strict`, missing and unexpected names are logged and returned, not refused.
+        """
+        found = snapshot.load_weights(self._parts(), name, path, strict=strict, only=only, rename=rename)
+        self.record.weights_loaded(path, found)
+        return found
 
     def load_for_evaluation(self, name: str, path: str | Place) -> None:
         """What an evaluation of one model needs: its weights, its objective's, and where its draws stand."""

@@ -1,4 +1,4 @@
-"""`disttrain.load`: a trained model on one process, from any strategy's checkpoint, without a process group."""
+"""`disttrain.load`: a trained model on one process, from weights of any format, without a process group."""
 
 from __future__ import annotations
 
@@ -7,61 +7,71 @@ from pathlib import Path
 
 from torch import nn
 
-from disttrain.checkpoint import Checkpoint, Place, Shard, SoleRank, newest_whole, place_of, storage_of, whole_shard
+from disttrain.checkpoint import Checkpoint, Place, Shard, whole_shard
+from disttrain.checkpoint.formats import NativeWeights, load_weights_into
 from disttrain.config import Config, load_config
 from disttrain.engine import build
-from disttrain.engine.places import checkpoints_in
-from disttrain.engine.snapshot import others_than, refuse_unknown
+from disttrain.engine.opening import open_any, open_newest
+from disttrain.engine.snapshot import other_names
 from disttrain.errors import CheckpointError, explain
 from disttrain.model import build_model
 from disttrain.runtime.seeds import restored_generators
 
-
-def open_newest(path: str | Place) -> Checkpoint:
-    """The checkpoint at `path`, or the newest whole one of the run whose folder `path` is. Local.
-
-    Raises CheckpointError where there is none, with what was found.
-    """
-    path = place_of(path)
-    if not storage_of(path).taken(path):
-        raise CheckpointError(
-            explain(f"{path} is to be loaded.", "no such folder", "name a run's folder or a checkpoint")
-        )
-    root = checkpoints_in(path)
-    if root is None:
-        return Checkpoint.open(path)
-    found, rejected = newest_whole(root, SoleRank())
-    if found is None:
-        reasons = "; ".join(f"{one.name}: {reason}" for one, reason in rejected) or "no committed checkpoint"
-        raise CheckpointError(explain(f"{path} is to be loaded.", reasons, "train it first, or name another run"))
-    return found
+__all__ = ["config_of", "load", "open_newest"]
 
 
 def config_of(checkpoint: Checkpoint) -> Config:
-    """The config that a checkpoint was written under; import paths resolve as they did then. Local."""
-    folder = checkpoint.document.get("folder")
-    return load_config(checkpoint.document["config"], folder=Path(folder) if folder else None)
+    """The config that a checkpoint was written under; import paths resolve as they did then. Local.
+
+    Raises CheckpointError where it was converted from another library's, which knows none.
+    """
+    document = checkpoint.document
+    if not document.get("config"):
+        origin = document.get("imported", {}).get("from", "a script")
+        raise CheckpointError(
+            explain(
+                f"The config of {checkpoint.path} is to say what to build.",
+                f"none in it: it came from {origin}",
+                "bring the model yourself: disttrain.load(path, make_model=...), or a config with model.weights",
+            )
+        )
+    folder = document.get("folder")
+    return load_config(document["config"], folder=Path(folder) if folder else None)
 
 
 def load(path: str | Place, *, name: str = "model", make_model: Callable[[], nn.Module] | None = None) -> nn.Module:
-    """The trained module, on the CPU, in evaluation mode, from a run's folder or one checkpoint of any strategy. Local.
+    """The trained module, on the CPU, in evaluation mode. Local.
 
-    `make_model` is needed where the run's model came from Python and not from its config. Raises CheckpointError where
+    `path` is a run's folder, one checkpoint of any strategy, a Hugging Face folder, a safetensors file, a file of
+    torch.save, or a checkpoint of torch DCP or DeepSpeed. `make_model` is needed where no config says what to build:
+    for all but a run and its checkpoints, and where the run's model came from Python. Raises CheckpointError where
     names or shapes differ.
     """
-    checkpoint = open_newest(path)
-    refuse_unknown(checkpoint, name)
+    weights = open_any(path, name)
+    if make_model is None and isinstance(weights, NativeWeights):
+        make_model = configured_model(weights.checkpoint)
     if make_model is None:
-        config = config_of(checkpoint)
-        if config.model is None:
-            raise CheckpointError(
-                explain(f"The model of {path} is to be built.", "a config without a model", "pass make_model=")
+        raise CheckpointError(
+            explain(
+                f"The model of {path} is to be built.",
+                "weights, and no config that says of what",
+                "pass make_model=, a function that returns the module",
             )
-        make_model = build.model_factory(config)
+        )
     with restored_generators():  # the caller's own draws go on as if nothing had been built
         model = build_model(make_model, seed=0, meta=False)
-    checkpoint.load_into(_shards(model, name), ignore=others_than(checkpoint, name))
+    load_weights_into(weights, _shards(model, name), owner=name, aliases=other_names(model))
     return model.eval()
+
+
+def configured_model(checkpoint: Checkpoint) -> Callable[[], nn.Module]:
+    """What builds the model of the checkpoint's own config. Local; CheckpointError where it names none."""
+    config = config_of(checkpoint)
+    if config.model is None:
+        raise CheckpointError(
+            explain(f"The model of {checkpoint.path} is to be built.", "a config without a model", "pass make_model=")
+        )
+    return build.model_factory(config)
 
 
 def _shards(model: nn.Module, name: str) -> list[Shard]:

@@ -13,6 +13,7 @@ from yaml import YAMLError
 
 from disttrain.checkpoint import (
     Checkpoint,
+    Differences,
     Place,
     newest_whole,
     refuse_unwritable,
@@ -241,6 +242,13 @@ class Record:
     def open_checkpoint(self, path: str | Place) -> Checkpoint:
         """A checkpoint from elsewhere, on every rank."""
         return self._group.together(lambda: open_newest(path), f"opening {path}")
+
+    def weights_loaded(self, path: str | Place, differences: Differences) -> None:
+        """Say what a load without `strict` left as it was. Local."""
+        for title, names in (("missing", differences.missing), ("unexpected", differences.unexpected)):
+            if names and self._main:
+                more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+                _log.warning("%s: %s: %s%s", path, title, ", ".join(names[:10]), more)
 
     def resumed(self, progress: Progress, path: Place) -> None:
         """Say where the run goes on. Local."""

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from disttrain.checkpoint import Checkpoint, PlaceT, Ranks, Shard, save_checkpoint
+from disttrain.checkpoint import Checkpoint, Differences, Place, PlaceT, Ranks, Shard, save_checkpoint
+from disttrain.checkpoint.formats import Rename, load_weights_into
 from disttrain.config import Config
 from disttrain.engine.base import Base
 from disttrain.engine.buffers import share_buffers
+from disttrain.engine.opening import open_any, refuse_unknown
 from disttrain.engine.random_state import random_shards, restore_random
 from disttrain.engine.state import (
     optimizer_document,
@@ -192,7 +194,10 @@ def _check_base(parts: Parts, checkpoint: Checkpoint) -> None:
 
 
 def _restore(parts: Parts, checkpoint: Checkpoint) -> None:
-    refuse_another_run(str(checkpoint.path), checkpoint.document["config"], parts.config.to_dict())
+    if "imported" in checkpoint.document:  # what came from another library knows no config
+        _refuse_weights_alone(checkpoint)
+    else:
+        refuse_another_run(str(checkpoint.path), checkpoint.document["config"], parts.config.to_dict())
     try:
         _put_back(parts, checkpoint)
     except (OSError, KeyError, ValueError) as error:
@@ -203,6 +208,17 @@ def _restore(parts: Parts, checkpoint: Checkpoint) -> None:
                 "remove or repair it: the run then goes on from the one before",
             )
         ) from error
+
+
+def _refuse_weights_alone(checkpoint: Checkpoint) -> None:
+    if not checkpoint.document["optim"]:
+        raise CheckpointError(
+            explain(
+                f"{checkpoint.path} is to be continued.",
+                "weights alone, converted from another library's",
+                f"start from them: model.weights={checkpoint.path}",
+            )
+        )
 
 
 def _put_back(parts: Parts, checkpoint: Checkpoint) -> None:
@@ -222,7 +238,7 @@ def _put_back(parts: Parts, checkpoint: Checkpoint) -> None:
     shards = [shard for shard in shards if shard.name not in document.get("base", ())]
     checkpoint.load_into(shards, ignore={name for name in checkpoint.tensors if name.startswith("user/")})
     now, then = parts.config.to_dict(), document["config"]
-    same = all(now.get(section) == then.get(section) for section in ("optim", "schedule"))
+    same = "imported" not in document and all(now.get(key) == then.get(key) for key in ("optim", "schedule"))
     for name, prepared in parts.prepared.items():
         restore_optimizer(prepared, document["optim"][name], same_settings=same)
     for name, tracked in parts.tracked.items():
@@ -260,9 +276,37 @@ def others_than(checkpoint: Checkpoint, name: str) -> set[str]:
     return {stored for stored in checkpoint.tensors if not stored.startswith(f"model/{name}/")}
 
 
-def load_weights(parts: Parts, name: str, checkpoint: Checkpoint) -> None:
-    """Only the model's own tensors, from a checkpoint of any strategy."""
-    _load(parts, name, checkpoint, lambda shard: shard.name.startswith("model/"))
+def load_weights(
+    parts: Parts, name: str, path: str | Place, *, strict: bool, only: Sequence[str], rename: Rename | None
+) -> Differences:
+    """Only the model's own tensors, from any format that `open_weights` knows; each rank reads its boxes."""
+    prepared = parts.prepared[name]
+
+    def fill() -> Differences:
+        shards = [shard for shard in parts.strategy.shards(prepared) if shard.name.startswith(f"model/{name}/")]
+        return load_weights_into(
+            open_any(path, name),
+            shards,
+            owner=name,
+            aliases=other_names(prepared.model),
+            strict=strict,
+            only=only,
+            rename=rename,
+            do="use the model these weights are of; where some are to differ, set model.weights_strict=false, or call "
+            "engine.load_weights with strict=False, only=[...] or rename=",
+        )
+
+    differences = parts.world.group.together(fill, f"loading weights from {path}")
+    parts.strategy.loaded(prepared)
+    return differences
+
+
+def other_names(model: nn.Module) -> dict[str, str]:
+    """Further names of tied parameters, to the first, which is the canonical one. Local."""
+    first: dict[int, str] = {}
+    named = model.named_parameters(remove_duplicate=False)
+    pairs = [(name, first.setdefault(id(parameter), name)) for name, parameter in named]
+    return {name: canonical for name, canonical in pairs if name != canonical}
 
 
 def load_for_evaluation(parts: Parts, name: str, checkpoint: Checkpoint) -> None:
@@ -274,19 +318,6 @@ def load_for_evaluation(parts: Parts, name: str, checkpoint: Checkpoint) -> None
     refuse_unknown(checkpoint, name)
     _load(parts, name, checkpoint, lambda shard: True)
     parts.prepared[name].updates = int(checkpoint.document["optim"][name]["updates"])  # what draws are keyed by
-
-
-def refuse_unknown(checkpoint: Checkpoint, name: str) -> None:
-    """Raise CheckpointError where the checkpoint knows no prepared model of that name. Local."""
-    known = list(checkpoint.document.get("optim", ()))
-    if known and name not in known:
-        raise CheckpointError(
-            explain(
-                f"The model {name!r} of {checkpoint.path} is to be loaded.",
-                f"models prepared as {', '.join(known)}",
-                f"name one of them: disttrain.load(path, name={known[0]!r})",
-            )
-        )
 
 
 def _load(parts: Parts, name: str, checkpoint: Checkpoint, wanted: Callable[[Shard], bool]) -> None:

@@ -18,14 +18,15 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from disttrain.checkpoint import whole_shard
+from disttrain.checkpoint.formats import load_weights_into
 from disttrain.config import Config
 from disttrain.data import Batches, MicroBatch
 from disttrain.data.batches import is_stream
 from disttrain.engine import build
-from disttrain.engine.loading import open_newest
+from disttrain.engine.opening import open_any
 from disttrain.engine.parity.quiet import batch_norms, silence
 from disttrain.engine.parity.recorded import Recorder
-from disttrain.engine.snapshot import others_than
+from disttrain.engine.snapshot import other_names
 from disttrain.engine.transfer import to_device
 from disttrain.model import build_model
 from disttrain.objective import Objective
@@ -87,17 +88,18 @@ def build_plain(config: Config, world: World) -> Plain:
         objective.module.to(device=world.device, dtype=world.dtype)
     model = build_model(build.model_factory(config), seed=config.run.seed, meta=False)
     if config.model is not None and config.model.weights:
-        _load_weights(model, config.model.weights)
+        _load_weights(model, config.model.weights, strict=config.model.weights_strict)
     model.to(device=world.device, dtype=world.dtype if world.dtype != torch.float32 else None)
     prepared = Prepared(NAME, model, objective.module)
     prepared.named = name_parameters(model, objective.module)
     return Plain(config, world, dataset, objective, prepared)
 
 
-def _load_weights(model: nn.Module, path: str) -> None:
-    checkpoint = open_newest(path)
-    shards = [whole_shard(f"model/{NAME}/{key}", value.detach()) for key, value in model.state_dict().items()]
-    checkpoint.load_into(shards, ignore=others_than(checkpoint, NAME))
+def _load_weights(model: nn.Module, path: str, *, strict: bool) -> None:
+    ties = other_names(model)
+    state = {key: value for key, value in model.state_dict().items() if key not in ties}
+    shards = [whole_shard(f"model/{NAME}/{key}", value.detach()) for key, value in state.items()]
+    load_weights_into(open_any(path, NAME), shards, owner=NAME, aliases=ties, strict=strict)
 
 
 def _as_wide(micro: MicroBatch, dtype: torch.dtype) -> MicroBatch:

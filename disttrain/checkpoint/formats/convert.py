@@ -1,0 +1,133 @@
+"""From one format to another: staged under another name, synced, one rename; never into a name that is taken."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from disttrain.checkpoint.disk import Disk
+from disttrain.checkpoint.folder import STAGING
+from disttrain.checkpoint.formats.huggingface import SHARD_BYTES, write_folder, write_safetensors
+from disttrain.checkpoint.formats.registry import carries_state, open_weights, read_state
+from disttrain.checkpoint.formats.state import ForeignState
+from disttrain.checkpoint.formats.torch_file import TorchWeights, write_torch
+from disttrain.checkpoint.formats.weights import Weights
+from disttrain.checkpoint.save import save_checkpoint
+from disttrain.checkpoint.shards import Shard, SoleRank, whole_shard
+from disttrain.errors import CheckpointError, explain
+
+EXPORTS = ("huggingface", "safetensors", "torch")
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What the model itself can tell: texts of a Hugging Face folder by file, further names of tied weights."""
+
+    texts: Mapping[str, str] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What was written where, and in words what was found and is not in it."""
+
+    path: Path
+    tensors: int
+    left_out: tuple[str, ...] = ()
+
+
+def export_weights(
+    weights: Weights,
+    target: Path,
+    to: str,
+    *,
+    extras: Extras | None = None,
+    disk: Disk | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Converted:
+    """Write one model's weights as `to`, one of EXPORTS. Holds one tensor at a time. Local; raises CheckpointError."""
+    disk, extras = disk or Disk(), extras or Extras()
+
+    def write(staging: Path) -> None:
+        if to == "huggingface":
+            disk.make_folder(staging)
+            write_folder(weights, staging, disk, extra=extras.texts, shard_bytes=shard_bytes)
+        elif to == "safetensors":
+            write_safetensors(weights, list(weights.tensors), staging, disk)
+        else:
+            write_torch(weights, staging, extras.aliases)
+
+    _staged(target, disk, write)
+    return Converted(target, len(weights.tensors))
+
+
+def import_checkpoint(source: Path, target: Path, *, owner: str = "model", disk: Disk | None = None) -> Converted:
+    """Make `target` a disttrain checkpoint of what `source` holds, under the name `owner`. Local; CheckpointError.
+
+    With optimizer state where the source has it by name; weights alone otherwise. Tensors stay in the source's mapped
+    files until they are written.
+    """
+    disk = disk or Disk()
+    state = read_state(source, owner) if carries_state(source) else _of_weights(source, owner)
+    document = _document(state, owner)
+
+    def write(staging: Path) -> None:
+        root = staging.with_name(f"{staging.name}-import")
+        try:
+            disk.rename(save_checkpoint(root, state.steps, state.shards, document, SoleRank(), disk=disk), staging)
+        finally:
+            disk.remove_tree(root)
+
+    _staged(target, disk, write)
+    told = [f"{alias} is another name of {name}" for alias, name in state.ties.items()]
+    return Converted(target, len({shard.name for shard in state.shards}), (*told, *state.left_out))
+
+
+def _of_weights(source: Path, owner: str) -> ForeignState:
+    weights = open_weights(source, owner)
+    ties = weights.ties() if isinstance(weights, TorchWeights) else {}
+    shards: list[Shard] = [
+        whole_shard(f"model/{owner}/{name}", weights.whole(name)) for name in weights.tensors if name not in ties
+    ]
+    return ForeignState(source, "weights", tuple(shards), ties=ties)
+
+
+def _document(state: ForeignState, owner: str) -> dict[str, Any]:
+    """What the engine reads of a checkpoint. Without a config: whoever loads it brings the model and all settings."""
+    schedule = {"last_epoch": state.steps, "_step_count": state.steps + 1}
+    optimizer: dict[str, Any] = {"updates": state.steps, "optimizer": None, "groups": [], "schedule": schedule}
+    trained = any(shard.name.startswith("optim/") for shard in state.shards)
+    return {
+        "progress": {"steps": state.steps, "samples": state.samples, "tokens": 0, "skipped": 0, "positions": {}},
+        "config": {},
+        "imported": {"from": state.kind, "path": str(state.path), "left_out": list(state.left_out)},
+        "optim": {owner: optimizer} if trained else {},
+        "user": {},
+        "writer": {"strategy": state.kind, "mesh": {}},
+    }
+
+
+def _staged(target: Path, disk: Disk, write: Callable[[Path], None]) -> None:
+    """`write(path)` makes and syncs a file or folder beside `target`, which then gets its name. Leaves nothing else."""
+    if os.path.lexists(target):
+        raise CheckpointError(explain("nothing is overwritten.", f"{target} exists already", "name another target"))
+    staging = target.with_name(f"{STAGING}{target.name}-{secrets.token_hex(4)}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write(staging)
+        disk.rename(staging, target)
+        disk.sync_folder(target.parent)
+    except OSError as error:
+        found = f"{error.strerror or error} ({error.filename or staging})"
+        raise CheckpointError(
+            explain(f"{target} could not be written.", found, "make room, or write elsewhere")
+        ) from error
+    finally:
+        if staging.is_dir():
+            disk.remove_tree(staging)
+        else:
+            staging.unlink(missing_ok=True)

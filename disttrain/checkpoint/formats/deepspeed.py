@@ -1,0 +1,276 @@
+"""A DeepSpeed checkpoint of ZeRO stage 1, 2 or 3: float32 masters and optimizer state, out of flat partitions.
+
+Each rank's `*_optim_states.pt` holds, a parameter group, one flat partition of the masters and of each kind of state.
+Stages 1 and 2 cut a group's parameters laid end to end, and each file says which of them lie where in its part
+(`param_slice_mappings`). Stage 3 cuts every parameter into equal padded ranges, laid end to end in each rank's flat
+tensors. (Layout: deepspeed 0.19, runtime/zero/stage_1_and_2.py, stage3.py and utils/zero_to_fp32.py.)
+Imports no deepspeed. Files are read by a restricted loader; beside tensors and plain values it knows ALLOWED.
+Refuses model and pipeline parallelism, experts and what else has another layout.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from disttrain.checkpoint.boxes import flat_range_to_boxes
+from disttrain.checkpoint.formats.restricted import load_torch_file, record_class
+from disttrain.checkpoint.formats.state import ForeignState, optimizer_shard
+from disttrain.checkpoint.shards import Shard, whole_shard
+from disttrain.errors import CheckpointError, explain
+
+KIND = "a DeepSpeed checkpoint"
+
+ALLOWED: dict[str, Any] = {
+    "deepspeed.runtime.zero.config.ZeroStageEnum": int,
+    **{
+        f"deepspeed.{where}.{name}": record_class(name)
+        for where, name in (
+            ("utils.tensor_fragment", "fragment_address"),
+            ("runtime.fp16.loss_scaler", "LossScaler"),
+            ("runtime.fp16.loss_scaler", "DynamicLossScaler"),
+        )
+    },
+}
+"""What a DeepSpeed file may name beside tensors and plain values; each is a number or a record of its fields."""
+
+_OPTIMIZER_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
+_MODEL_FILE = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
+_TAG = re.compile(r"[^/\0]{1,250}")
+
+
+def looks_like(names: Sequence[str]) -> bool:
+    """Whether a folder with these names is one, or holds some by their tags. Pure."""
+    return "latest" in names or any(_OPTIMIZER_FILE.fullmatch(name) or _MODEL_FILE.fullmatch(name) for name in names)
+
+
+def read_deepspeed(path: Path, owner: str) -> ForeignState:
+    """The state of the checkpoint in `path`, or of the newest that its `latest` names. Local; CheckpointError."""
+    folder = _tagged(path)
+    try:
+        return _read(folder, owner)
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError, OSError, RuntimeError) as error:
+        found = f"{type(error).__name__}: {error}"
+        raise _refusal(folder, found, "it is damaged, or of a version not known here (known is 0.19)") from error
+
+
+@dataclass(frozen=True)
+class _Range:
+    """Elements `start` to `start + count` of a flat parameter lie at `place` of flat tensor `group` of `rank`."""
+
+    rank: int
+    group: int
+    place: int
+    start: int
+    count: int
+
+
+def _read(folder: Path, owner: str) -> ForeignState:
+    models, optimizers = _files(folder)
+    first = load_torch_file(models[0], ALLOWED)
+    held = [load_torch_file(file, ALLOWED)["optimizer_state_dict"] for file in optimizers]
+    stage = int(held[0]["zero_stage"])
+    _refuse_other_counts(folder, held, len(optimizers))
+    shapes: list[dict[str, torch.Size]] = [dict(group) for group in first["param_shapes"]]
+    if stage == 3:
+        masters = [list(one["fp32_flat_groups"]) for one in held]
+        ranges = _equal_ranges(folder, shapes, masters)
+        bases = [one["optimizer_state_dict"] for one in held]
+    else:
+        masters = [list(one["single_partition_of_fp32_groups"]) for one in held]
+        ranges = _sliced_ranges(folder, shapes, [one["param_slice_mappings"] for one in held])
+        bases = [one["base_optimizer_state"] for one in held]
+    if not all(isinstance(base, Mapping) for base in bases):
+        do = "load it, and save it anew with elastic_checkpoint false"
+        raise _refusal(folder, "optimizer state of an elastic_checkpoint", do)
+    states = [[_state_of(base, group) for group in range(len(masters[0]))] for base in bases]
+    shape_of = {name: tuple(shape) for group in shapes for name, shape in group.items()}
+    shards: list[Shard] = []
+    for name, own in ranges.items():
+        shards += _cut(f"model/{owner}/{name}", shape_of[name], own, masters)
+        shards += _optimizer_state(f"optim/{owner}/{name}", shape_of[name], own, states)
+    rest, ties, left_out = _untrained(folder, owner, models, first, stage, set(ranges))
+    state = ForeignState(
+        folder,
+        KIND,
+        (*shards, *rest),
+        int(first.get("global_steps") or 0),
+        int(first.get("global_samples") or 0),
+        ties,
+        (*left_out, *(f"{key} of the run" for key in ("lr_scheduler", "data_sampler") if first.get(key) is not None)),
+    )
+    state.refuse_holes()
+    return state
+
+
+def _tagged(path: Path) -> Path:
+    latest = path / "latest"
+    if not latest.is_file():
+        return path
+    tag = latest.read_text(encoding="utf-8", errors="replace").strip()
+    if not _TAG.fullmatch(tag) or tag in (".", "..") or not (path / tag).is_dir():
+        raise _refusal(path, f"`latest` names {tag[:100]!r}, which is no folder in it", "name the folder of one step")
+    return path / tag
+
+
+def _files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Files of the model's state and of each rank's optimizer's, by rank."""
+    models: dict[int, Path] = {}
+    optimizers: dict[int, Path] = {}
+    for file in sorted(folder.iterdir()):
+        if re.match(r"layer_\d+|expert_|zero$", file.name):
+            found = f"{file.name}: pipeline stages, experts or a universal checkpoint"
+            raise _refusal(folder, found, "gather its weights with DeepSpeed's own tool, then convert those")
+        for pattern, into in ((_MODEL_FILE, models), (_OPTIMIZER_FILE, optimizers)):
+            match = pattern.fullmatch(file.name)
+            if match and int(match[2]):
+                raise _refusal(
+                    folder, f"{file.name}: model parallelism, whose parts are the model's own", "merge them first"
+                )
+            if match:
+                into[int(match[1] or 0)] = file
+    if not models or not optimizers:
+        found = f"{len(models)} file(s) of the model's state, {len(optimizers)} of the optimizer's"
+        raise _refusal(folder, found, "use a whole checkpoint of ZeRO stage 1, 2 or 3")
+    if sorted(optimizers) != list(range(len(optimizers))):
+        raise _refusal(folder, f"optimizer state of ranks {', '.join(map(str, sorted(optimizers)))} only", "use all")
+    return [models[rank] for rank in sorted(models)], [optimizers[rank] for rank in sorted(optimizers)]
+
+
+def _refuse_other_counts(folder: Path, held: Sequence[Mapping[str, Any]], files: int) -> None:
+    counts = held[0]["partition_count"]
+    for count in counts if isinstance(counts, list) else [counts]:
+        if count != files:
+            found = f"{files} files of optimizer state, written by {count} ranks"
+            raise _refusal(
+                folder, found, "use all of one save; partitions over fewer ranks than the world have no reader"
+            )
+
+
+def _sliced_ranges(
+    folder: Path, shapes: Sequence[Mapping[str, torch.Size]], mappings: Sequence[Sequence[Mapping[str, Any]]]
+) -> dict[str, list[_Range]]:
+    """Stages 1 and 2: what each rank says of its own partition; a parameter goes on where the rank before left off."""
+    ranges: dict[str, list[_Range]] = {name: [] for group in shapes for name in group}
+    for rank, groups in enumerate(mappings):
+        for group, slices in enumerate(groups):
+            for name, piece in slices.items():
+                start = sum(one.count for one in ranges[name])
+                ranges[name].append(_Range(rank, group, int(piece.start), start, int(piece.numel)))
+    for group_shapes in shapes:
+        for name, shape in group_shapes.items():
+            held = sum(one.count for one in ranges[name])
+            if held != shape.numel():
+                raise _refusal(folder, f"{held} of the {shape.numel()} elements of {name}", "use all files of one save")
+    return ranges
+
+
+def _equal_ranges(
+    folder: Path, shapes: Sequence[Mapping[str, torch.Size]], masters: Sequence[Sequence[Tensor]]
+) -> dict[str, list[_Range]]:
+    """Stage 3: every parameter in as many equal parts as ranks, the last padded, in the order of the groups."""
+    ranges: dict[str, list[_Range]] = {}
+    ranks, group, place = len(masters), 0, 0
+    for name, shape in ((name, shape) for own in shapes for name, shape in own.items()):
+        part = -(-shape.numel() // ranks)
+        while place == masters[0][group].numel() and part:
+            group, place = group + 1, 0
+        if place + part > masters[0][group].numel():
+            raise _refusal(folder, f"{name} does not end where its flat partition does", "write it with deepspeed 0.19")
+        ranges[name] = [
+            _Range(rank, group, place, start, min(part, shape.numel() - start))
+            for rank in range(ranks)
+            if (start := rank * part) < shape.numel()
+        ]
+        place += part
+    return ranges
+
+
+def _cut(
+    full: str, shape: tuple[int, ...], ranges: Sequence[_Range], flats: Sequence[Sequence[Tensor | None]]
+) -> Iterator[Shard]:
+    """Views of the flat tensors `flats[rank][group]`, as boxes; of a tensor of no elements, itself."""
+    if not ranges:
+        yield whole_shard(full, torch.empty(shape))
+    for one in ranges:
+        flat = flats[one.rank][one.group]
+        if flat is None:
+            raise ValueError(f"rank {one.rank} has no {full}")
+        held, at = flat.narrow(0, one.place, one.count), 0
+        for box in flat_range_to_boxes(shape, one.start, one.start + one.count):
+            yield Shard(full, shape, box, held.narrow(0, at, box.numel).view(box.sizes))
+            at += box.numel
+
+
+def _optimizer_state(
+    full: str, shape: tuple[int, ...], ranges: Sequence[_Range], states: Sequence[Sequence[Mapping[str, Any]]]
+) -> Iterator[Shard]:
+    """State as long as the flat masters (or padded beyond) is cut as they are; what is 0-d is the same on all ranks.
+
+    `states[rank][group]` is the optimizer's of one flat partition.
+    """
+    if not ranges:
+        return
+    for key, value in states[ranges[0].rank][ranges[0].group].items():
+        if isinstance(value, Tensor) and value.dim() == 1:
+            flats = [[one.get(key) for one in groups] for groups in states]
+            yield from _cut(f"{full}:{key}", shape, ranges, flats)
+        elif isinstance(value, Tensor) and value.dim():
+            raise ValueError(f"{full}:{key} has shape {tuple(value.shape)}, which is no flat partition's")
+        elif isinstance(value, Tensor | bool | int | float):
+            number = "" if isinstance(value, Tensor) or key == "step" else ":number"
+            yield optimizer_shard(f"{full}:{key}{number}", value)
+        elif value is not None:
+            raise ValueError(f"{full}:{key} is a {type(value).__name__}")
+
+
+def _state_of(base: Mapping[str, Any], group: int) -> dict[str, Any]:
+    """The base optimizer's state of one flat partition; fused optimizers keep its `step` with the group's settings."""
+    found = dict(base["state"].get(group) or {})
+    place = 0
+    for settings in base["param_groups"]:
+        place += len(settings["params"])
+        if group < place:
+            if "step" in settings and found and "step" not in found:
+                found["step"] = settings["step"]
+            return found
+    return found
+
+
+def _untrained(
+    folder: Path, owner: str, models: Sequence[Path], first: Mapping[str, Any], stage: int, trained: set[str]
+) -> tuple[list[Shard], dict[str, str], list[str]]:
+    """Frozen parameters and buffers; names of tied weights; what is not carried."""
+    shards: list[Shard] = []
+    ties: dict[str, str] = {str(other): str(name) for other, name in (first.get("shared_params") or {}).items()}
+    frozen: Mapping[str, torch.Size] = (first.get("frozen_param_shapes") or {}) if stage == 3 else {}
+    if frozen:
+        parts = [load_torch_file(file, ALLOWED)["frozen_param_fragments"] for file in models]
+        for name, shape in frozen.items():
+            part = parts[0][name].numel()
+            ranges = [
+                _Range(rank, 0, 0, start, min(part, shape.numel() - start))
+                for rank in range(len(parts))
+                if (start := rank * part) < shape.numel()
+            ]
+            flats = [[own[name].reshape(-1)] for own in parts]
+            shards += _cut(f"model/{owner}/{name}", tuple(shape), ranges, flats)
+    buffers, lost = set(first["buffer_names"]), []
+    for name, tensor in first["module"].items():
+        if name in trained or name in frozen or name in ties or not isinstance(tensor, Tensor):
+            continue
+        if stage == 3 and name not in buffers:
+            lost.append(f"{name}, another name of a tied weight (stage 3 does not say of which)")
+            continue
+        shards.append(whole_shard(f"model/{owner}/{name}", tensor.detach()))
+    return shards, ties, lost
+
+
+def _refusal(path: Path, found: str, do: str) -> CheckpointError:
+    return CheckpointError(explain(f"{path} is to be read as {KIND}.", found, do))

@@ -1,0 +1,209 @@
+"""A Hugging Face folder or one safetensors file: read by slices, written one tensor at a time.
+
+A folder holds `model.safetensors`, or `model-0000k-of-0000n.safetensors` and `model.safetensors.index.json`, and may
+hold `pytorch_model.bin` (torch.save's form) instead. Refuses an index that names files outside its folder.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from disttrain.checkpoint.boxes import whole
+from disttrain.checkpoint.disk import Disk
+from disttrain.checkpoint.formats.torch_file import TorchWeights
+from disttrain.checkpoint.formats.weights import Wanted, WeightInfo, Weights, bytes_of, read_weights
+from disttrain.checkpoint.layout import Entry, plan_file, tensor_bytes
+from disttrain.errors import CheckpointError, explain
+
+SHARD_BYTES = 5 * 10**9
+"""What a folder's files hold at most, unless one tensor is bigger: Hugging Face's own default was that for long."""
+
+_ONE_FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_TORCH_FILE, _TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,250}")
+_PIECE_BYTES = 16 * 2**20
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class SafetensorsWeights:
+    """Weights in one safetensors file or several. Reads only the rows and columns of the boxes asked for."""
+
+    def __init__(self, path: Path, files: Sequence[Path]) -> None:
+        self.path = path
+        self._file_of: dict[str, Path] = {}
+        self._opened = {file: _open(file) for file in files}  # kept: opening reads and checks the whole header
+        self.tensors: dict[str, WeightInfo] = {}
+        for file, opened in self._opened.items():
+            for name in opened.keys():  # noqa: SIM118 - no mapping
+                if name in self.tensors:
+                    two = f"{name} in {self._file_of[name].name} and in {file.name}"
+                    raise _refusal(path, two, "name a folder with one model in it")
+                part = opened.get_slice(name)
+                self.tensors[name] = WeightInfo(tuple(part.get_shape()), _dtype(file, name, part.get_dtype()))
+                self._file_of[name] = file
+
+    def fill(self, wanted: Sequence[Wanted]) -> None:
+        """The data is mapped, not read whole."""
+        with torch.no_grad():
+            for one in wanted:
+                if one.box == whole(self.tensors[one.name].shape):
+                    one.into.copy_(self.whole(one.name))
+                else:
+                    opened = self._opened[self._file_of[one.name]]
+                    one.into.copy_(opened.get_slice(one.name)[one.box.slices()])
+
+    def whole(self, name: str) -> torch.Tensor:
+        """A view of the mapped file."""
+        found: torch.Tensor = self._opened[self._file_of[name]].get_tensor(name)
+        return found
+
+
+class SeveralFiles:
+    """Weights whose files are each a `Weights` of its own."""
+
+    def __init__(self, path: Path, parts: Sequence[Weights]) -> None:
+        self.path, self._parts = path, parts
+        self.tensors = {name: info for part in parts for name, info in part.tensors.items()}
+
+    def fill(self, wanted: Sequence[Wanted]) -> None:
+        """Part by part."""
+        for part in self._parts:
+            part.fill([one for one in wanted if one.name in part.tensors])
+
+    def whole(self, name: str) -> torch.Tensor:
+        """From the part that has it."""
+        return next(part for part in self._parts if name in part.tensors).whole(name)
+
+
+def open_folder(path: Path) -> Weights:
+    """The weights of a Hugging Face folder. Local; raises CheckpointError for what its index says and is not there."""
+    if (path / _INDEX).exists():
+        return SafetensorsWeights(path, _indexed(path, _INDEX))
+    if (path / _ONE_FILE).exists():
+        return SafetensorsWeights(path, [path / _ONE_FILE])
+    if (path / _TORCH_INDEX).exists():
+        return SeveralFiles(path, [TorchWeights(file) for file in _indexed(path, _TORCH_INDEX)])
+    if (path / _TORCH_FILE).exists():
+        return TorchWeights(path / _TORCH_FILE)
+    return SafetensorsWeights(path, sorted(path.glob("*.safetensors")))
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a folder looks like one that `open_folder` reads. Local."""
+    known = (_INDEX, _ONE_FILE, _TORCH_INDEX, _TORCH_FILE)
+    return any((path / name).is_file() for name in known) or len(list(path.glob("*.safetensors"))) == 1
+
+
+def _indexed(path: Path, index: str) -> list[Path]:
+    try:
+        names = json.loads((path / index).read_text(encoding="utf-8"))["weight_map"].values()
+        files = sorted({str(name) for name in names})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _refusal(path / index, f"{type(error).__name__}: {error}", "fetch it again") from error
+    outside = [name for name in files if not _PLAIN_NAME.fullmatch(name)]
+    if outside:
+        raise _refusal(path / index, f"a file {outside[0][:100]!r} outside the folder", "do not use it")
+    absent = [name for name in files if not (path / name).is_file()]
+    if absent:
+        raise _refusal(path, f"no {', '.join(absent[:5])}, which {index} names", "fetch the rest of it")
+    return [path / name for name in files]
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(str(file), framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise _refusal(
+            file, f"{type(error).__name__}: {error}", "it is damaged or cut short: fetch it again"
+        ) from error
+
+
+def _dtype(file: Path, name: str, stored: str) -> torch.dtype:
+    if stored not in _DTYPES:
+        raise _refusal(file, f"{name} of type {stored}", f"store it as one of {', '.join(_DTYPES)}")
+    return _DTYPES[stored]
+
+
+def _refusal(path: Path, found: str, do: str) -> CheckpointError:
+    return CheckpointError(explain(f"{path} is to be read as safetensors.", found, do))
+
+
+def write_safetensors(weights: Weights, names: Sequence[str], path: Path, disk: Disk) -> None:
+    """A new file with these weights, synced. Holds one tensor. Local; raises OSError."""
+    for name in names:
+        if weights.tensors[name].dtype is torch.complex128:
+            do = "use --to torch, which has it"
+            raise CheckpointError(explain(f"{name} is to be written as safetensors.", "complex128: no such type", do))
+    stored = [(name, weights.tensors[name]) for name in names]
+    entries = [Entry(name, info.shape, info.dtype, whole(info.shape)) for name, info in stored]
+    head, placed = plan_file(entries, {"format": "pt"})
+    with disk.create(path) as file:
+        file.write(head)
+        for _, tensor in read_weights(weights, [entry.name for entry in placed]):
+            for piece in tensor_bytes(tensor, _PIECE_BYTES):
+                file.write(piece)
+        file.sync()
+
+
+def write_folder(
+    weights: Weights, folder: Path, disk: Disk, *, extra: Mapping[str, str], shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Fill a new folder as `from_pretrained` reads it; `extra` are texts by file name, such as config.json. Local."""
+    shards = list(_split(weights, shard_bytes))
+    texts = dict(extra)
+    if len(shards) == 1:
+        write_safetensors(weights, shards[0], folder / _ONE_FILE, disk)
+    else:
+        weight_map: dict[str, str] = {}
+        for number, names in enumerate(shards, start=1):
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            write_safetensors(weights, names, folder / file, disk)
+            weight_map |= dict.fromkeys(names, file)
+        total = sum(bytes_of(weights.tensors[name]) for name in weights.tensors)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        texts[_INDEX] = json.dumps(index, indent=2) + "\n"
+    for name, text in texts.items():
+        with disk.create(folder / name) as written:
+            written.write(text.encode())
+            written.sync()
+    disk.sync_folder(folder)
+
+
+def _split(weights: Weights, shard_bytes: int) -> Iterator[list[str]]:
+    """Names in order, as many as fit, at least one."""
+    own: list[str] = []
+    room = shard_bytes
+    for name, info in weights.tensors.items():
+        size = bytes_of(info)
+        if own and size > room:
+            yield own
+            own, room = [], shard_bytes
+        own.append(name)
+        room -= size
+    yield own

@@ -1,0 +1,40 @@
+"""disttrain's own checkpoints as weights, wherever they lie."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from disttrain.checkpoint.formats.weights import Wanted, WeightInfo
+from disttrain.checkpoint.reader import Checkpoint
+from disttrain.checkpoint.shards import Shard
+from disttrain.errors import CheckpointError, explain
+
+
+class NativeWeights:
+    """The weights `model/OWNER/...` of a checkpoint; every chunk read is held against its checksum."""
+
+    def __init__(self, checkpoint: Checkpoint, owner: str) -> None:
+        self.checkpoint, self.path = checkpoint, checkpoint.path
+        self._prefix = f"model/{owner}/"
+        self.tensors: Mapping[str, WeightInfo] = {
+            name.removeprefix(self._prefix): WeightInfo(info.shape, info.dtype)
+            for name, info in checkpoint.tensors.items()
+            if name.startswith(self._prefix)
+        }
+        if not self.tensors:
+            owners = sorted({name.split("/")[1] for name in checkpoint.tensors if name.startswith("model/")})
+            found = f"models prepared as {', '.join(owners)}" if owners else "no model"
+            raise CheckpointError(
+                explain(f"The model {owner!r} of {checkpoint.path} is to be loaded.", found, "name one of them")
+            )
+
+    def fill(self, wanted: Sequence[Wanted]) -> None:
+        """Two passes: nothing is written before every chunk needed was read and checked."""
+        shards = [Shard(self._prefix + w.name, self.tensors[w.name].shape, w.box, w.into) for w in wanted]
+        self.checkpoint.load_into(shards, strict=False)
+
+    def whole(self, name: str) -> Tensor:
+        """In memory of its own, as what is read is checked."""
+        return self.checkpoint.read(self._prefix + name)
