@@ -21,7 +21,7 @@ from disttrain.checkpoint.folder import (
     set_aside,
 )
 from disttrain.checkpoint.manifest import Manifest, StoredBox, TensorInfo
-from disttrain.checkpoint.reader import Checkpoint, Differences
+from disttrain.checkpoint.reader import Checkpoint, Differences, PlacedBox
 from disttrain.checkpoint.remote import address_fault
 from disttrain.checkpoint.retention import Best, Retention
 from disttrain.checkpoint.save import save_checkpoint
@@ -40,6 +40,7 @@ __all__ = [
     "Manifest",
     "Place",
     "PlaceT",
+    "PlacedBox",
     "Ranks",
     "Retention",
     "Shard",

@@ -65,9 +65,11 @@ class Disk:
         return self._before
 
     def make_folder(self, path: Path) -> None:
-        """One new folder; its parents too, where they are missing."""
+        """One new folder; its parents too, where they are missing. Those are on the disk when it returns."""
         self._before("make_folder", path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        for parent in [parent for parent in reversed(path.parents) if not parent.exists()]:
+            parent.mkdir(exist_ok=True)
+            self.sync_folder(parent.parent)  # else a power cut takes all that was ever committed below it
         path.mkdir()
 
     def create(self, path: Path) -> DiskFile:

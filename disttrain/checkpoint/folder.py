@@ -57,6 +57,8 @@ def newest_whole(root: PlaceT, ranks: Ranks, verify: bool = True) -> tuple[Check
         except CheckpointError as error:
             rejected.append((path, str(error)))
         else:
+            if verify:
+                opened[0].trust()
             return opened[0], rejected
     return None, rejected
 

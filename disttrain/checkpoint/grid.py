@@ -17,7 +17,7 @@ from disttrain.checkpoint.boxes import Box, overlap
 class Grid:
     """A tensor of `shape` in boxes of `steps` along each dim (the last of a dim may be shorter), as torch.chunk cuts.
 
-    The box at (i, j, ...) of the grid is written by rank `first + i * strides[0] + j * strides[1] + ...`.
+    The box at (i, j, ...) is written by rank `first + i * strides[0] + j * strides[1] + ...`; no rank writes two.
     """
 
     shape: tuple[int, ...]
@@ -56,9 +56,9 @@ class Grid:
         for place in product(*(range(count) for count in self.counts)):
             yield self.box(place), self.rank(place)
 
-    def highest_rank(self) -> int:
-        """The greatest rank that wrote one: strides are not negative."""
-        return self.rank([count - 1 for count in self.counts])
+    def ranks(self) -> list[int]:
+        """The writers, in row-major order of the grid."""
+        return [self.rank(place) for place in product(*(range(count) for count in self.counts))]
 
 
 def find_grid(shape: Sequence[int], held: Mapping[Box, int]) -> Grid | None:
@@ -90,4 +90,6 @@ def find_grid(shape: Sequence[int], held: Mapping[Box, int]) -> Grid | None:
     if min(strides, default=0) < 0:
         return None
     found = Grid(shape, tuple(steps), origin, tuple(strides))
+    if len(set(held.values())) != len(held):
+        return None
     return found if all(held.get(box) == rank for box, rank in found.all()) else None

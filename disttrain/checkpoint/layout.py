@@ -77,8 +77,13 @@ class Entry:
 
     @property
     def key(self) -> str:
-        """The box's name in the file: the tensor's own where the box is all of it."""
-        return self.name if self.box.sizes == self.shape else f"{self.name}{self.box}"
+        """The box's name in the file."""
+        return box_key(self.name, self.shape, self.box)
+
+
+def box_key(name: str, shape: Sequence[int], box: Box) -> str:
+    """A box's name in a file: the tensor's own where the box is all of it."""
+    return name if box.sizes == tuple(shape) else f"{name}{box}"
 
 
 def plan_file(entries: Sequence[Entry], metadata: Mapping[str, str]) -> tuple[bytes, list[Entry]]:
@@ -88,12 +93,7 @@ def plan_file(entries: Sequence[Entry], metadata: Mapping[str, str]) -> tuple[by
     begin = 0
     for entry in ordered:
         end = begin + entry.box.numel * entry.dtype.itemsize
-        pairs = (2,) if entry.dtype is torch.complex128 else ()
-        header[entry.key] = {
-            "dtype": _SAFETENSORS[entry.dtype],
-            "shape": [*entry.box.sizes, *pairs],
-            "data_offsets": [begin, end],
-        }
+        header[entry.key] = {**_kind(entry.dtype, entry.box), "data_offsets": [begin, end]}
         begin = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % ALIGNMENT)
@@ -103,6 +103,42 @@ def plan_file(entries: Sequence[Entry], metadata: Mapping[str, str]) -> tuple[by
         placed.append(Entry(entry.name, entry.shape, entry.dtype, entry.box, start))
         start = placed[-1].stop
     return head, placed
+
+
+def _kind(dtype: torch.dtype, box: Box) -> dict[str, object]:
+    pairs = (2,) if dtype is torch.complex128 else ()
+    return {"dtype": _SAFETENSORS[dtype], "shape": [*box.sizes, *pairs]}
+
+
+class Header:
+    """What a file's own header says of its boxes. ValueError where it is none that `plan_file` could have made."""
+
+    def __init__(self, text: bytes, size: int) -> None:
+        self._first = 8 + len(text)
+        content = json.loads(text)
+        if not isinstance(content, dict):
+            raise ValueError("no JSON object")
+        self._entries = {key: entry for key, entry in content.items() if key != "__metadata__"}
+        spans = sorted((*entry["data_offsets"],) for entry in self._entries.values())
+        end = 0
+        for begin, stop in spans:
+            if begin != end or type(stop) is not int or stop < begin:
+                raise ValueError(f"boxes that do not follow one another at byte {end} of the data")
+            end = stop
+        if self._first + end != size:
+            raise ValueError(f"boxes that end at byte {self._first + end} of {size}")
+
+    def start(self, name: str, shape: Sequence[int], dtype: torch.dtype, box: Box) -> int:
+        """The first byte of a box in the file; ValueError where the header has it not, or another one."""
+        key = box_key(name, shape, box)
+        entry = self._entries.get(key)
+        if entry is None:
+            raise ValueError(f"no {key}")
+        begin, stop = entry["data_offsets"]
+        found = {kind: entry[kind] for kind in ("dtype", "shape")}
+        if found != _kind(dtype, box) or stop - begin != box.numel * dtype.itemsize:
+            raise ValueError(f"another {key}: {found['dtype']} {found['shape']}")
+        return self._first + int(begin)
 
 
 def tensor_bytes(tensor: Tensor, piece_bytes: int) -> Iterator[memoryview]:

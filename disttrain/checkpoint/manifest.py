@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from disttrain.checkpoint.boxes import Box, tiling_fault
+from disttrain.checkpoint.boxes import Box, overlap, tiling_fault
+from disttrain.checkpoint.grid import Grid
 from disttrain.checkpoint.layout import dtype_name, dtype_of
 from disttrain.checkpoint.shards import name_fault
 from disttrain.errors import CheckpointError, explain
@@ -34,20 +35,39 @@ _BIGGEST = 2**63
 
 @dataclass(frozen=True, slots=True)
 class StoredBox:
-    """A box and the place of its row-major bytes."""
+    """A box and the place of its row-major bytes: `start` is None where the file's own header says it."""
 
     box: Box
     file: str
-    start: int
+    start: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """A tensor as stored: its global shape, and the boxes that tile it."""
+    """A tensor as stored: its global shape, and the boxes that tile it, as a `grid` or `listed` one by one."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    boxes: tuple[StoredBox, ...]
+    listed: tuple[StoredBox, ...] = ()
+    grid: Grid | None = None
+
+    @property
+    def boxes(self) -> tuple[StoredBox, ...]:
+        """All of them."""
+        if self.grid is None:
+            return self.listed
+        return tuple(StoredBox(box, rank_file(rank)) for box, rank in self.grid.all())
+
+    def meeting(self, wanted: Box) -> list[StoredBox]:
+        """Those that share something with a box. Costs nothing for the others of a grid."""
+        if self.grid is None:
+            return [stored for stored in self.listed if overlap(stored.box, wanted)]
+        return [StoredBox(box, rank_file(rank)) for box, rank in self.grid.meeting(wanted)]
+
+
+def rank_file(rank: int) -> str:
+    """The name of the file that a rank writes."""
+    return f"rank-{rank:05d}.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +117,10 @@ def _by_line(key: str, entries: Mapping[str, Any]) -> str:
 
 
 def _encode_tensor(info: TensorInfo) -> dict[str, Any]:
-    boxes = [[stored.box.offsets, stored.box.sizes, stored.file, stored.start] for stored in info.boxes]
-    return {"shape": info.shape, "dtype": dtype_name(info.dtype), "boxes": boxes}
+    head = {"shape": info.shape, "dtype": dtype_name(info.dtype)}
+    if info.grid is not None:
+        return head | {"steps": info.grid.steps, "first": info.grid.first, "strides": info.grid.strides}
+    return head | {"boxes": [[one.box.offsets, one.box.sizes, one.file, one.start] for one in info.listed]}
 
 
 def checked_document(value: Any, path: str = "document") -> Any:
@@ -184,7 +206,8 @@ def _read(content: dict[str, Any]) -> Manifest:
     chunk_bytes = _number(content["chunk_bytes"], "chunk_bytes")
     _demand(chunk_bytes in _CHUNK_BYTES, f"chunk_bytes is {chunk_bytes}")
     files = {name: _read_file(name, entry, chunk_bytes) for name, entry in _mapping(content["files"], "files").items()}
-    tensors = {name: _read_tensor(name, item, files) for name, item in _mapping(content["tensors"], "tensors").items()}
+    read = _TensorReader(files)
+    tensors = {name: read(name, item) for name, item in _mapping(content["tensors"], "tensors").items()}
     _refuse_shared_bytes(tensors)
     return Manifest(
         step=_number(content["step"], "step"),
@@ -204,32 +227,65 @@ def _read_file(name: str, entry: Any, chunk_bytes: int) -> FileInfo:
     return FileInfo(size, chunks)
 
 
-def _read_tensor(name: str, entry: Any, files: Mapping[str, FileInfo]) -> TensorInfo:
-    fault = name_fault(name)
-    _demand(fault is None, f"a tensor's name: {fault}")
-    dtype = dtype_of(entry["dtype"])
-    shape = _numbers(entry["shape"], f"shape of {name}")
-    _demand(math.prod(shape) * dtype.itemsize < _BIGGEST, f"{name} has the absurd shape {shape}")
-    boxes = []
-    for offsets, sizes, file, start in entry["boxes"]:
-        box = Box(_numbers(offsets, f"offsets in {name}"), _numbers(sizes, f"sizes in {name}"))
-        stop = _number(start, f"start of {name}") + box.numel * dtype.itemsize
-        _demand(file in files, f"{name} lies in {str(file)[:100]!r}, which is not one of the files")
+class _TensorReader:
+    """Reads tensors against the files there are; what many tensors have in common is looked at once."""
+
+    def __init__(self, files: Mapping[str, FileInfo]) -> None:
+        self._files = files
+        self._seen: set[tuple[Any, ...]] = set()
+
+    def __call__(self, name: str, entry: Any) -> TensorInfo:
+        fault = name_fault(name)
+        _demand(fault is None, f"a tensor's name: {fault}")
+        dtype = dtype_of(entry["dtype"])
+        shape = _numbers(entry["shape"], f"shape of {name}")
+        _demand(math.prod(shape) * dtype.itemsize < _BIGGEST, f"{name} has the absurd shape {shape}")
+        if "boxes" in entry:
+            return TensorInfo(shape, dtype, self._listed(name, entry["boxes"], shape, dtype))
+        return TensorInfo(shape, dtype, grid=self._grid(name, entry, shape))
+
+    def _listed(self, name: str, boxes: Any, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[StoredBox, ...]:
+        found = []
+        for offsets, sizes, file, start in boxes:
+            box = Box(_numbers(offsets, f"offsets in {name}"), _numbers(sizes, f"sizes in {name}"))
+            stop = _number(start, f"start of {name}") + box.numel * dtype.itemsize
+            _demand(file in self._files, f"{name} lies in {str(file)[:100]!r}, which is not one of the files")
+            _demand(
+                start % dtype.itemsize == 0 and stop <= self._files[file].size,
+                f"{name} lies at bytes {start} to {stop} of {file}, which has {self._files[file].size}",
+            )
+            found.append(StoredBox(box, file, start))
+        fault = tiling_fault(shape, [stored.box for stored in found])
+        _demand(fault is None, f"{name}: {fault}")
+        return tuple(found)
+
+    def _grid(self, name: str, entry: Any, shape: tuple[int, ...]) -> Grid:
+        steps, strides = (_numbers(entry[key], f"{key} of {name}") for key in ("steps", "strides"))
+        first = _number(entry["first"], f"first of {name}")
+        regular = len(steps) == len(strides) == len(shape)
         _demand(
-            start % dtype.itemsize == 0 and stop <= files[file].size,
-            f"{name} lies at bytes {start} to {stop} of {file}, which has {files[file].size}",
+            regular and all(0 < step <= size for step, size in zip(steps, shape, strict=True)),
+            f"{name} of shape {shape} is cut in steps of {steps} with strides {strides}",
         )
-        boxes.append(StoredBox(box, file, start))
-    fault = tiling_fault(shape, [stored.box for stored in boxes])
-    _demand(fault is None, f"{name}: {fault}")
-    return TensorInfo(shape, dtype, tuple(boxes))
+        grid = Grid(shape, steps, first, strides)
+        pattern = grid.counts, first, strides
+        if pattern not in self._seen:
+            count = math.prod(grid.counts)
+            _demand(count <= len(self._files), f"{name} lies in {count} files, of which there are {len(self._files)}")
+            ranks = grid.ranks()
+            _demand(len(set(ranks)) == count, f"{name} has several boxes in one file of a grid")
+            lacking = next((rank for rank in ranks if rank_file(rank) not in self._files), None)
+            _demand(lacking is None, f"{name} lies in {rank_file(lacking or 0)}, which is not one of the files")
+            self._seen.add(pattern)
+        return grid
 
 
 def _refuse_shared_bytes(tensors: Mapping[str, TensorInfo]) -> None:
     places = sorted(
         (stored.file, stored.start, stored.start + stored.box.numel * info.dtype.itemsize, name)
         for name, info in tensors.items()
-        for stored in info.boxes
+        for stored in info.listed
+        if stored.start is not None
     )
     for (file, _, stop, name), (other_file, start, _, other) in pairwise(places):
         _demand(file != other_file or stop <= start, f"{name} and {other} share bytes of {file}")

@@ -18,10 +18,20 @@ from torch import Tensor
 from disttrain.checkpoint.address import Place, place_of
 from disttrain.checkpoint.boxes import Box, flat_range_to_boxes, overlap, whole
 from disttrain.checkpoint.chunks import ChunkReader
+from disttrain.checkpoint.layout import Header
 from disttrain.checkpoint.manifest import MANIFEST, Manifest, StoredBox, TensorInfo, decode_manifest
 from disttrain.checkpoint.shards import Shard, refuse_bad_shards
 from disttrain.checkpoint.storage import Storage, storage_of
 from disttrain.errors import CheckpointError, explain
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedBox:
+    """A stored box, with the first byte of its row-major bytes in the file."""
+
+    box: Box
+    file: str
+    start: int
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,8 @@ class Checkpoint:
         self._manifest = manifest
         self._verify = verify
         self._checked: set[tuple[str, int]] = set()
+        self._trusted = False
+        self._headers: dict[str, Header] = {}
 
     @classmethod
     def open(cls, path: str | Place, *, verify: bool = True) -> Checkpoint:
@@ -98,7 +110,7 @@ class Checkpoint:
         refuse_bad_shards(shards)
         differences = self._compare(shards, strict, ignore)
         jobs = self._plan_jobs(shards)
-        if self._verify:
+        if self._verify and not self._trusted:
             size = self._manifest.chunk_bytes
             needed = {file: [chunk for chunk, _ in _plan_copies(own, size)] for file, own in jobs.items()}
             faults = [fault for file, chunks in needed.items() for fault in self._check(file, chunks)]
@@ -107,6 +119,15 @@ class Checkpoint:
         for file, own in jobs.items():
             self._fill(file, own)
         return differences
+
+    def located(self, name: str, box: Box | None = None) -> list[PlacedBox]:
+        """A tensor's stored boxes, or those that meet a box, with their first bytes. Reads headers. Local."""
+        info = self.tensors[name]
+        return [self._locate(name, info, one) for one in (info.boxes if box is None else info.meeting(box))]
+
+    def trust(self) -> None:
+        """All ranks together have just read every chunk whole: `load_into` then reads what it needs once, checked."""
+        self._trusted = True
 
     def faults(self, part: tuple[int, int] = (0, 1)) -> list[str]:
         """Read this part (index, count) of all chunks; what does not fit its checksum, in words. Local."""
@@ -161,10 +182,44 @@ class Checkpoint:
             info = self.tensors.get(shard.name)
             if info is None:
                 continue
-            for stored in info.boxes:
-                if overlap(stored.box, shard.box):
-                    jobs[stored.file].append(_Job(stored, info.dtype, shard.box, shard.tensor.detach()))
-        return {file: sorted(own, key=lambda job: job.stored.start) for file, own in sorted(jobs.items())}
+            for stored in self.located(shard.name, shard.box):
+                job = _Job(stored.box, stored.start, info.dtype, shard.box, shard.tensor.detach())
+                jobs[stored.file].append(job)
+        return {file: sorted(own, key=lambda job: job.start) for file, own in sorted(jobs.items())}
+
+    def _locate(self, name: str, info: TensorInfo, stored: StoredBox) -> PlacedBox:
+        if stored.start is not None:
+            return PlacedBox(stored.box, stored.file, stored.start)
+        try:
+            start = self._header(stored.file).start(name, info.shape, info.dtype, stored.box)
+            return PlacedBox(stored.box, stored.file, start)
+        except (ValueError, KeyError, TypeError) as error:
+            raise self._damaged([f"the header of {stored.file} does not fit the manifest: {error}"]) from None
+
+    def _header(self, file: str) -> Header:
+        """The header of a file, read and checked once. ValueError where it is none."""
+        if file not in self._headers:
+            with self._open(file) as reader:
+                size = self._manifest.files[file].size
+                length = int.from_bytes(self._bytes(reader, 0, 8), "little")
+                if length > size - 8:
+                    raise ValueError(f"{length} bytes of a header in a file of {size}")
+                self._headers[file] = Header(self._bytes(reader, 8, 8 + length), size)
+        return self._headers[file]
+
+    def _bytes(self, reader: ChunkReader, begin: int, end: int) -> bytes:
+        """A file's bytes, of chunks that fit their checksums."""
+        found = bytearray()
+        size = self._manifest.chunk_bytes
+        for chunk in range(begin // size, -(-end // size)):
+            fault = reader.read(chunk, verify=self._verify)
+            if fault:
+                raise self._damaged([fault])
+            start, stop = reader.span(chunk)
+            found += reader.buffer[max(begin, start) - start : min(end, stop) - start]
+        if len(found) != end - begin:
+            raise ValueError(f"bytes {begin} to {end} are not in it")
+        return bytes(found)
 
     def _check(self, file: str, chunks: Sequence[int]) -> list[str]:
         """Faults of these chunks, in words. Chunks found right once are not read again."""
@@ -183,7 +238,7 @@ class Checkpoint:
     def _fill(self, file: str, jobs: Sequence[_Job]) -> None:
         with self._open(file) as reader, torch.no_grad():
             for chunk, copies in _plan_copies(jobs, self._manifest.chunk_bytes):
-                fault = reader.read(chunk, verify=self._verify)
+                fault = reader.read(chunk, verify=self._verify and (file, chunk) not in self._checked)
                 if fault:
                     raise self._damaged([fault])
                 for copy in copies:
@@ -201,9 +256,10 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class _Job:
-    """Fill `into`, which is `box` of a tensor, from what a stored box shares with it."""
+    """Fill `into`, which is `box` of a tensor, from what a `stored` box, from byte `start` on, shares with it."""
 
-    stored: StoredBox
+    stored: Box
+    start: int
     dtype: torch.dtype
     box: Box
     into: Tensor
@@ -211,20 +267,20 @@ class _Job:
     def place(self, held: Box) -> int:
         """The first byte in the file of a box inside the stored one."""
         flat = 0
-        for offset, origin, size in zip(held.offsets, self.stored.box.offsets, self.stored.box.sizes, strict=True):
+        for offset, origin, size in zip(held.offsets, self.stored.offsets, self.stored.sizes, strict=True):
             flat = flat * size + offset - origin
-        return self.stored.start + flat * self.dtype.itemsize
+        return self.start + flat * self.dtype.itemsize
 
     def hull(self) -> tuple[int, int]:
         """The bytes in the file from the first to after the last element asked for."""
-        shared = overlap(self.stored.box, self.box)
+        shared = overlap(self.stored, self.box)
         assert shared is not None  # a job is made for boxes that meet
         last = Box(tuple(stop - 1 for stop in shared.stops), (1,) * len(shared.sizes))
         return self.place(shared), self.place(last) + self.dtype.itemsize
 
     def copies(self, begin: int, end: int) -> Iterator[_Copy]:
         """What to copy of the file's bytes `begin` to `end`."""
-        first, item, box = self.stored.start, self.dtype.itemsize, self.stored.box
+        first, item, box = self.start, self.dtype.itemsize, self.stored
         start = max(begin - first, 0) // item
         stop = min(end - first, box.numel * item) // item
         for piece in flat_range_to_boxes(box.sizes, start, stop):

@@ -15,8 +15,9 @@ from typing import Any, cast
 import torch
 
 from disttrain.checkpoint.address import Place, PlaceT, below, step_folder
-from disttrain.checkpoint.boxes import tiling_fault
+from disttrain.checkpoint.boxes import Box, tiling_fault
 from disttrain.checkpoint.disk import Disk
+from disttrain.checkpoint.grid import find_grid
 from disttrain.checkpoint.layout import Entry, dtype_name, plan_file, tensor_bytes
 from disttrain.checkpoint.manifest import (
     MANIFEST,
@@ -26,6 +27,7 @@ from disttrain.checkpoint.manifest import (
     TensorInfo,
     checked_document,
     encode_manifest,
+    rank_file,
 )
 from disttrain.checkpoint.shards import Ranks, Shard, refuse_bad_shards, take_step
 from disttrain.checkpoint.storage import NewFile, Storage, storage_of
@@ -53,12 +55,12 @@ def save_checkpoint(
     """
     save = _Save(storage_of(cast(Place, root), disk), root / step_folder(step), step, tuple(shards), ranks, chunk_bytes)
     asked = f"The checkpoint of step {step} could not be saved to {save.target}."
-    head, entries, staging = save.agree_on_plan(document, asked)
+    head, entries, staging, tensors = save.agree_on_plan(document, asked)
     try:
         take_step(
             ranks,
             lambda: save.write(staging, head, entries),
-            lambda written: save.commit(staging, written, document),
+            lambda written: save.commit(staging, written, tensors, document),
             asked=asked,
         )
     except BaseException:
@@ -92,9 +94,15 @@ class _Save:
     ranks: Ranks
     chunk_bytes: int
 
-    def agree_on_plan(self, document: Mapping[str, Any], asked: str) -> tuple[bytes, list[Entry], _Staging]:
-        """This rank's head and placed entries, and the staging folder that rank 0 made. Collective."""
+    def agree_on_plan(
+        self, document: Mapping[str, Any], asked: str
+    ) -> tuple[bytes, list[Entry], _Staging, Mapping[str, TensorInfo]]:
+        """This rank's head and placed entries, the staging folder that rank 0 made, and, there, all tensors.
+
+        Collective.
+        """
         mine: list[tuple[bytes, list[Entry]]] = []
+        tensors: dict[str, TensorInfo] = {}
 
         def plan() -> _Plan:
             refuse_bad_shards(self.shards)
@@ -108,6 +116,7 @@ class _Save:
 
         def judge(plans: list[_Plan]) -> _Staging:
             refuse_bad_tensors([plan.entries for plan in plans])
+            tensors.update(gather_tensors(self.shards, [plan.entries for plan in plans]))
             checked_document(document)
             needed, free = sum(plan.size for plan in plans), self.storage.free_bytes(self.target.parent)
             try:
@@ -119,13 +128,13 @@ class _Save:
                 raise self._refusal(error, _Staging(self.target.parent, needed, free)) from error
 
         staging = take_step(self.ranks, plan, judge, asked=asked)
-        return *mine[0], staging
+        return *mine[0], staging, tensors
 
-    def write(self, staging: _Staging, head: bytes, entries: Sequence[Entry]) -> tuple[str, FileInfo, Sequence[Entry]]:
-        """This rank's file, synced; (its name, size and checksums, what lies in it). Local."""
-        name = f"rank-{self.ranks.rank:05d}.safetensors"
+    def write(self, staging: _Staging, head: bytes, entries: Sequence[Entry]) -> FileInfo | None:
+        """This rank's file, synced; its size and checksums, None where it writes nothing. Local."""
+        name = rank_file(self.ranks.rank)
         if not entries:
-            return name, FileInfo(0, ()), ()
+            return None
         tensors = {(shard.name, shard.box): shard.tensor for shard in self.shards}
         try:
             with self.storage.create(staging.folder / name, entries[-1].stop) as file:
@@ -138,20 +147,21 @@ class _Save:
             self.storage.sync_folder(staging.folder)
         except OSError as error:
             raise self._refusal(error, staging) from error
-        return name, summed.info(), entries
+        return summed.info()
 
     def commit(
         self,
         staging: _Staging,
-        written: Sequence[tuple[str, FileInfo, Sequence[Entry]]],
+        written: Sequence[FileInfo | None],
+        tensors: Mapping[str, TensorInfo],
         document: Mapping[str, Any],
     ) -> None:
         """Rank 0: check that all files are here, write the manifest, commit. Local."""
         manifest = Manifest(
             step=self.step,
             chunk_bytes=self.chunk_bytes,
-            tensors=_gather_tensors(self.shards, written),
-            files={name: info for name, info, entries in written if entries},
+            tensors=tensors,
+            files={rank_file(rank): info for rank, info in enumerate(written) if info is not None},
             document=document,
             writer={"torch": str(torch.__version__), "ranks": self.ranks.size},
         )
@@ -235,16 +245,21 @@ def refuse_bad_tensors(plans: Sequence[Sequence[Entry]]) -> None:
         raise CheckpointError(explain("the ranks' shards do not fit together.", "; ".join(faults[:5]) + more, do))
 
 
-def _gather_tensors(
-    shards: Sequence[Shard], written: Sequence[tuple[str, FileInfo, Sequence[Entry]]]
-) -> dict[str, TensorInfo]:
-    boxes: dict[str, list[StoredBox]] = defaultdict(list)
+def gather_tensors(shards: Sequence[Shard], plans: Sequence[Sequence[Entry]]) -> dict[str, TensorInfo]:
+    """What all ranks' entries make of each tensor; `shards` are rank 0's, which names those without elements too."""
     kinds: dict[str, tuple[tuple[int, ...], torch.dtype]] = {s.name: (s.shape, s.tensor.dtype) for s in shards}
-    for file, _, entries in written:
+    held: dict[str, dict[Box, tuple[int, int]]] = defaultdict(dict)
+    for rank, entries in enumerate(plans):
         for entry in entries:
-            kinds[entry.name] = (entry.shape, entry.dtype)
-            boxes[entry.name].append(StoredBox(entry.box, file, entry.start))
-    return {name: TensorInfo(shape, dtype, tuple(boxes[name])) for name, (shape, dtype) in kinds.items()}
+            kinds.setdefault(entry.name, (entry.shape, entry.dtype))
+            if entry.box.numel:
+                held[entry.name][entry.box] = rank, entry.start
+    found = {}
+    for name, (shape, dtype) in kinds.items():
+        grid = find_grid(shape, {box: rank for box, (rank, _) in held[name].items()})
+        listed = [StoredBox(box, rank_file(rank), start) for box, (rank, start) in held[name].items()]
+        found[name] = TensorInfo(shape, dtype, () if grid else tuple(listed), grid)
+    return found
 
 
 class _SummedFile:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from disttrain.cli.checkpoints import ckpt
 from disttrain.errors import DisttrainError
 from disttrain.logs import start_logs
 
@@ -15,8 +16,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Check a config, read what a run came to. To train: torchrun --nproc_per_node=N -m disttrain.run CONFIG",
+    help="Check a config, read what a run came to, look after its checkpoints. "
+    "To train: torchrun --nproc_per_node=N -m disttrain.run CONFIG",
 )
+app.add_typer(ckpt, name="ckpt")
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 _Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...")]
 

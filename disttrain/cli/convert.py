@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from disttrain.runtime.environment import quiet_torch
+
 _FORMATS = "huggingface, safetensors, torch or disttrain"
 
 
@@ -23,6 +25,7 @@ def convert(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
     """Convert weights, or a whole training state of torch DCP or DeepSpeed; pickles are read by a restricted loader."""
+    quiet_torch()
     import sys
     from contextlib import redirect_stdout
 

@@ -196,7 +196,7 @@ def _now() -> str:
 def _writing(path: Path) -> Iterator[None]:
     """Turn the operating system's refusal into an error that names the file."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folders(path.parent)
         yield
     except OSError as error:
         raise CheckpointError(
@@ -206,6 +206,21 @@ def _writing(path: Path) -> Iterator[None]:
                 "free space or allow writing there, or set another run.dir",
             )
         ) from error
+
+
+def _make_folders(folder: Path) -> None:
+    """A folder and those above it that are missing, each name flushed: else a power cut takes all that is below it."""
+    for missing in [one for one in (*reversed(folder.parents), folder) if not one.exists()]:
+        missing.mkdir(exist_ok=True)
+        _flush_names(missing.parent)
+
+
+def _flush_names(folder: Path) -> None:
+    names = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(names)
+    finally:
+        os.close(names)
 
 
 def _append(path: Path, values: Mapping[str, Any]) -> None:
@@ -235,11 +250,7 @@ def _replace(path: Path, text: str) -> None:
             beside.replace(path)
         finally:
             beside.unlink(missing_ok=True)
-        names = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(names)
-        finally:
-            os.close(names)
+        _flush_names(path.parent)
 
 
 def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | None]]:

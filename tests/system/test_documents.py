@@ -12,6 +12,7 @@ from launched import PROJECT, column, launch
 # What starts a document's commands. Batteries and benchmarks are long: what they are made of runs here or there.
 STARTED_BY = {
     "accelerate.md": "test_accelerate.py",
+    "checkpoint-commands.md": "test_checkpoint_page.py",
     "checkpoint-formats.md": "test_checkpoint_formats.py",
     "parity.md": "test_parity.py",
     "plugins.md": "test_plugin.py",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,24 @@ def test_metrics_are_strict_json_and_name_what_json_lacks(tmp_path: Path) -> Non
     read = folder.read_metrics()[0]
     assert math.isnan(read["loss"])
     assert read["mfu"] is None
+
+
+def test_the_names_of_new_folders_are_flushed_before_anything_lies_in_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[tuple[int, bool]] = []
+    flush = os.fsync
+
+    def note(descriptor: int) -> None:
+        flushed.append((os.fstat(descriptor).st_ino, (tmp_path / "a" / "b" / "run" / ".lock").exists()))
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    folder = RunFolder(tmp_path / "a" / "b" / "run")
+    folder.lock()
+    folder.unlock()
+    parents = [tmp_path, tmp_path / "a", tmp_path / "a" / "b"]
+    assert flushed == [(parent.stat().st_ino, False) for parent in parents]
 
 
 @settings(max_examples=25, deadline=None)
