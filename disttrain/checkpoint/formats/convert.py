@@ -99,7 +99,12 @@ def _of_weights(source: Path, owner: str) -> ForeignState:
 def _document(state: ForeignState, owner: str) -> dict[str, Any]:
     """What the engine reads of a checkpoint. Without a config: whoever loads it brings the model and all settings."""
     schedule = {"last_epoch": state.steps, "_step_count": state.steps + 1}
-    optimizer: dict[str, Any] = {"updates": state.steps, "optimizer": None, "groups": [], "schedule": schedule}
+    optimizer: dict[str, Any] = {
+        "updates": state.steps,
+        "optimizer": f"that of {state.kind}",
+        "groups": [],
+        "schedule": schedule,
+    }
     trained = any(shard.name.startswith("optim/") for shard in state.shards)
     return {
         "progress": {"steps": state.steps, "samples": state.samples, "tokens": 0, "skipped": 0, "positions": {}},

@@ -220,6 +220,12 @@ def test_what_is_none_of_the_formats_is_named(tmp_path: Path) -> None:
     for path, found in ((tmp_path / "notes.txt", "a file that begins with"), (empty, "an empty folder")):
         with pytest.raises(CheckpointError, match=found):
             format_of(path)
+    torn = import_checkpoint(written("plain", Net(), tmp_path / "there"), tmp_path / "torn").path
+    (torn / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"a folder with rank-00000\.safetensors"):
+        format_of(torn)
+    with pytest.raises(CheckpointError, match=r"no manifest\.json among rank-00000\.safetensors"):
+        disttrain.load(torn.rename(tmp_path / "step-00000000"), make_model=Net)
     with pytest.raises(CheckpointError, match="no such folder"):
         disttrain.load(tmp_path / "absent")
     torch.save({"epoch": 3}, tmp_path / "no_weights.pt")
