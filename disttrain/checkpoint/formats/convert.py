@@ -13,6 +13,7 @@ from disttrain.checkpoint.disk import Disk
 from disttrain.checkpoint.folder import STAGING
 from disttrain.checkpoint.formats.huggingface import SHARD_BYTES, write_folder, write_safetensors
 from disttrain.checkpoint.formats.registry import carries_state, open_weights, read_state
+from disttrain.checkpoint.formats.restricted import refuse_rot
 from disttrain.checkpoint.formats.state import ForeignState
 from disttrain.checkpoint.formats.torch_file import TorchWeights, write_torch
 from disttrain.checkpoint.formats.weights import Weights
@@ -89,6 +90,8 @@ def import_checkpoint(source: Path, target: Path, *, owner: str = "model", disk:
 
 def _of_weights(source: Path, owner: str) -> ForeignState:
     weights = open_weights(source, owner)
+    for file in [source] if source.is_file() else sorted(source.glob("*.bin")):
+        refuse_rot(file)
     ties = weights.ties() if isinstance(weights, TorchWeights) else {}
     shards: list[Shard] = [
         whole_shard(f"model/{owner}/{name}", weights.whole(name)) for name in weights.tensors if name not in ties

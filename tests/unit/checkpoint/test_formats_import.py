@@ -303,6 +303,27 @@ def test_damage_in_a_torch_distributed_checkpoint_is_refused(damage: str, tmp_pa
     assert not (tmp_path / "target").exists()
 
 
+@pytest.mark.parametrize("kind", ["plain", "bin", "dcp"])
+def test_every_flipped_bit_of_a_weight_is_found(kind: str, net: Net, tmp_path: Path) -> None:
+    if kind == "dcp":
+        source = dcp_of({"model": net.state_dict()}, tmp_path / "there")
+        (file,) = source.glob("*.distcp")
+    else:
+        source = written(kind, net, tmp_path / "there")
+        file = source if source.is_file() else source / "pytorch_model.bin"
+    content = file.read_bytes()
+    places = [content.index(tensor.detach().numpy().tobytes()) for tensor in net.parameters()]
+    for place in places:
+        for bit in (0, 9, 31):
+            rotten = bytearray(content)
+            rotten[place + bit // 8] ^= 1 << bit % 8
+            file.write_bytes(rotten)
+            with pytest.raises(CheckpointError, match=f"{file.name}[^\n]*\n[^\n]*checksum"):
+                import_checkpoint(source, tmp_path / "target")
+    file.write_bytes(content)
+    import_checkpoint(source, tmp_path / "target")
+
+
 def test_reads_a_weight_whole(net: Net, tmp_path: Path) -> None:
     for kind in ("safetensors", "plain"):
         weights = open_weights(written(kind, net, tmp_path / kind))
