@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from disttrain.cli.convert import convert
 from disttrain.cli.json_text import json_text
 from disttrain.errors import FINISHED, CheckpointError
 from disttrain.runtime.environment import quiet_torch
@@ -17,7 +18,7 @@ from disttrain.runtime.environment import quiet_torch
 ckpt = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="List, inspect, verify, compare and prune checkpoints: one process, no GPU.",
+    help="List, inspect, verify, compare, prune and convert checkpoints: one process, no GPU.",
 )
 DIFFER = 1
 """Exit code of `diff` where something differs, as diff(1) has it."""
@@ -124,8 +125,7 @@ def prune(
     _print(found, as_json, render_pruning)
 
 
-# A further command: write its function in a module of its own that imports no torch, and add it here as
-# `ckpt.command()(convert)`.
+ckpt.command()(convert)
 
 
 def _print(found: dict[str, Any], as_json: bool, render: Any) -> None:
