@@ -21,6 +21,10 @@ Fill = Callable[[memoryview, int], int]
 """Reads a file's bytes from a place on into a view; returns how many came, 0 at the end. OSError where it cannot."""
 
 
+_AHEAD_FROM = 2**20
+"""Bytes from which on a read is one of many."""
+
+
 class ChunkReader:
     """One open file of a checkpoint and a buffer for one chunk of it. Made by a storage's `open_chunks`."""
 
@@ -34,10 +38,9 @@ class ChunkReader:
         start = chunk * self._chunk_bytes
         return start, min(start + self._chunk_bytes, self._info.size)
 
-    def read(self, chunk: int, *, verify: bool) -> str | None:
-        """Fill the buffer's beginning; a fault in words if the chunk is short or, with `verify`, its sum is another."""
-        begin, end = self.span(chunk)
-        view, at = memoryview(self.buffer)[: end - begin], begin
+    def read_into(self, view: memoryview, begin: int) -> str | None:
+        """Fill a view with the file's bytes from `begin` on; a fault in words if there are too few."""
+        at, end = begin, begin + len(view)
         try:
             while at < end:
                 got = self._fill(view[at - begin :], at)
@@ -46,6 +49,15 @@ class ChunkReader:
                 at += got
         except OSError as error:
             return f"{self.name} cannot be read at byte {at}: {error.strerror}"
+        return None
+
+    def read(self, chunk: int, *, verify: bool) -> str | None:
+        """Fill the buffer's beginning; a fault in words if the chunk is short or, with `verify`, its sum is another."""
+        begin, end = self.span(chunk)
+        view = memoryview(self.buffer)[: end - begin]
+        fault = self.read_into(view, begin)
+        if fault:
+            return fault
         found, stored = zlib.crc32(view) if verify else 0, self._info.chunks[chunk]
         if verify and found != stored:
             return f"{self.name}, bytes {begin} to {end}: checksum {found:08x} instead of {stored:08x}"
@@ -56,8 +68,14 @@ class ChunkReader:
 def open_chunks(path: Path, info: FileInfo, chunk_bytes: int) -> Iterator[ChunkReader]:
     """The file open for reading, if it is a regular one of the right size; CheckpointError if not."""
     descriptor = _open_plain(path, info.size)
+
+    def fill(view: memoryview, at: int) -> int:
+        if len(view) >= _AHEAD_FROM and hasattr(os, "posix_fadvise"):  # the disk reads on while this is looked at
+            os.posix_fadvise(descriptor, at + len(view), 2 * chunk_bytes, os.POSIX_FADV_WILLNEED)
+        return os.preadv(descriptor, [view], at)
+
     try:
-        yield ChunkReader(lambda view, at: os.preadv(descriptor, [view], at), path.name, info, chunk_bytes)
+        yield ChunkReader(fill, path.name, info, chunk_bytes)
     finally:
         os.close(descriptor)
 

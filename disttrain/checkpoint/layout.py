@@ -145,16 +145,17 @@ def tensor_bytes(tensor: Tensor, piece_bytes: int) -> Iterator[memoryview]:
     """A tensor's row-major bytes: of a contiguous one in host memory as it lies, of others piece by piece."""
     tensor = tensor.detach()
     if tensor.device.type == "cpu" and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg()):
-        yield _raw(tensor)
+        yield raw_bytes(tensor)
         return
     shape = tuple(tensor.shape)
     numel, step = math.prod(shape), max(1, piece_bytes // tensor.dtype.itemsize)
     for start in range(0, numel, step):
         for box in flat_range_to_boxes(shape, start, min(start + step, numel)):
             piece = tensor[box.slices()].resolve_conj().resolve_neg().contiguous()
-            yield _raw(piece.cpu())
+            yield raw_bytes(piece.cpu())
 
 
-def _raw(tensor: Tensor) -> memoryview:
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """A contiguous tensor's bytes in host memory, as they lie."""
     # as_strided, not reshape: a contiguous tensor of one element may have any stride, and then has no view as bytes.
     return memoryview(tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data)

@@ -18,7 +18,7 @@ from torch import Tensor
 from disttrain.checkpoint.address import Place, place_of
 from disttrain.checkpoint.boxes import Box, flat_range_to_boxes, overlap, whole
 from disttrain.checkpoint.chunks import ChunkReader
-from disttrain.checkpoint.layout import Header
+from disttrain.checkpoint.layout import Header, raw_bytes
 from disttrain.checkpoint.manifest import MANIFEST, Manifest, StoredBox, TensorInfo, decode_manifest
 from disttrain.checkpoint.shards import Shard, refuse_bad_shards
 from disttrain.checkpoint.storage import Storage, storage_of
@@ -236,11 +236,26 @@ class Checkpoint:
     def _fill(self, file: str, jobs: Sequence[_Job]) -> None:
         with self._open(file) as reader, torch.no_grad():
             for chunk, copies in _plan_copies(jobs, self._manifest.chunk_bytes):
-                fault = reader.read(chunk, verify=self._verify and (file, chunk) not in self._checked)
+                known = not self._verify or (file, chunk) in self._checked
+                # Bytes that need no second look go straight to where they belong.
+                rest = [copy for copy in copies if not (known and self._read_through(reader, copy))]
+                if not rest:
+                    continue
+                fault = reader.read(chunk, verify=not known)
                 if fault:
                     raise self._damaged([fault])
-                for copy in copies:
+                for copy in rest:
                     copy.perform(reader.buffer, reader.span(chunk)[0])
+
+    def _read_through(self, reader: ChunkReader, copy: _Copy) -> bool:
+        """Read a copy's bytes into its tensor, if they lie there as they do in the file."""
+        place = copy.bytes_in_place()
+        if place is None:
+            return False
+        fault = reader.read_into(place, copy.job.place(copy.held))
+        if fault:
+            raise self._damaged([fault])
+        return True
 
     def _open(self, file: str) -> AbstractContextManager[ChunkReader]:
         return self._storage.open_chunks(self.path / file, self._manifest.files[file], self._manifest.chunk_bytes)
@@ -295,6 +310,14 @@ class _Copy:
     job: _Job
     held: Box
     shared: Box
+
+    def bytes_in_place(self) -> memoryview | None:
+        """The tensor's own bytes, where they are those of the file one by one; None where they are not."""
+        into = self.job.into[self.shared.slices(self.job.box.offsets)]
+        same = self.shared == self.held and into.dtype == self.job.dtype and into.device.type == "cpu"
+        if not same or not into.is_contiguous() or into.is_conj() or into.is_neg():
+            return None
+        return raw_bytes(into)
 
     def perform(self, buffer: bytearray, begin: int) -> None:
         """Copy out of a buffer whose first byte is the file's byte `begin`."""
