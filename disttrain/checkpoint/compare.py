@@ -23,7 +23,7 @@ from disttrain.checkpoint.shards import Shard
 
 BATCH_BYTES = 64 * 2**20
 """How much of each checkpoint is held at once."""
-_AT_ONCE = 2**20  # elements whose differences are computed at once: at most 16 MiB a value held
+_AT_ONCE = 2**18  # elements whose differences are computed at once: at most 4 MiB a value held
 _Array = NDArray[Any]
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

@@ -199,27 +199,25 @@ class Checkpoint:
     def _header(self, file: str) -> Header:
         """The header of a file, read and checked once. ValueError where it is none."""
         if file not in self._headers:
+            size, chunk = self._manifest.files[file].size, 0
             with self._open(file) as reader:
-                size = self._manifest.files[file].size
-                length = int.from_bytes(self._bytes(reader, 0, 8), "little")
-                if length > size - 8:
+                raw = self._chunk(reader, chunk)
+                length = int.from_bytes(raw[:8], "little")
+                if not 0 < length <= size - 8:
                     raise ValueError(f"{length} bytes of a header in a file of {size}")
-                self._headers[file] = Header(self._bytes(reader, 8, 8 + length), size)
+                while len(raw) < 8 + length:
+                    chunk += 1
+                    raw += self._chunk(reader, chunk)
+            self._headers[file] = Header(raw[8 : 8 + length], size)
         return self._headers[file]
 
-    def _bytes(self, reader: ChunkReader, begin: int, end: int) -> bytes:
-        """A file's bytes, of chunks that fit their checksums."""
-        found = bytearray()
-        size = self._manifest.chunk_bytes
-        for chunk in range(begin // size, -(-end // size)):
-            fault = reader.read(chunk, verify=self._verify)
-            if fault:
-                raise self._damaged([fault])
-            start, stop = reader.span(chunk)
-            found += reader.buffer[max(begin, start) - start : min(end, stop) - start]
-        if len(found) != end - begin:
-            raise ValueError(f"bytes {begin} to {end} are not in it")
-        return bytes(found)
+    def _chunk(self, reader: ChunkReader, chunk: int) -> bytes:
+        """A chunk's bytes, which fit their checksum."""
+        fault = reader.read(chunk, verify=self._verify)
+        if fault:
+            raise self._damaged([fault])
+        begin, end = reader.span(chunk)
+        return bytes(memoryview(reader.buffer)[: end - begin])
 
     def _check(self, file: str, chunks: Sequence[int]) -> list[str]:
         """Faults of these chunks, in words. Chunks found right once are not read again."""

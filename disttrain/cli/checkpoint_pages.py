@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 from disttrain.checkpoint.manifest import Manifest, TensorInfo
-from disttrain.cli.checkpoint_survey import Place, Survey, size_on_disk, surveys
+from disttrain.cli.checkpoint_survey import Listing, Survey, size_on_disk, surveys
 from disttrain.errors import ConfigError, explain
 
 _RANK = re.compile(r"rank-(\d+)\.safetensors")
@@ -17,7 +18,7 @@ _RANK = re.compile(r"rank-(\d+)\.safetensors")
 # ---------------------------------------------------------------------- ls
 
 
-def list_place(place: Place) -> dict[str, Any]:
+def describe_all(listing: Listing) -> dict[str, Any]:
     """Every checkpoint by manifest and sizes, and what else lies beside them. Local."""
     rows = [
         {
@@ -32,12 +33,14 @@ def list_place(place: Place) -> dict[str, Any]:
             "faults": list(one.faults),
             "strays": one.strays,
         }
-        for one in surveys(place)
+        for one in surveys(listing)
     ]
     others = [
-        {"name": one.name, "what": what, "bytes": size_on_disk(one)} for one, what in place.others if one.exists()
+        {"name": one.name, "what": what, "bytes": size_on_disk(one)}
+        for one, what in listing.others
+        if os.path.lexists(one)
     ]
-    return {"path": str(place.path), "checkpoints": rows, "others": others}
+    return {"path": str(listing.path), "checkpoints": rows, "others": others}
 
 
 def render_list(found: Mapping[str, Any]) -> str:
@@ -168,9 +171,9 @@ def _box_lines(one: Mapping[str, Any]) -> list[str]:
 # ---------------------------------------------------------------------- verify
 
 
-def verify_place(place: Place) -> Iterator[dict[str, Any]]:
+def verify_all(listing: Listing) -> Iterator[dict[str, Any]]:
     """A verdict on each checkpoint as it is read; none on those that a run removes meanwhile. Local."""
-    for one in surveys(place):
+    for one in surveys(listing):
         found = verify_checkpoint(one)
         if found["whole"] or one.path.exists():
             yield found

@@ -16,7 +16,7 @@ from typing import Any
 from disttrain.checkpoint import Best, prune
 from disttrain.checkpoint.retention import choose_kept
 from disttrain.cli.checkpoint_pages import size_text
-from disttrain.cli.checkpoint_survey import Survey, find_place, size_on_disk, surveys
+from disttrain.cli.checkpoint_survey import Survey, find_checkpoints, size_on_disk, surveys
 from disttrain.errors import CheckpointError, ConfigError, explain
 from disttrain.report import RunFolder
 
@@ -72,12 +72,12 @@ def _score(one: Survey, best: Best | None) -> float | None:
 
 def prune_run(path: str, wish: Wish, *, dry_run: bool) -> dict[str, Any]:
     """Plan, and without `dry_run` remove; what happened. Local. CheckpointError where nothing whole would stay."""
-    place = find_place(path)
-    if place.root is None:
+    listing = find_checkpoints(path)
+    if listing.root is None:
         do = "name the run's folder"
         raise CheckpointError(explain(f"{path} is to be pruned.", "one checkpoint, not the checkpoints of a run", do))
-    with _sole_writer(place.root, asked=f"{path} is to be pruned.", needed=not dry_run):
-        found = list(surveys(find_place(path)))  # once more: what lies there now that nobody else writes
+    with _sole_writer(listing.root, asked=f"{path} is to be pruned.", needed=not dry_run):
+        found = list(surveys(find_checkpoints(path)))  # once more: what lies there now that nobody else writes
         if wish.best is not None:
             _refuse_unknown_metric(found, wish.best)
         plan = plan_prune(found, wish)
@@ -86,7 +86,7 @@ def prune_run(path: str, wish: Wish, *, dry_run: bool) -> dict[str, Any]:
             raise CheckpointError(explain(f"{path} is to be pruned.", f"none is whole: {faults}", "mend one first"))
         freed = sum(size_on_disk(one.path) for one in plan.gone)
         if plan.gone and not dry_run:
-            _remove(place.root, plan)
+            _remove(listing.root, plan)
     return {
         "path": path,
         "dry_run": dry_run,

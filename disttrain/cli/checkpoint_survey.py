@@ -81,7 +81,7 @@ class Survey:
 
 
 @dataclass(frozen=True)
-class Place:
+class Listing:
     """What PATH names: `checkpoints` oldest first, in `root`, the folder of a run's checkpoints (None: just the one).
 
     `others` are the names in `root` that are no checkpoints, each with what it is.
@@ -93,7 +93,7 @@ class Place:
     others: tuple[tuple[Path, str], ...] = ()
 
 
-def find_place(path: str) -> Place:
+def find_checkpoints(path: str) -> Listing:
     """A run's folder, its `checkpoints/`, or one checkpoint. Local. CheckpointError for whatever is none of them."""
     if "://" in path:
         do = "copy the folder here first; resume and disttrain.load read the store itself"
@@ -107,10 +107,10 @@ def find_place(path: str) -> Place:
 
 def find_one(path: str) -> Survey:
     """The checkpoint that PATH names, or the newest one there whose files are all there. Local. CheckpointError."""
-    place = find_place(path)
+    listing = find_checkpoints(path)
     found = []
-    for one in surveys(place, newest_first=True):
-        if place.root is None or not one.faults:
+    for one in surveys(listing, newest_first=True):
+        if listing.root is None or not one.faults:
             one.required()
             return one
         found.append(f"{one.path.name}: {one.faults[0]}")
@@ -118,9 +118,9 @@ def find_one(path: str) -> Survey:
     raise CheckpointError(explain(f"{path} is to have a whole checkpoint.", "; ".join(found[:3]), do))
 
 
-def surveys(place: Place, *, newest_first: bool = False) -> Iterator[Survey]:
+def surveys(listing: Listing, *, newest_first: bool = False) -> Iterator[Survey]:
     """A survey of each checkpoint; those that a run removes meanwhile are passed over. Local."""
-    for path in reversed(place.checkpoints) if newest_first else place.checkpoints:
+    for path in reversed(listing.checkpoints) if newest_first else listing.checkpoints:
         found = survey(path)
         if not found.faults or os.path.lexists(path):
             yield found
@@ -163,19 +163,19 @@ def finding(error: CheckpointError, *, advice: bool = False) -> str:
     return f"{found} ({do})" if advice else found
 
 
-def _find(path: Path) -> Place:
+def _find(path: Path) -> Listing:
     if not path.is_dir():
         read_manifest_bytes(path)  # raises, with what is there
     own = path.resolve().name
     if _STEP.fullmatch(own) or any(one.name == MANIFEST for one in path.iterdir()):
-        return Place(path, None, (path,))
+        return Listing(path, None, (path,))
     run = RunFolder(path)
     root = run.checkpoints if run.checkpoints.is_dir() else path
     inside = sorted(root.iterdir())
     steps = sorted((int(match.group(1)), one) for one in inside if (match := _STEP.fullmatch(one.name)))
     if steps:
         found = tuple(one for _, one in steps)
-        return Place(path, root, found, tuple((one, _what(one.name)) for one in inside if one not in found))
+        return Listing(path, root, found, tuple((one, _what(one.name)) for one in inside if one not in found))
     if root != path or run.config.exists() or own == run.checkpoints.name:
         among = f"only {', '.join(one.name for one in inside[:5])}" if inside else "an empty folder"
         do = "let the run come to its first checkpoint (checkpoint.every); those in a store are to be copied here first"

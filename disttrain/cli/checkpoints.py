@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from disttrain.cli.convert import convert
 from disttrain.cli.json_text import json_text
 from disttrain.errors import FINISHED, CheckpointError
 from disttrain.runtime.environment import quiet_torch
@@ -17,7 +18,7 @@ from disttrain.runtime.environment import quiet_torch
 ckpt = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="List, inspect, verify, compare and prune checkpoints: one process, no GPU.",
+    help="List, inspect, verify, compare, prune and convert checkpoints: one process, no GPU.",
 )
 DIFFER = 1
 """Exit code of `diff` where something differs, as diff(1) has it."""
@@ -31,10 +32,10 @@ _Name = Annotated[str | None, typer.Option("--name", metavar="PATTERN", help="On
 def list_all(path: _Path, as_json: _Json = False) -> None:
     """What checkpoints there are, who wrote them, whether their files are all there. Exit code 5 if none is whole."""
     quiet_torch()
-    from disttrain.cli.checkpoint_pages import list_place, render_list
-    from disttrain.cli.checkpoint_survey import find_place
+    from disttrain.cli.checkpoint_pages import describe_all, render_list
+    from disttrain.cli.checkpoint_survey import find_checkpoints
 
-    found = list_place(find_place(path))
+    found = describe_all(find_checkpoints(path))
     _print(found, as_json, render_list)
     whole = any(one["whole"] for one in found["checkpoints"])
     raise typer.Exit(FINISHED if whole else CheckpointError.exit_code)
@@ -60,16 +61,16 @@ def inspect(
 def verify(path: _Path, as_json: _Json = False) -> None:
     """Read every byte of a checkpoint, or of all of a run; name every fault. Exit code 5 if anything is damaged."""
     quiet_torch()
-    from disttrain.cli.checkpoint_pages import render_verdict, verify_place
-    from disttrain.cli.checkpoint_survey import find_place
+    from disttrain.cli.checkpoint_pages import render_verdict, verify_all
+    from disttrain.cli.checkpoint_survey import find_checkpoints
 
-    place = find_place(path)
+    listing = find_checkpoints(path)
     found = []
-    for verdict in verify_place(place):
+    for verdict in verify_all(listing):
         found.append(verdict)
         if not as_json:
             print(render_verdict(verdict), flush=True)  # at once: each may take minutes
-    others = [{"name": other.name, "what": what} for other, what in place.others]
+    others = [{"name": other.name, "what": what} for other, what in listing.others]
     ok = bool(found) and all(one["whole"] for one in found)
     if as_json:
         print(json_text({"ok": ok, "path": path, "checkpoints": found, "others": others}))
@@ -124,8 +125,7 @@ def prune(
     _print(found, as_json, render_pruning)
 
 
-# A further command: write its function in a module of its own that imports no torch, and add it here as
-# `ckpt.command()(convert)`.
+ckpt.command()(convert)
 
 
 def _print(found: dict[str, Any], as_json: bool, render: Any) -> None:

@@ -30,11 +30,14 @@ TARGETS = (*EXPORTS, "disttrain")
 _log = room_logger("checkpoint")
 
 
-def convert(source: str | Place, target: str | Path, *, to: str | None = None, name: str = "model") -> Converted:
+def convert(
+    source: str | Place, target: str | Path, *, to: str | None = None, name: str = "model", build: bool = True
+) -> Converted:
     """Make `target`, one of TARGETS, of what `source` holds; where `to` is left out, what fits the names. Local.
 
-    Of a disttrain checkpoint the weights of the model prepared as `name` go out; what comes in gets that name. Holds
-    one tensor at a time. Raises CheckpointError, ConfigError for an unknown target; never overwrites.
+    Of a disttrain checkpoint the weights of the model prepared as `name` go out; what comes in gets that name. `build`
+    has the checkpoint's own config make the model, which runs the code that it names, for what only a model can tell.
+    Raises CheckpointError, ConfigError for an unknown target; never overwrites.
     """
     source, target = place_of(source), Path(target)
     found = kind_of(source)
@@ -51,13 +54,14 @@ def convert(source: str | Place, target: str | Path, *, to: str | None = None, n
     weights = open_any(source, name)
     if not isinstance(weights, NativeWeights):
         return export_weights(weights, target, to)
-    model = _model_of(weights) if to != "safetensors" else None
+    model = _model_of(weights) if build and to != "safetensors" else None
     extras = Extras(_texts(model), other_names(model)) if model is not None else Extras()
     done = export_weights(weights, target, to, extras=extras)
     base = [key for key in weights.checkpoint.document.get("base", ()) if key.startswith(f"model/{name}/")]
     left_out = [f"{len(base)} frozen parameters, which checkpoint.only=trainable left out"] if base else []
     if to == "huggingface" and not extras.texts:
-        left_out.append("config.json: the model has no Hugging Face config")
+        why = "the model has no Hugging Face config, or could not be built" if build else "no model was built"
+        left_out.append(f"config.json: {why}")
     return Converted(done.path, done.tensors, tuple(left_out))
 
 

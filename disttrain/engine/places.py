@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from yaml import YAMLError
 
 from disttrain.checkpoint import Address, Place, address_fault, holds_checkpoints, place_of
 from disttrain.config import Config, parse_value
-from disttrain.errors import ConfigError, explain
+from disttrain.errors import CheckpointError, ConfigError, explain
 from disttrain.report import RunFolder
 
 
@@ -43,6 +44,27 @@ def checkpoints_in(place: Place) -> Place | None:
         config = parse_value(folder.config.read_text(encoding="utf-8"))
     except (OSError, ValueError, YAMLError):  # no run's folder: what it is, its reader will say
         return None
-    section = config.get("checkpoint") if isinstance(config, Mapping) else None
+    storage = _storage_in(config) if isinstance(config, Mapping) else None
+    return place_of(storage) / config["run"]["name"] if storage else None
+
+
+def refuse_moved(folder: RunFolder, theirs: Mapping[str, Any], config: Config) -> None:
+    """Raise CheckpointError where `theirs`, the config found in the folder, keeps checkpoints elsewhere.
+
+    The run would find none, and begin anew over what the folder tells of it.
+    """
+    before, now = _storage_in(theirs), config.checkpoint.storage
+    if before != now:
+        raise CheckpointError(
+            explain(
+                f"{folder.path} is to be continued with checkpoints in {now or 'it'}.",
+                f"it has them in {before or folder.checkpoints}",
+                f"set checkpoint.storage={before or 'null'}; or copy them there and say so in {folder.config} too",
+            )
+        )
+
+
+def _storage_in(config: Mapping[str, Any]) -> str | None:
+    section = config.get("checkpoint")
     storage = section.get("storage") if isinstance(section, Mapping) else None
-    return place_of(storage) / config["run"]["name"] if isinstance(storage, str) else None
+    return storage if isinstance(storage, str) else None

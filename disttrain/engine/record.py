@@ -25,6 +25,7 @@ from disttrain.data import StepBatch
 from disttrain.engine.build import Plan
 from disttrain.engine.failure import Failure, settle
 from disttrain.engine.loading import open_newest
+from disttrain.engine.places import refuse_moved
 from disttrain.engine.snapshot import Progress
 from disttrain.engine.state import refuse_another_run
 from disttrain.errors import CheckpointError, explain
@@ -74,6 +75,7 @@ class Record:
                 )
             )
         refuse_another_run(str(self.folder.path), theirs, self._config.to_dict())
+        refuse_moved(self.folder, theirs, self._config)
         return self.folder.read_status() or {}
 
     def _read_config(self) -> Mapping[str, Any]:

@@ -13,6 +13,7 @@ from launched import PROJECT, column, launch
 STARTED_BY = {
     "accelerate.md": "test_accelerate.py",
     "checkpoint-commands.md": "test_checkpoint_page.py",
+    "checkpoint-formats.md": "test_checkpoint_formats.py",
     "parity.md": "test_parity.py",
     "plugins.md": "test_plugin.py",
     "checkpoint-proof.md": "../contract/test_checkpoint_matrix.py",

@@ -13,6 +13,7 @@ from disttrain.checkpoint.disk import Disk
 from disttrain.checkpoint.folder import STAGING
 from disttrain.checkpoint.formats.huggingface import SHARD_BYTES, write_folder, write_safetensors
 from disttrain.checkpoint.formats.registry import carries_state, open_weights, read_state
+from disttrain.checkpoint.formats.restricted import refuse_rot
 from disttrain.checkpoint.formats.state import ForeignState
 from disttrain.checkpoint.formats.torch_file import TorchWeights, write_torch
 from disttrain.checkpoint.formats.weights import Weights
@@ -89,6 +90,8 @@ def import_checkpoint(source: Path, target: Path, *, owner: str = "model", disk:
 
 def _of_weights(source: Path, owner: str) -> ForeignState:
     weights = open_weights(source, owner)
+    for file in [source] if source.is_file() else sorted(source.glob("*.bin")):
+        refuse_rot(file)
     ties = weights.ties() if isinstance(weights, TorchWeights) else {}
     shards: list[Shard] = [
         whole_shard(f"model/{owner}/{name}", weights.whole(name)) for name in weights.tensors if name not in ties
@@ -99,7 +102,12 @@ def _of_weights(source: Path, owner: str) -> ForeignState:
 def _document(state: ForeignState, owner: str) -> dict[str, Any]:
     """What the engine reads of a checkpoint. Without a config: whoever loads it brings the model and all settings."""
     schedule = {"last_epoch": state.steps, "_step_count": state.steps + 1}
-    optimizer: dict[str, Any] = {"updates": state.steps, "optimizer": None, "groups": [], "schedule": schedule}
+    optimizer: dict[str, Any] = {
+        "updates": state.steps,
+        "optimizer": f"that of {state.kind}",
+        "groups": [],
+        "schedule": schedule,
+    }
     trained = any(shard.name.startswith("optim/") for shard in state.shards)
     return {
         "progress": {"steps": state.steps, "samples": state.samples, "tokens": 0, "skipped": 0, "positions": {}},

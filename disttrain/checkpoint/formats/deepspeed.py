@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from disttrain.checkpoint.boxes import flat_range_to_boxes
-from disttrain.checkpoint.formats.restricted import load_torch_file, record_class
+from disttrain.checkpoint.formats.restricted import load_torch_file, record_class, refuse_rot
 from disttrain.checkpoint.formats.state import ForeignState, optimizer_shard
 from disttrain.checkpoint.shards import Shard, whole_shard
 from disttrain.errors import CheckpointError, explain
@@ -73,6 +73,8 @@ class _Range:
 
 def _read(folder: Path, owner: str) -> ForeignState:
     models, optimizers = _files(folder)
+    for file in (*models, *optimizers):
+        refuse_rot(file)
     first = load_torch_file(models[0], ALLOWED)
     held = [load_torch_file(file, ALLOWED)["optimizer_state_dict"] for file in optimizers]
     stage = int(held[0]["zero_stage"])

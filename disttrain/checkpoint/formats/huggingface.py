@@ -111,13 +111,18 @@ def open_folder(path: Path) -> Weights:
         return SeveralFiles(path, [TorchWeights(file) for file in _indexed(path, _TORCH_INDEX)])
     if (path / _TORCH_FILE).exists():
         return TorchWeights(path / _TORCH_FILE)
-    return SafetensorsWeights(path, sorted(path.glob("*.safetensors")))
+    return SafetensorsWeights(path, _alone(path))
+
+
+def _alone(path: Path) -> list[Path]:
+    """A model's file under a name of its own; what a rank of ours wrote is a part of a checkpoint."""
+    return sorted(file for file in path.glob("*.safetensors") if not file.name.startswith("rank-"))
 
 
 def is_folder(path: Path) -> bool:
     """Whether a folder looks like one that `open_folder` reads. Local."""
     known = (_INDEX, _ONE_FILE, _TORCH_INDEX, _TORCH_FILE)
-    return any((path / name).is_file() for name in known) or len(list(path.glob("*.safetensors"))) == 1
+    return any((path / name).is_file() for name in known) or len(_alone(path)) == 1
 
 
 def _indexed(path: Path, index: str) -> list[Path]:

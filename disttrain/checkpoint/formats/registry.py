@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from disttrain.checkpoint.address import step_of
 from disttrain.checkpoint.formats import deepspeed, huggingface, torch_distributed
 from disttrain.checkpoint.formats.huggingface import SafetensorsWeights
 from disttrain.checkpoint.formats.native import NativeWeights
@@ -37,7 +38,9 @@ def format_of(path: Path) -> str:
     path = Path(path)
     if path.is_dir():
         names = sorted(one.name for one in path.iterdir())
-        if MANIFEST in names:
+        if (
+            MANIFEST in names or step_of(path.name) is not None
+        ):  # of one without a manifest its own reader says what is wrong
             return "disttrain"
         if torch_distributed.METADATA in names:
             return "torch-distributed"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,9 @@ def _mapped(window: memoryview) -> Tensor:
     begin += 30 + int.from_bytes(sizes[:2], "little") + int.from_bytes(sizes[2:], "little")
     if entry.compress_type != zipfile.ZIP_STORED or begin + view.count * view.dtype.itemsize > len(window):
         raise ValueError("its data lies outside of it")
+    held = window[begin : begin + view.count * view.dtype.itemsize]
+    if zlib.crc32(held) != entry.CRC:  # torch itself does not look at it
+        raise ValueError(f"its data has the checksum {zlib.crc32(held):08x} instead of {entry.CRC:08x}")
     # as_strided checks shape, strides and offset against the storage.
     storage = torch.frombuffer(window, dtype=view.dtype, count=view.count, offset=begin)
     return storage.as_strided(view.shape, view.stride, view.offset)

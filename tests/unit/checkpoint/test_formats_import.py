@@ -220,6 +220,12 @@ def test_what_is_none_of_the_formats_is_named(tmp_path: Path) -> None:
     for path, found in ((tmp_path / "notes.txt", "a file that begins with"), (empty, "an empty folder")):
         with pytest.raises(CheckpointError, match=found):
             format_of(path)
+    torn = import_checkpoint(written("plain", Net(), tmp_path / "there"), tmp_path / "torn").path
+    (torn / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"a folder with rank-00000\.safetensors"):
+        format_of(torn)
+    with pytest.raises(CheckpointError, match=r"no manifest\.json among rank-00000\.safetensors"):
+        disttrain.load(torn.rename(tmp_path / "step-00000000"), make_model=Net)
     with pytest.raises(CheckpointError, match="no such folder"):
         disttrain.load(tmp_path / "absent")
     torch.save({"epoch": 3}, tmp_path / "no_weights.pt")
@@ -295,6 +301,27 @@ def test_damage_in_a_torch_distributed_checkpoint_is_refused(damage: str, tmp_pa
     with pytest.raises(CheckpointError, match="there"):
         import_checkpoint(folder, tmp_path / "target")
     assert not (tmp_path / "target").exists()
+
+
+@pytest.mark.parametrize("kind", ["plain", "bin", "dcp"])
+def test_every_flipped_bit_of_a_weight_is_found(kind: str, net: Net, tmp_path: Path) -> None:
+    if kind == "dcp":
+        source = dcp_of({"model": net.state_dict()}, tmp_path / "there")
+        (file,) = source.glob("*.distcp")
+    else:
+        source = written(kind, net, tmp_path / "there")
+        file = source if source.is_file() else source / "pytorch_model.bin"
+    content = file.read_bytes()
+    places = [content.index(tensor.detach().numpy().tobytes()) for tensor in net.parameters()]
+    for place in places:
+        for bit in (0, 9, 31):
+            rotten = bytearray(content)
+            rotten[place + bit // 8] ^= 1 << bit % 8
+            file.write_bytes(rotten)
+            with pytest.raises(CheckpointError, match=f"{file.name}[^\n]*\n[^\n]*checksum"):
+                import_checkpoint(source, tmp_path / "target")
+    file.write_bytes(content)
+    import_checkpoint(source, tmp_path / "target")
 
 
 def test_reads_a_weight_whole(net: Net, tmp_path: Path) -> None:

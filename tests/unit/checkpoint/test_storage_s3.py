@@ -324,6 +324,8 @@ def test_a_run_goes_on_from_the_store_alone_with_the_numbers_of_one_that_never_s
     start = ["run.name=next", f"model.weights={there}", f"checkpoint.resume={there}", "run.steps=9"]
     assert run_world(1, train, endpoint, str(folder), start) == [0]
     assert list(losses(folder, "next")) == [9]
+    assert run_world(1, train, endpoint, str(folder), ["run.steps=9"]) == [5]  # it would find none in its folder
+    assert list(losses(folder)) == [6, 7, 8]
     never = [*stored, "checkpoint.resume=never", "run.dir=elsewhere"]
     assert run_world(1, train, endpoint, str(folder), never) == [5]
 
@@ -344,3 +346,17 @@ def test_a_storage_that_cannot_be_used_ends_a_run_before_its_first_step(
             plan_run(load_config("afar.yaml", [f"checkpoint.storage={storage}"]))
     assert run_world(1, train, endpoint, str(folder), ["checkpoint.storage=s3://nowhere"]) == [5]
     assert not (folder / "runs" / "afar" / "metrics.jsonl").exists()
+
+
+def test_memory_is_bounded_by_parts_and_chunks_and_not_by_the_state() -> None:
+    """By the benchmark, small: six parts of 16 MiB, of which a save holds three at most and a load one."""
+    script = Path(__file__).parents[3] / "benchmarks" / "checkpoint_storage.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--mib", "96", "--rounds", "1"], timeout=200, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    cells = [row.split("|")[1:4] for row in done.stdout.splitlines()[2:]]
+    above = {name.strip(): float(mib) for name, _, mib in cells}
+    assert list(above) == ["put by hand", "save", "get by hand", "load"]
+    assert above["save"] < 72, above
+    assert above["load"] < 40, above

@@ -231,7 +231,7 @@ def test_report_tells_what_the_metrics_say(
 
 def greedy(run: Path, prompt: bytes, length: int, context: int) -> bytes:
     """The likeliest bytes, by the decoder written out plainly over the stored weights."""
-    stored = {name.removeprefix("model/model/"): one for name, one in weights(run).items() if "optim" not in name}
+    stored = {name.removeprefix("model/model/"): one for name, one in weights(run).items() if name.startswith("model/")}
     model, text = PlainGPT(stored, layers=1, heads=2, kv_heads=2), list(prompt)
     for _ in range(length):
         text.append(int(model(torch.tensor([text[-context:]]))[0, -1].argmax()))
