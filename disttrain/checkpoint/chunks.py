@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 import stat
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from disttrain.checkpoint.address import Place
+from disttrain.checkpoint.checksum import crc32
 from disttrain.checkpoint.manifest import MANIFEST, FileInfo
 from disttrain.errors import CheckpointError, explain
 
@@ -58,7 +58,7 @@ class ChunkReader:
         fault = self.read_into(view, begin)
         if fault:
             return fault
-        found, stored = zlib.crc32(view) if verify else 0, self._info.chunks[chunk]
+        found, stored = crc32(view) if verify else 0, self._info.chunks[chunk]
         if verify and found != stored:
             return f"{self.name}, bytes {begin} to {end}: checksum {found:08x} instead of {stored:08x}"
         return None

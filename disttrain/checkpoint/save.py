@@ -6,7 +6,6 @@ piece of one tensor at a time beyond the state itself. Refuses an existing name;
 
 from __future__ import annotations
 
-import zlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import torch
 
 from disttrain.checkpoint.address import Place, PlaceT, below, step_folder
 from disttrain.checkpoint.boxes import Box, tiling_fault
+from disttrain.checkpoint.checksum import crc32
 from disttrain.checkpoint.disk import Disk
 from disttrain.checkpoint.grid import find_grid
 from disttrain.checkpoint.layout import Entry, dtype_name, plan_file, tensor_bytes
@@ -263,7 +263,7 @@ def gather_tensors(shards: Sequence[Shard], plans: Sequence[Sequence[Entry]]) ->
 
 
 class _SummedFile:
-    """Writes through to a file and keeps the crc32 of each chunk of it (zlib's: 6 GiB/s where measured)."""
+    """Writes through to a file and keeps the crc32 of each chunk of it."""
 
     def __init__(self, file: NewFile, chunk_bytes: int) -> None:
         self._file, self._chunk_bytes = file, chunk_bytes
@@ -274,7 +274,7 @@ class _SummedFile:
         rest = memoryview(content)
         while rest:
             piece = rest[: self._chunk_bytes - self._filled]
-            self._sum = zlib.crc32(piece, self._sum)
+            self._sum = crc32(piece, self._sum)
             self._file.write(piece)
             self._filled += len(piece)
             rest = rest[len(piece) :]
