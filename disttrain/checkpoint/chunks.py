@@ -21,10 +21,6 @@ Fill = Callable[[memoryview, int], int]
 """Reads a file's bytes from a place on into a view; returns how many came, 0 at the end. OSError where it cannot."""
 
 
-_AHEAD_FROM = 2**20
-"""Bytes from which on a read is one of many."""
-
-
 class ChunkReader:
     """One open file of a checkpoint and a buffer for one chunk of it. Made by a storage's `open_chunks`."""
 
@@ -68,14 +64,8 @@ class ChunkReader:
 def open_chunks(path: Path, info: FileInfo, chunk_bytes: int) -> Iterator[ChunkReader]:
     """The file open for reading, if it is a regular one of the right size; CheckpointError if not."""
     descriptor = _open_plain(path, info.size)
-
-    def fill(view: memoryview, at: int) -> int:
-        if len(view) >= _AHEAD_FROM and hasattr(os, "posix_fadvise"):  # the disk reads on while this is looked at
-            os.posix_fadvise(descriptor, at + len(view), 2 * chunk_bytes, os.POSIX_FADV_WILLNEED)
-        return os.preadv(descriptor, [view], at)
-
     try:
-        yield ChunkReader(fill, path.name, info, chunk_bytes)
+        yield ChunkReader(lambda view, at: os.preadv(descriptor, [view], at), path.name, info, chunk_bytes)
     finally:
         os.close(descriptor)
 
