@@ -7,11 +7,11 @@ contestant acts once, in an order that is rotated from round to round; a time is
 table gives medians and the median of the ratios to the raw act of the same round.
 
 durable   `save_checkpoint` beside `os.write` and `os.fsync` of the same bytes, torch's DCP, and torch.save with fsync
-load      found, verified and loaded, beside reading the same files; after the page cache was dropped (cold), and warm
+load      found, verified and loaded, beside reading the same files; from the disk (cold), and from memory (warm)
 stall     what a step that saves in the background waits, beside copying the same bytes to kept memory by the same
           ranks, and torch's async save; and a step's time while a save is written, beside that without one
 memory    what the process holds at most while it loads, above what it holds before
-manifest  the manifest of a model of 1,000 tensors saved by 1 to 1,024 simulated ranks: size, time to encode and read
+manifest  the manifest of a model of 1,000 tensors saved by 1 to 1,024 simulated ranks: its size, and what it costs
 """
 
 from __future__ import annotations
@@ -114,14 +114,17 @@ def timed(act: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-def settle_disk(*, drop: bool = False) -> None:
-    """What was written before is on the disk; with `drop` nothing of it is in memory."""
+def settle_disk(folder: Path | None = None) -> None:
+    """What was written before is on the disk; of a folder nothing is in memory any more."""
     import torch.distributed as dist
 
     os.sync()
     dist.barrier()
-    if drop and dist.get_rank() == 0:
-        Path("/proc/sys/vm/drop_caches").write_text("3")
+    for path in sorted(folder.rglob("*")) if folder is not None and dist.get_rank() == 0 else ():
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
     dist.barrier()
 
 
@@ -249,7 +252,7 @@ def load(mib: int, rounds: int, folder: str) -> dict[str, list[float]]:
     for turn in range(-1, rounds):
         for how in ("cold", "warm"):
             for name in rotated(list(acts), turn):
-                settle_disk(drop=how == "cold")
+                settle_disk(root if how == "cold" else None)
                 if how == "warm":
                     acts[name]()
                 for own in parts.values():
@@ -310,16 +313,14 @@ def stall(mib: int, rounds: int, folder: str) -> dict[str, list[float]]:
         group = dist.new_group(backend="gloo")
 
         def save_beside() -> list[float]:
-            """Steps while a save is under way on all ranks."""
-            times = []
-            while True:
-                took = timed(step)
-                if not agree(engine._saver.under_way):
-                    return times
-                times.append(took)
+            """Steps while a save is under way on all ranks; the last one sees its end."""
+            times = [timed(step)]
+            while agree(engine._saver.under_way):
+                times.append(timed(step))
+            return times
 
         for turn in range(-1, rounds):
-            alone = [timed(step) for _ in range(6)]
+            alone = [timed(step) for _ in range(3)]
             times: dict[str, float] = {}
             for name in rotated(["copy", "disttrain", "DCP async"], turn):
                 settle_disk()
@@ -346,7 +347,7 @@ def stall(mib: int, rounds: int, folder: str) -> dict[str, list[float]]:
                 for name, took in times.items():
                     found[name].append(took)
                 found["step alone"].append(statistics.median(alone))
-                found["step beside a save"].append(statistics.median(beside) if beside else float("nan"))
+                found["step beside a save"].append(statistics.median(beside))
     return found
 
 
@@ -395,35 +396,40 @@ def resident() -> float:
 
 
 def manifest(tensors: int = 1000) -> Iterator[str]:
-    """Rows: ranks, bytes of the manifest, seconds to encode and to read it."""
+    """Rows: ranks, the manifest's KiB, seconds of rank 0 to judge all plans, to encode, and of a reader to decode."""
     import torch
 
-    from disttrain.checkpoint import Box, Manifest, StoredBox, TensorInfo
+    from disttrain.checkpoint import Box, Manifest
+    from disttrain.checkpoint.layout import Entry
     from disttrain.checkpoint.manifest import FileInfo, decode_manifest, encode_manifest
+    from disttrain.checkpoint.save import gather_tensors, refuse_bad_tensors
 
     for layout in ("each tensor cut over all ranks", "each tensor on one rank"):
         for ranks in (1, 8, 64, 512, 1024):
-            infos, ends = {}, [0] * ranks
+            plans: list[list[Entry]] = [[] for _ in range(ranks)]
             for number in range(tensors):
-                cuts = ranks if layout.startswith("each tensor cut") else 1
-                boxes = []
-                for part in range(cuts):
-                    owner = part if cuts > 1 else number % ranks
-                    boxes.append(StoredBox(Box((part, 0), (1, 256)), f"rank-{owner:05d}.safetensors", ends[owner]))
-                    ends[owner] += 1024
-                infos[f"model/model/layer{number:04d}.weight"] = TensorInfo((cuts, 256), torch.float32, tuple(boxes))
-            chunk = 2**24
-            files = {
-                f"rank-{rank:05d}.safetensors": FileInfo(end, (0,) * -(-end // chunk))
-                for rank, end in enumerate(ends)
-                if end
-            }
+                name = f"model/model/layer{number:04d}.weight"
+                if layout.startswith("each tensor cut"):
+                    for rank in range(ranks):
+                        plans[rank].append(Entry(name, (1024, 256), torch.float32, _rows(rank, ranks)))
+                else:
+                    plans[number % ranks].append(Entry(name, (1024, 256), torch.float32, Box((0, 0), (1024, 256))))
+            files = {f"rank-{rank:05d}.safetensors": FileInfo(1, (0,)) for rank in range(ranks) if plans[rank]}
             began = time.perf_counter()
-            raw = encode_manifest(Manifest(1, chunk, infos, files, {}))
-            middle = time.perf_counter()
+            refuse_bad_tensors(plans)
+            infos = gather_tensors([], plans)
+            judged = time.perf_counter()
+            raw = encode_manifest(Manifest(1, 2**24, infos, files, {}))
+            encoded = time.perf_counter()
             decode_manifest(raw, where="bench")
-            took = time.perf_counter() - middle
-            yield f"| {layout} | {ranks} | {len(raw) / 1024:.0f} | {middle - began:.2f} | {took:.2f} |"
+            took = judged - began, encoded - judged, time.perf_counter() - encoded
+            yield f"| {layout} | {ranks} | {len(raw) / 1024:.0f} | " + " | ".join(f"{one:.2f}" for one in took) + " |"
+
+
+def _rows(rank: int, ranks: int) -> Any:
+    from disttrain.checkpoint import Box
+
+    return Box((rank * (1024 // ranks), 0), (1024 // ranks, 256))
 
 
 # ---------------------------------------------------------------------- tables
@@ -469,7 +475,7 @@ def main() -> None:
                 for rank, one in enumerate(run_ranks(given.ranks, memory, given.mib, folder)):
                     print(f"| {rank} | {one['state']:.0f} | {one['above it']:.1f} |")
             else:
-                print("\n| | ranks | KiB | encode, s | read, s |\n|---|---:|---:|---:|---:|")
+                print("\n| | ranks | KiB | judge, s | encode, s | decode, s |\n|---|---:|---:|---:|---:|---:|")
                 for row in manifest():
                     print(row, flush=True)
 

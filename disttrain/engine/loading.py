@@ -7,10 +7,11 @@ from pathlib import Path
 
 from torch import nn
 
-from disttrain.checkpoint import Checkpoint, Place, Shard, whole_shard
+from disttrain.checkpoint import Checkpoint, Place, Shard, fingerprint, whole_shard
 from disttrain.checkpoint.formats import NativeWeights, load_weights_into
 from disttrain.config import Config, load_config
 from disttrain.engine import build
+from disttrain.engine.base import base_of, hexadecimal, refuse_other_base
 from disttrain.engine.opening import open_any, open_newest
 from disttrain.engine.snapshot import other_names
 from disttrain.errors import CheckpointError, explain
@@ -44,8 +45,9 @@ def load(path: str | Place, *, name: str = "model", make_model: Callable[[], nn.
 
     `path` is a run's folder, one checkpoint of any strategy, a Hugging Face folder, a safetensors file, a file of
     torch.save, or a checkpoint of torch DCP or DeepSpeed. `make_model` is needed where no config says what to build:
-    for all but a run and its checkpoints, and where the run's model came from Python. Raises CheckpointError where
-    names or shapes differ.
+    for all but a run and its checkpoints, and where the run's model came from Python. Trainable parameters saved alone
+    are laid over the run's own base: its initial weights, or those of `model.weights`. Raises CheckpointError where
+    names or shapes differ, or the base is another.
     """
     weights = open_any(path, name)
     if make_model is None and isinstance(weights, NativeWeights):
@@ -58,9 +60,23 @@ def load(path: str | Place, *, name: str = "model", make_model: Callable[[], nn.
                 "pass make_model=, a function that returns the module",
             )
         )
+    checkpoint = weights.checkpoint if isinstance(weights, NativeWeights) else None
+    every = base_of(checkpoint) if checkpoint is not None else {}
+    left_out = {key: value for key, value in every.items() if key.startswith(f"model/{name}/")}
+    config = (
+        config_of(checkpoint) if checkpoint is not None and left_out and checkpoint.document.get("config") else None
+    )
     with restored_generators():  # the caller's own draws go on as if nothing had been built
-        model = build_model(make_model, seed=0, meta=False)
-    load_weights_into(weights, _shards(model, name), owner=name, aliases=other_names(model))
+        model = build_model(make_model, seed=config.run.seed if config else 0, meta=False)
+    shards, aliases = _shards(model, name), other_names(model)
+    if config is not None and config.model is not None and config.model.weights:
+        base = open_any(config.model.weights, name)
+        load_weights_into(base, shards, owner=name, aliases=aliases, strict=config.model.weights_strict)
+    stored = [shard for shard in shards if shard.name not in left_out]
+    load_weights_into(weights, stored, owner=name, aliases=aliases)
+    if checkpoint is not None:
+        kept = [shard for shard in shards if shard.name in left_out]
+        refuse_other_base(checkpoint, left_out, {shard.name: hexadecimal(fingerprint(shard)) for shard in kept})
     return model.eval()
 
 

@@ -72,6 +72,23 @@ def test_trainable_parameters_alone_go_on_over_the_same_base_under_any_strategy(
         assert worst(found, expected[HALF:]) < 1e-5, name
 
 
+def test_is_loaded_alone_over_the_same_base_and_no_other(tmp_path: Path) -> None:
+    run_world(2, adapt, tmp_path, "run", STRATEGIES["fsdp"], STEPS)
+    run_world(1, adapt, tmp_path, "whole", ["checkpoint.only=all", *STRATEGIES["none"]], STEPS)
+    expected = disttrain.load(tmp_path / "whole", make_model=Adapted).state_dict()
+
+    def make(base: float) -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(7)  # run.seed: the initial weights of the frozen part
+            return Adapted(base)
+
+    found = disttrain.load(tmp_path / "run", make_model=lambda: make(1.0)).state_dict()
+    for name, value in expected.items():
+        assert torch.allclose(found[name], value, rtol=1e-5, atol=1e-7), name
+    with pytest.raises(CheckpointError, match=r"model/model/base\.weight"):
+        disttrain.load(tmp_path / "run", make_model=lambda: make(1.5))
+
+
 def test_another_base_is_refused_by_name_on_every_rank(tmp_path: Path) -> None:
     run_world(2, adapt, tmp_path, "run", STRATEGIES["fsdp"], HALF)
     for size, name in ((1, "none"), (3, "ddp"), (2, "fsdp")):
