@@ -402,7 +402,7 @@ def manifest(tensors: int = 1000) -> Iterator[str]:
     from disttrain.checkpoint import Box, Manifest
     from disttrain.checkpoint.layout import Entry
     from disttrain.checkpoint.manifest import FileInfo, decode_manifest, encode_manifest
-    from disttrain.checkpoint.save import gather_tensors, refuse_bad_tensors
+    from disttrain.checkpoint.save import judge_tensors
 
     for layout in ("each tensor cut over all ranks", "each tensor on one rank"):
         for ranks in (1, 8, 64, 512, 1024):
@@ -416,8 +416,7 @@ def manifest(tensors: int = 1000) -> Iterator[str]:
                     plans[number % ranks].append(Entry(name, (1024, 256), torch.float32, Box((0, 0), (1024, 256))))
             files = {f"rank-{rank:05d}.safetensors": FileInfo(1, (0,)) for rank in range(ranks) if plans[rank]}
             began = time.perf_counter()
-            refuse_bad_tensors(plans)
-            infos = gather_tensors([], plans)
+            infos = judge_tensors([], plans)
             judged = time.perf_counter()
             raw = encode_manifest(Manifest(1, 2**24, infos, files, {}))
             encoded = time.perf_counter()

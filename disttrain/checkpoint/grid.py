@@ -56,6 +56,18 @@ class Grid:
         for place in product(*(range(count) for count in self.counts)):
             yield self.box(place), self.rank(place)
 
+    def holds(self, item: tuple[Box, int]) -> bool:
+        """Whether a box with its writer is one of these."""
+        box, rank = item
+        for offset, size, n, step, stride in zip(
+            box.offsets, box.sizes, self.shape, self.steps, self.strides, strict=True
+        ):
+            place, rest = divmod(offset, step)
+            if rest or size != min(step, n - offset):
+                return False
+            rank -= place * stride
+        return rank == self.first
+
     def ranks(self) -> list[int]:
         """The writers, in row-major order of the grid."""
         return [self.rank(place) for place in product(*(range(count) for count in self.counts))]
@@ -64,32 +76,29 @@ class Grid:
 def find_grid(shape: Sequence[int], held: Mapping[Box, int]) -> Grid | None:
     """The grid that these boxes (each with its writer) make of a tensor; None where they make none.
 
-    Boxes that tile the tensor otherwise, or whose writers are in no such order, stay a list.
+    Boxes that tile the tensor otherwise, or whose writers are in no such order, stay a list. Boxes that make a grid
+    tile the tensor. Looks at each box once: with a thousand ranks there are many.
     """
     shape = tuple(shape)
     if not math.prod(shape):
         return None
-    steps = []
-    for dim, size in enumerate(shape):
-        offsets = sorted({box.offsets[dim] for box in held})
-        step = offsets[1] if len(offsets) > 1 else size
-        if offsets != list(range(0, size, step)):
-            return None
-        steps.append(step)
-    bare = Grid(shape, tuple(steps), 0, (0,) * len(shape))
-    counts = bare.counts
-    if len(held) != math.prod(counts):
+    # The smallest offset that is not zero is the step, along each dim; the box there says how far its writer is.
+    steps = list(shape)
+    beyond = [-1] * len(shape)
+    origin = -1
+    for box, rank in held.items():
+        away = [dim for dim, offset in enumerate(box.offsets) if offset]
+        if not away:
+            origin = rank
+        for dim in away:
+            if box.offsets[dim] <= steps[dim]:
+                steps[dim] = box.offsets[dim]
+                if len(away) == 1:
+                    beyond[dim] = rank
+    strides = tuple(0 if step == size else rank - origin for step, size, rank in zip(steps, shape, beyond, strict=True))
+    grid = Grid(shape, tuple(steps), origin, strides)
+    if origin < 0 or min(strides, default=0) < 0 or len(held) != math.prod(grid.counts):
         return None
-    places = [tuple(int(k == dim) for k in range(len(shape))) for dim in range(len(shape))]
-    origin = held.get(bare.box((0,) * len(shape)))
-    if origin is None:
+    if len(set(held.values())) != len(held) or not all(map(grid.holds, held.items())):
         return None
-    strides = [
-        held.get(bare.box(place), -1) - origin if count > 1 else 0 for place, count in zip(places, counts, strict=True)
-    ]
-    if min(strides, default=0) < 0:
-        return None
-    found = Grid(shape, tuple(steps), origin, tuple(strides))
-    if len(set(held.values())) != len(held):
-        return None
-    return found if all(held.get(box) == rank for box, rank in found.all()) else None
+    return grid

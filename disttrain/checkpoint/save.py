@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 
 from disttrain.checkpoint.address import Place, PlaceT, below, step_folder
-from disttrain.checkpoint.boxes import Box, tiling_fault
+from disttrain.checkpoint.boxes import tiling_fault
 from disttrain.checkpoint.checksum import crc32
 from disttrain.checkpoint.disk import Disk
 from disttrain.checkpoint.grid import find_grid
@@ -115,8 +115,7 @@ class _Save:
             return _Plan((*placed, *empty), placed[-1].stop if placed else 0)
 
         def judge(plans: list[_Plan]) -> _Staging:
-            refuse_bad_tensors([plan.entries for plan in plans])
-            tensors.update(gather_tensors(self.shards, [plan.entries for plan in plans]))
+            tensors.update(judge_tensors(self.shards, [plan.entries for plan in plans]))
             checked_document(document)
             needed, free = sum(plan.size for plan in plans), self.storage.free_bytes(self.target.parent)
             try:
@@ -220,46 +219,46 @@ def choose_shards(shards: Sequence[Shard]) -> list[Shard]:
     return chosen
 
 
-def refuse_bad_tensors(plans: Sequence[Sequence[Entry]]) -> None:
-    """Raise CheckpointError unless the ranks' boxes tile every tensor and the ranks agree on its shape and dtype."""
+def judge_tensors(shards: Sequence[Shard], plans: Sequence[Sequence[Entry]]) -> dict[str, TensorInfo]:
+    """What all ranks' entries make of each tensor; `shards` are rank 0's, which names those without elements too.
+
+    Raises CheckpointError unless the boxes tile every tensor and the ranks agree on its shape and dtype.
+    """
+    found = {s.name: TensorInfo(s.shape, s.tensor.dtype) for s in shards if not torch.Size(s.shape).numel()}
     tensors: dict[str, list[tuple[int, Entry]]] = defaultdict(list)
     for rank, entries in enumerate(plans):
         for entry in entries:
             tensors[entry.name].append((rank, entry))
     faults = []
     for name, held in tensors.items():
-        first_rank, first = held[0]
-        dtype_name(first.dtype)
-        for rank, entry in held:
-            if (entry.shape, entry.dtype) != (first.shape, first.dtype):
-                here, there = f"{first.dtype} {first.shape}", f"{entry.dtype} {entry.shape}"
-                faults.append(f"{name} is {here} on rank {first_rank} but {there} on rank {rank}")
-                break
-        else:
-            fault = tiling_fault(first.shape, [entry.box for _, entry in held])
-            if fault:
-                faults.append(f"{name}: {fault} (ranks {', '.join(str(rank) for rank, _ in held[:8])})")
+        fault = _disagreement(name, held)
+        boxes = {entry.box: rank for rank, entry in held if entry.box.numel}
+        shape, dtype = held[0][1].shape, held[0][1].dtype
+        grid = None if fault else find_grid(shape, boxes)
+        if grid is not None and len(boxes) == sum(1 for _, entry in held if entry.box.numel):
+            found[name] = TensorInfo(shape, dtype, grid=grid)
+            continue
+        if fault is None and (tiling := tiling_fault(shape, [entry.box for _, entry in held])):
+            fault = f"{name}: {tiling} (ranks {', '.join(str(rank) for rank, _ in held[:8])})"
+        if fault:
+            faults.append(fault)
+        listed = [StoredBox(entry.box, rank_file(rank), entry.start) for rank, entry in held if entry.box.numel]
+        found[name] = TensorInfo(shape, dtype, tuple(listed))
     if faults:
         more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
         do = "mend the strategy that made these shards"
         raise CheckpointError(explain("the ranks' shards do not fit together.", "; ".join(faults[:5]) + more, do))
-
-
-def gather_tensors(shards: Sequence[Shard], plans: Sequence[Sequence[Entry]]) -> dict[str, TensorInfo]:
-    """What all ranks' entries make of each tensor; `shards` are rank 0's, which names those without elements too."""
-    kinds: dict[str, tuple[tuple[int, ...], torch.dtype]] = {s.name: (s.shape, s.tensor.dtype) for s in shards}
-    held: dict[str, dict[Box, tuple[int, int]]] = defaultdict(dict)
-    for rank, entries in enumerate(plans):
-        for entry in entries:
-            kinds.setdefault(entry.name, (entry.shape, entry.dtype))
-            if entry.box.numel:
-                held[entry.name][entry.box] = rank, entry.start
-    found = {}
-    for name, (shape, dtype) in kinds.items():
-        grid = find_grid(shape, {box: rank for box, (rank, _) in held[name].items()})
-        listed = [StoredBox(box, rank_file(rank), start) for box, (rank, start) in held[name].items()]
-        found[name] = TensorInfo(shape, dtype, () if grid else tuple(listed), grid)
     return found
+
+
+def _disagreement(name: str, held: Sequence[tuple[int, Entry]]) -> str | None:
+    first_rank, first = held[0]
+    dtype_name(first.dtype)
+    for rank, entry in held:
+        if entry.dtype != first.dtype or entry.shape != first.shape:
+            here, there = f"{first.dtype} {first.shape}", f"{entry.dtype} {entry.shape}"
+            return f"{name} is {here} on rank {first_rank} but {there} on rank {rank}"
+    return None
 
 
 class _SummedFile:
