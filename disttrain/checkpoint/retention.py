@@ -60,8 +60,8 @@ class Retention:
 
         What cannot be removed stays, with a warning: it is no fault of the checkpoint.
         """
-        self.verified[path] = self._score(path)
         try:
+            self.verified[path] = self._score(path)
             there = list_checkpoints(self.root)
             for one in there:
                 if one not in self.verified and one not in self._damaged:

@@ -84,8 +84,8 @@ class Saver:
         waited = time.monotonic() - began
         if self._beside is None:
             self._beside = self._group.beside() if self._group.size > 1 else SoleRank()
-        staged = replace(taken, shards=self._staging.copy(taken.shards))
-        self._running = _Background(self, staged, self._beside)
+        shards = self._group.together(lambda: self._staging.copy(taken.shards), "copying what is saved")
+        self._running = _Background(self, replace(taken, shards=shards), self._beside)
         self._running.start()
         self.saved_at = taken.step
         if waited > 1:
