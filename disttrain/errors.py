@@ -41,6 +41,11 @@ class CheckpointError(DisttrainError):
     exit_code = 5
 
 
+class UnreadableError(CheckpointError):
+    """A checkpoint that may well be whole, and that this program or this user cannot read: no reason to go on from an
+    older one."""
+
+
 class TrainingError(DisttrainError):
     """Training itself went wrong: a loss that is not finite and the like."""
 

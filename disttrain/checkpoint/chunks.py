@@ -15,7 +15,7 @@ from pathlib import Path
 from disttrain.checkpoint.address import Place
 from disttrain.checkpoint.checksum import crc32
 from disttrain.checkpoint.manifest import MANIFEST, FileInfo
-from disttrain.errors import CheckpointError, explain
+from disttrain.errors import CheckpointError, UnreadableError, explain
 
 Fill = Callable[[memoryview, int], int]
 """Reads a file's bytes from a place on into a view; returns how many came, 0 at the end. OSError where it cannot."""
@@ -82,7 +82,7 @@ def read_manifest_bytes(folder: Path) -> bytes:
             raise unusable(folder, "a file" if folder.exists() else "no such folder")
         names = sorted(path.name for path in folder.iterdir())
     except OSError as error:
-        raise unusable(folder, str(error.strerror)) from error
+        raise _refused(folder, error) from error
     if MANIFEST not in names:
         raise unusable(folder, whose_folder(names))
     with open(_open_plain(folder / MANIFEST, None), "rb") as file:
@@ -110,12 +110,17 @@ def _open_plain(path: Path, size: int | None) -> int:
             raise unusable(path, "a link" if stat.S_ISLNK(mode) else "no regular file")
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        raise unusable(path, str(error.strerror)) from error
+        raise _refused(path, error) from error
     found = os.fstat(descriptor).st_size
     if size is not None and found != size:
         os.close(descriptor)
         raise unusable(path, f"{found} bytes instead of {size}")
     return descriptor
+
+
+def _refused(path: Place, error: OSError) -> CheckpointError:
+    found = unusable(path, str(error.strerror))
+    return UnreadableError(str(found)) if isinstance(error, PermissionError) else found
 
 
 def unusable(path: Place, found: str) -> CheckpointError:

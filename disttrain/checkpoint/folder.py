@@ -15,7 +15,7 @@ from disttrain.checkpoint.manifest import MANIFEST
 from disttrain.checkpoint.reader import Checkpoint
 from disttrain.checkpoint.shards import Ranks, take_step
 from disttrain.checkpoint.storage import storage_of
-from disttrain.errors import CheckpointError, explain
+from disttrain.errors import CheckpointError, UnreadableError, explain
 from disttrain.logs import room_logger
 
 
@@ -39,28 +39,39 @@ def _candidates(root: PlaceT) -> list[PlaceT]:
 def newest_whole(root: PlaceT, ranks: Ranks, verify: bool = True) -> tuple[Checkpoint | None, list[tuple[PlaceT, str]]]:
     """The newest checkpoint that every rank can read, and the newer ones rejected with the reason. Collective.
 
-    Rank 0 lists; all ranks open. With `verify` every byte is read once, each rank reading its part.
+    Rank 0 lists; all ranks open. With `verify` every byte is read once, each rank reading its part. Raises
+    UnreadableError for one that may be whole and that a rank cannot read: of a newer format, or without permission.
     """
     candidates = take_step(ranks, lambda: None, lambda _: _candidates(root), asked=f"{root} cannot be listed.")
     rejected: list[tuple[PlaceT, str]] = []
     for path in candidates:
         opened: list[Checkpoint] = []
 
-        def inspect(path: PlaceT = path, opened: list[Checkpoint] = opened) -> None:
-            opened.append(_open_own_step(path, verify=verify))
+        def inspect(path: PlaceT = path, opened: list[Checkpoint] = opened) -> str | None:
+            try:
+                opened.append(_open_own_step(path, verify=verify))
+            except UnreadableError as error:
+                return str(error)
             faults = opened[0].faults((ranks.rank, ranks.size)) if verify else []
             if faults:
                 raise CheckpointError("; ".join(faults[:5]))
+            return None
 
         try:
-            take_step(ranks, inspect, lambda _: None, asked=f"{path.name} was rejected:")
+            unreadable = take_step(ranks, inspect, _first_word, asked=f"{path.name} was rejected:")
         except CheckpointError as error:
             rejected.append((path, str(error)))
         else:
+            if unreadable is not None:
+                raise UnreadableError(unreadable)
             if verify:
                 opened[0].trust()
             return opened[0], rejected
     return None, rejected
+
+
+def _first_word(told: list[str | None]) -> str | None:
+    return next((text for text in told if text is not None), None)
 
 
 def _open_own_step(path: Place, *, verify: bool) -> Checkpoint:

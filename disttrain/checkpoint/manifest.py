@@ -22,7 +22,7 @@ from disttrain.checkpoint.boxes import Box, overlap, tiling_fault
 from disttrain.checkpoint.grid import Grid
 from disttrain.checkpoint.layout import dtype_name, dtype_of
 from disttrain.checkpoint.shards import name_fault
-from disttrain.errors import CheckpointError, explain
+from disttrain.errors import CheckpointError, UnreadableError, explain
 
 FORMAT = "disttrain-checkpoint"
 VERSION = 1
@@ -170,7 +170,8 @@ def _open_envelope(raw: bytes, where: str) -> dict[str, Any]:
         raise _refusal(where, "a file of someone else's format", "name a folder that disttrain wrote")
     version = content.get("version")
     if version != VERSION or type(version) is not int:
-        raise _refusal(where, f"format version {version!r}; this disttrain reads {VERSION}", "upgrade disttrain")
+        found = f"format version {version!r}; this disttrain reads {VERSION}"
+        raise UnreadableError(str(_refusal(where, found, "upgrade disttrain")))
     return content  # type: ignore[no-any-return]
 
 

@@ -126,7 +126,10 @@ class Checkpoint:
         return [self._locate(name, info, one) for one in (info.boxes if box is None else info.meeting(box))]
 
     def trust(self) -> None:
-        """All ranks together have just read every chunk whole: `load_into` then reads what it needs once, checked."""
+        """All ranks together have just read every chunk whole: `load_into` then reads what it needs once.
+
+        What this process has not read itself is checked on the way, so that damage done meanwhile is an error.
+        """
         self._trusted = True
 
     def faults(self, part: tuple[int, int] = (0, 1)) -> list[str]:
@@ -255,6 +258,7 @@ class Checkpoint:
         fault = reader.read_into(place, copy.job.place(copy.held))
         if fault:
             raise self._damaged([fault])
+        torch.autograd.graph.increment_version(copy.job.into)  # torch has not seen it change
         return True
 
     def _open(self, file: str) -> AbstractContextManager[ChunkReader]:

@@ -63,13 +63,14 @@ class Retention:
         try:
             self.verified[path] = self._score(path)
             there = list_checkpoints(self.root)
-            for one in there:
-                if one not in self.verified and one not in self._damaged:
-                    self._verify(one)
+            # One a commit, the newest first: the other ranks wait meanwhile. Until then it is not counted, and stays.
+            unknown = [one for one in there if one not in self.verified and one not in self._damaged]
+            if unknown:
+                self._verify(unknown.pop())
             steps = {int(one.name.removeprefix("step-")): one for one in there if one in self.verified}
             scores = {step: self.verified[one] for step, one in steps.items()}
             kept = choose_kept(scores, keep_last=self.keep_last, keep_every=self.keep_every, best=self.best)
-            return prune(self.root, 1, protect=[*(steps[step] for step in kept), *self._damaged])
+            return prune(self.root, 1, protect=[*(steps[step] for step in kept), *unknown, *self._damaged])
         except (OSError, CheckpointError) as error:
             _log.warning("checkpoints of %s that need not be kept stay: %s", self.root, error)
             return []

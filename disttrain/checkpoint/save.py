@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -64,7 +64,7 @@ def save_checkpoint(
             asked=asked,
         )
     except BaseException:
-        if ranks.rank == 0:  # every other rank has told how it ended, so nobody writes here any more
+        if ranks.rank == 0 and not save.committed:  # every other rank has told how it ended: nobody writes here
             save.storage.discard(staging.folder)
         raise
     return below(root, save.target.name)
@@ -93,6 +93,7 @@ class _Save:
     shards: tuple[Shard, ...]
     ranks: Ranks
     chunk_bytes: int
+    committed: list[bool] = field(default_factory=list)
 
     def agree_on_plan(
         self, document: Mapping[str, Any], asked: str
@@ -173,6 +174,7 @@ class _Save:
                 file.sync()
             self.storage.sync_folder(staging.folder)
             self.storage.commit(staging.folder, self.target)
+            self.committed.append(True)
         except OSError as error:
             raise self._refusal(error, staging) from error
 

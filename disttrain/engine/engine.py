@@ -78,6 +78,7 @@ class Engine:
         self._stopped = False
         self._begun = False
         self._unlogged = False
+        self._taken: list[tuple[str, dict[str, Any], int, int]] = []
         self._ended: str | None = None
 
     # ------------------------------------------------------------------ who and where
@@ -197,9 +198,7 @@ class Engine:
             for step in self.record.loading(iter(batches)):
                 for place, micro in enumerate(step):
                     step[place] = to_device(micro, self.device)
-                self.progress.positions[name] = step.position
-                self.progress.samples += step.samples
-                self.progress.tokens += step.samples * tokens
+                self._taken.append((name, step.position, step.samples, step.samples * tokens))
                 if own_draws:
                     key = derive_seed(self.world.seed, "loop", self.progress.steps, self.world.mesh.part[0])
                     seed_all(key, self.device)
@@ -283,6 +282,11 @@ class Engine:
 
         Local, and free of device syncs on steps that are not reported.
         """
+        for name, position, samples, tokens in self._taken:
+            self.progress.positions[name] = position
+            self.progress.samples += samples
+            self.progress.tokens += tokens
+        self._taken.clear()
         self.progress.steps += 1
         self._unlogged = False
         self.record.ended(self.progress, self.total_steps, values)
@@ -371,7 +375,9 @@ class Engine:
     def save(self) -> Place | None:
         """Write a checkpoint of this step, unless this step has one; returns when it is durable.
 
-        Waits for one that is written in the background. None too where the save failed and `on_failure` is go_on.
+        Between `step` and `log` it raises ConfigError: weights and step would not be of one moment. A batch that was
+        taken and not yet logged is taken again after a resume. Waits for a save in the background. None too where the
+        save failed and `on_failure` is go_on.
         """
         self._saver.wait()
         return self._saver.save(self._snapshot()) if self._unsaved() else None
@@ -380,6 +386,10 @@ class Engine:
         return self.progress.steps not in (0, self._saver.saved_at)
 
     def _snapshot(self) -> Snapshot:
+        if self._unlogged:
+            raise ConfigError(
+                explain("A checkpoint is to be saved.", "engine.step, and no engine.log after it", "call it")
+            )
         return snapshot.take(self._parts(), self.progress, self.record.evaluation_of(self.progress.steps))
 
     def resume(self) -> None:

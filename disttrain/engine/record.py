@@ -24,7 +24,7 @@ from disttrain.config import Config, build_target, parse_value, render_config
 from disttrain.data import StepBatch
 from disttrain.engine.build import Plan
 from disttrain.engine.failure import Failure, settle
-from disttrain.engine.loading import open_newest
+from disttrain.engine.opening import open_same
 from disttrain.engine.places import refuse_moved
 from disttrain.engine.snapshot import Progress
 from disttrain.engine.state import refuse_another_run
@@ -219,6 +219,15 @@ class Record:
     def find_checkpoint(self) -> Checkpoint | None:
         """The run's own newest whole checkpoint, else that of `checkpoint.resume=PATH`, else None."""
         found, rejected = newest_whole(self.checkpoints, self._group)
+        if rejected and found is None:
+            reasons = "; ".join(f"{path.name}: {reason}" for path, reason in rejected[:3])
+            raise CheckpointError(
+                explain(
+                    f"{self.folder.path} is to be continued.",
+                    f"no checkpoint of it is whole: {reasons}",
+                    f"repair one, or move them out of {self.checkpoints}: the run then begins anew",
+                )
+            )
         if rejected:
             self._group.together(lambda: self._set_aside(rejected) if self._main else None, "setting checkpoints aside")
         if found is not None and self._config.checkpoint.resume == "never":  # in a storage: the run's folder is new
@@ -240,8 +249,8 @@ class Record:
             self.folder.append_ledger("checkpoint_rejected", path=str(path), reason=reason)
 
     def open_checkpoint(self, path: str | Place) -> Checkpoint:
-        """A checkpoint from elsewhere, on every rank."""
-        return self._group.together(lambda: open_newest(path), f"opening {path}")
+        """A checkpoint from elsewhere, the same on every rank."""
+        return open_same(path, self._group)
 
     def weights_loaded(self, path: str | Place, differences: Differences) -> None:
         """Say what a load without `strict` left as it was. Local."""

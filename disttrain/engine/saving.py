@@ -6,6 +6,7 @@ loop waits for a copy only; a save that falls due while another is being written
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
@@ -119,18 +120,21 @@ class Saver:
             self._running.join(_LEAVE_S)
             if self._running.is_alive():
                 _log.warning("step %d was still being written and is lost", self._running.step)
+            if self._running.error is not None:
+                _log.warning("step %d was not saved: %s", self._running.step, self._running.error)
             self.settle()
 
     def _commit(self, taken: Snapshot, ranks: Ranks) -> Place:
         """Write, again if that is the policy; then let go of what need not be kept."""
-        root = self._record.checkpoints
+        root, first = self._record.checkpoints, None
         for tried in range(1, _TRIES + 1):
             try:
                 path = snapshot.commit(taken, root, ranks)
                 break
             except CheckpointError as error:
+                first = first or error
                 if self._config.on_failure != "retry" or tried == _TRIES:
-                    raise
+                    raise first from None  # what comes after it may only say that something was left behind
                 pause = _PAUSE_S * 2 ** (tried - 1)
                 if ranks.rank == 0:
                     _log.warning("try %d of %d in %g s: %s", tried + 1, _TRIES, pause, error)
@@ -153,17 +157,20 @@ class _Background(threading.Thread):
         self._saver, self._taken, self._ranks = saver, taken, ranks
         self.step = taken.step
         self.path: Place | None = None
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
 
     def run(self) -> None:
-        _give_way()
         try:
+            _give_way()
             self.path = self._saver._commit(self._taken, self._ranks)
-        except Exception as error:  # noqa: BLE001 - raised in the loop's thread, by `wait`
+        except BaseException as error:  # noqa: BLE001 - raised in the loop's thread, by `wait`
             self.error = error
 
 
 def _give_way() -> None:
     """Let training have the processor first. On Linux priorities are a thread's own; elsewhere they stay."""
     if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+        thread = threading.get_native_id()
+        lower = max(_NICENESS, os.getpriority(os.PRIO_PROCESS, thread))
+        with contextlib.suppress(OSError):  # it is a courtesy, and some sandboxes forbid it
+            os.setpriority(os.PRIO_PROCESS, thread, lower)

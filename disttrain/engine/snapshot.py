@@ -19,7 +19,7 @@ from disttrain.checkpoint.formats import Rename, load_weights_into
 from disttrain.config import Config
 from disttrain.engine.base import Base, base_of, refuse_other_base
 from disttrain.engine.buffers import share_buffers
-from disttrain.engine.opening import open_any, refuse_unknown
+from disttrain.engine.opening import open_any_same, refuse_unknown
 from disttrain.engine.random_state import random_shards, restore_random
 from disttrain.engine.state import (
     optimizer_document,
@@ -164,11 +164,18 @@ def _trained(prepared: Mapping[str, Prepared]) -> set[str]:
 
 
 def _frozen(prepared: Mapping[str, Prepared]) -> set[str]:
-    return {name for name, parameter in _parameters(prepared) if not parameter.requires_grad}
+    """Those that nothing has trained: one that a script froze on the way holds what was learnt until then."""
+    trained = {id(named.parameter) for one in prepared.values() for named in one.named}
+    return {name for name, parameter in _parameters(prepared) if id(parameter) not in trained}
 
 
 def restore(parts: Parts, checkpoint: Checkpoint) -> Progress:
-    """Put everything back into parts that are prepared already; nothing is kept of a checkpoint that does not fit."""
+    """Put everything back into parts that are prepared already.
+
+    Names, shapes, tracked objects and the chunks that this rank reads are judged before anything is written. Where it
+    raises later (a schedule that cannot go on with other settings, a disk that fails meanwhile), the parts are not to
+    be used: in a run, all ranks end.
+    """
     if base_of(checkpoint):
         _check_base(parts, checkpoint)
     parts.world.group.together(lambda: _restore(parts, checkpoint), "loading the checkpoint")
@@ -229,6 +236,7 @@ def _put_back(parts: Parts, checkpoint: Checkpoint) -> None:
                 "prepare the same models under the same names",
             )
         )
+    states = {name: _state_of(checkpoint, name, one, parts.world.group.rank) for name, one in parts.tracked.items()}
     shards: list[Shard] = []
     for prepared in parts.prepared.values():
         shards += parts.strategy.shards(prepared, checkpoint.tensors)
@@ -238,30 +246,34 @@ def _put_back(parts: Parts, checkpoint: Checkpoint) -> None:
     same = "imported" not in document and all(now.get(key) == then.get(key) for key in ("optim", "schedule"))
     for name, prepared in parts.prepared.items():
         restore_optimizer(prepared, document["optim"][name], same_settings=same)
-    for name, tracked in parts.tracked.items():
-        saved = document["user"].get(name)
-        if saved is None:
-            raise CheckpointError(
-                explain(
-                    f"{checkpoint.path} is to give {name!r} its state back.",
-                    f"tracked objects {', '.join(document['user']) or 'none'}",
-                    "track what was tracked when it was saved",
-                )
-            )
-        if tracked.per_rank:
-            saved = _own_part(saved, name, parts.world.group.rank)
+    for name, saved in states.items():
         if saved is not None:
-            restore_tracked(tracked.thing, saved, {key: checkpoint.read(key) for key in tracked_tensor_names(saved)})
+            tensors = {key: checkpoint.read(key) for key in tracked_tensor_names(saved)}
+            restore_tracked(parts.tracked[name].thing, saved, tensors)
     restore_random(checkpoint, parts.world.group.rank, parts.world.device)
 
 
-def _own_part(saved: Any, name: str, rank: int) -> Any:
-    """What this rank saved of a state of its own; None for one that was not there: it keeps what it has."""
-    states = saved.get(RANKS) if isinstance(saved, Mapping) else None
-    if states is None:
+def _state_of(checkpoint: Checkpoint, name: str, tracked: Tracked, rank: int) -> Any:
+    """The saved state of a tracked object; None for a rank that has none of its own: it keeps what it has. Local."""
+    users = checkpoint.document["user"]
+    saved = users.get(name)
+    if saved is None:
         raise CheckpointError(
-            explain(f"{name!r} is tracked per rank.", "one state for the whole world", "track it without per_rank")
+            explain(
+                f"{checkpoint.path} is to give {name!r} its state back.",
+                f"tracked objects {', '.join(users) or 'none'}",
+                "track what was tracked when it was saved",
+            )
         )
+    per_rank = isinstance(saved, Mapping) and set(saved) == {RANKS}
+    if per_rank != tracked.per_rank:
+        found, do = ("a state of each rank", "with") if per_rank else ("one state for the whole world", "without")
+        raise CheckpointError(
+            explain(f"{checkpoint.path} is to give {name!r} its state back.", found, f"track it {do} per_rank=True")
+        )
+    if not per_rank:
+        return saved
+    states = saved[RANKS]
     if rank >= len(states):
         _log.warning("rank %d: the checkpoint has %r of %d ranks; it keeps its own", rank, name, len(states))
         return None
@@ -278,11 +290,12 @@ def load_weights(
 ) -> Differences:
     """Only the model's own tensors, from any format that `open_weights` knows; each rank reads its boxes."""
     prepared = parts.prepared[name]
+    weights = open_any_same(path, name, parts.world.group)
 
     def fill() -> Differences:
         shards = [shard for shard in parts.strategy.shards(prepared) if shard.name.startswith(f"model/{name}/")]
         return load_weights_into(
-            open_any(path, name),
+            weights,
             shards,
             owner=name,
             aliases=other_names(prepared.model),

@@ -18,7 +18,7 @@ from world import run_world
 import disttrain
 from disttrain.checkpoint import Checkpoint, list_checkpoints
 from disttrain.engine import snapshot
-from disttrain.errors import CheckpointError, TrainingError
+from disttrain.errors import CheckpointError, ConfigError, TrainingError
 
 STEPS = 7
 BACKGROUND = ["checkpoint.every=2", "checkpoint.background=true", "checkpoint.keep_last=9"]
@@ -232,3 +232,48 @@ def save_by_hand(folder: Path) -> list[Any]:
 def test_a_save_by_hand_waits_for_the_one_under_way_and_is_durable_when_it_returns(tmp_path: Path) -> None:
     expected = ["3", ["2", "3"], None, "5", ["2", "3", "4", "5"], None]
     assert run_world(2, save_by_hand, tmp_path) == [expected, expected]
+
+
+def without_permission_for_priorities(folder: Path) -> str:
+    import os
+
+    def refuse(*args: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    os.setpriority = refuse
+    with start(folder, "plain", [*BACKGROUND, "strategy.name=none"]) as engine:
+        loop(engine)
+        return engine.finish()
+
+
+def test_a_thread_that_cannot_give_way_writes_all_the_same(tmp_path: Path) -> None:
+    assert run_world(1, without_permission_for_priorities, tmp_path) == ["finished"]
+    assert [path.name[-1] for path in list_checkpoints(tmp_path / "plain" / "checkpoints")] == ["2", "4", "6", "7"]
+
+
+# ---------------------------------------------------------------------- of one moment
+
+
+def seen_batches(folder: Path, name: str, save_at: int | None, stop_at: int) -> list[list[float]]:
+    """The inputs of each step; saved by hand when the batch of a step was taken, and again between step and log."""
+    seen = []
+    with start(folder, name, ["strategy.name=none", "checkpoint.at_end=false"]) as engine:
+        for micro_batches in engine.batches(user_module().Augmented(20), global_batch=6, micro_batch=2):
+            if engine.progress.steps == save_at:
+                engine.save()
+            seen.append([float(micro.batch[0].sum()) for micro in micro_batches])
+            engine.accumulate("model", micro_batches, objective)
+            engine.step()
+            with pytest.raises(ConfigError, match="no engine.log"):
+                engine.save()
+            engine.log()
+            if engine.progress.steps == stop_at or engine.should_stop():
+                break
+    return seen
+
+
+def test_a_save_within_a_step_is_of_its_beginning_or_refused(tmp_path: Path) -> None:
+    (through,) = run_world(1, seen_batches, tmp_path, "through", None, STEPS)
+    run_world(1, seen_batches, tmp_path, "parts", 3, 5)
+    (after,) = run_world(1, seen_batches, tmp_path, "parts", None, STEPS)
+    assert after == through[3:], "the batch that was taken before the save is taken again"

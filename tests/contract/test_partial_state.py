@@ -98,6 +98,29 @@ def test_another_base_is_refused_by_name_on_every_rank(tmp_path: Path) -> None:
     assert len(run_world(2, adapt, tmp_path, "run", STRATEGIES["ddp"], STEPS)[0]) == STEPS - HALF
 
 
+def freeze_on_the_way(folder: Path, stop_at: int) -> dict[str, Any]:
+    config = {"run": {"name": "staged", "dir": str(folder), "seed": 7, "steps": STEPS}}
+    with disttrain.Engine(config, [*QUIET, "checkpoint.only=trainable", *STRATEGIES["fsdp"]]) as engine:
+        model = engine.prepare("model", Adapted, lambda found: torch.optim.Adam(found, lr=0.05))
+        for step in engine.batches(user_module().Augmented(20), global_batch=6, micro_batch=2):
+            engine.accumulate("model", step, objective)
+            engine.step()
+            engine.log()
+            if engine.progress.steps == 2:
+                model.adapter.bias.requires_grad_(False)
+            if engine.should_stop() or engine.progress.steps == stop_at:
+                break
+        return {name: value.numpy() for name, value in engine.full_weights("model").items()}
+
+
+def test_what_was_trained_and_then_frozen_is_saved(tmp_path: Path) -> None:
+    run_world(2, freeze_on_the_way, tmp_path, HALF)
+    (path,) = list_checkpoints(tmp_path / "staged" / "checkpoints")
+    stored = Checkpoint.open(path)
+    assert "model/model/adapter.bias" in stored.tensors and "model/model/base.bias" not in stored.tensors
+    assert set(stored.document["base"]) == {"model/model/base.weight", "model/model/base.bias"}
+
+
 # ---------------------------------------------------------------------- each rank's own
 
 
@@ -161,6 +184,29 @@ def test_at_another_size_a_rank_that_was_not_there_keeps_its_own(tmp_path: Path)
     alone = run_world(2, keep_own, tmp_path / "through", STEPS, "ddp")
     for rank in range(2):
         assert before[rank][0]["drawn"] + after[rank][0]["drawn"] == alone[rank][0]["drawn"]
+
+
+def keep_for_all(folder: Path, per_rank: bool) -> str:
+    config = {"run": {"name": "own", "dir": str(folder), "seed": 7, "steps": STEPS}}
+    try:
+        with disttrain.Engine(config, [*QUIET, *STRATEGIES["none"]]) as engine:
+            engine.prepare("model", user_module().Slope, lambda found: torch.optim.Adam(found, lr=0.05))
+            engine.track("own", Own(0), per_rank=per_rank)
+            engine.resume()
+            x = torch.linspace(0, 1, 12).reshape(4, 3)
+            engine.accumulate("model", engine.micro_batches([(x, x.sum(1, keepdim=True))]), objective)
+            engine.step()
+            engine.log()
+    except CheckpointError as error:
+        return str(error)
+    return "saved"
+
+
+@pytest.mark.parametrize("per_rank", [False, True])
+def test_a_state_of_another_kind_is_refused(per_rank: bool, tmp_path: Path) -> None:
+    assert run_world(1, keep_for_all, tmp_path, per_rank) == ["saved"]
+    (message,) = run_world(1, keep_for_all, tmp_path, not per_rank)
+    assert f"track it {'with' if per_rank else 'without'} per_rank" in message
 
 
 def track_a_reserved_name(folder: Path) -> None:

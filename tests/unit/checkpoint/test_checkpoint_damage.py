@@ -30,7 +30,7 @@ from disttrain.checkpoint import (
     set_aside,
     whole_shard,
 )
-from disttrain.errors import CheckpointError
+from disttrain.errors import CheckpointError, UnreadableError
 
 
 def save(root: Path, step: int, ranks: int = 2, value: float | None = None, listed: bool = False) -> Path:
@@ -178,6 +178,16 @@ def test_resuming_goes_on_from_the_newest_whole_one_and_says_what_was_wrong(tmp_
             assert "rank-00001.safetensors" in rejected[1][1]
             assert "another step" in rejected[2][1]
         assert len({str(rejected) for _, rejected in found}) == 1
+
+
+def test_one_of_a_newer_format_ends_the_search_and_is_left_alone(tmp_path: Path) -> None:
+    """To go on from an older one would throw away what a newer disttrain has trained."""
+    save(tmp_path, 100)
+    newer = save(tmp_path, 200)
+    seal(newer, lambda m: m.update(version=2))
+    for found in on_ranks(2, lambda own: newest_whole(tmp_path, own)):
+        assert isinstance(found, UnreadableError) and "format version 2" in str(found)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000100", "step-00000200"]
 
 
 def test_there_is_nothing_to_resume_from_in_an_empty_or_absent_folder(tmp_path: Path) -> None:

@@ -64,9 +64,11 @@ def test_a_run_that_goes_on_reads_what_it_did_not_write_and_counts_only_what_is_
     rotten.write_bytes(raw)
     retention = Retention(tmp_path, keep_last=2)
     retention.committed(save(tmp_path, 4))
-    assert steps_in(tmp_path) == [2, 3, 4], "3 is damaged: it is not counted, and stays to be looked at"
+    assert steps_in(tmp_path) == [1, 2, 3, 4], "3 was looked at, is damaged and stays; 1 and 2 are not yet known"
     retention.committed(save(tmp_path, 5))
-    assert steps_in(tmp_path) == [3, 4, 5]
+    assert steps_in(tmp_path) == [1, 3, 4, 5], "2 was looked at, is whole, and need not be kept"
+    retention.committed(save(tmp_path, 6))
+    assert steps_in(tmp_path) == [3, 5, 6]
 
 
 def test_the_best_is_known_after_a_restart(tmp_path: Path) -> None:
