@@ -379,17 +379,19 @@ class Engine:
         taken and not yet logged is taken again after a resume. Waits for a save in the background. None too where the
         save failed and `on_failure` is go_on.
         """
+        self._refuse_within_step()
         self._saver.wait()
         return self._saver.save(self._snapshot()) if self._unsaved() else None
+
+    def _refuse_within_step(self) -> None:
+        if self._unlogged:
+            found = "engine.step, and no engine.log after it"
+            raise ConfigError(explain("A checkpoint is to be saved.", found, "call it"))
 
     def _unsaved(self) -> bool:
         return self.progress.steps not in (0, self._saver.saved_at)
 
     def _snapshot(self) -> Snapshot:
-        if self._unlogged:
-            raise ConfigError(
-                explain("A checkpoint is to be saved.", "engine.step, and no engine.log after it", "call it")
-            )
         return snapshot.take(self._parts(), self.progress, self.record.evaluation_of(self.progress.steps))
 
     def resume(self) -> None:
@@ -461,6 +463,7 @@ class Engine:
             else:
                 self._saver.wait()
                 if (self.config.checkpoint.at_end or self._stopped) and self._unsaved():
+                    self._refuse_within_step()
                     self._saver.save(self._snapshot(), last=True)
                 self._ended = self.record.finished(self.progress, interrupted=self._stopped and not self.finished())
         return self._ended
