@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from yaml import YAMLError
@@ -44,6 +45,7 @@ class Record:
     def __init__(self, config: Config, plan: Plan, group: Group) -> None:
         self.folder = RunFolder(plan.folder)
         self.checkpoints = plan.checkpoints
+        self._elsewhere = self._folder_elsewhere()
         self._config, self._plan, self._group = config, plan, group
         self._main = group.rank == 0
         self._every = config.report.every
@@ -54,7 +56,7 @@ class Record:
         try:
             earlier = group.together(lambda: self._join() if self._main else {}, "opening the run's folder")
         except BaseException:
-            self.folder.unlock()
+            self._unlock()
             raise
         self.earlier: Mapping[str, Any] = group.broadcast(earlier)
         self._reporter: Reporter | None = None
@@ -63,6 +65,8 @@ class Record:
     def _join(self) -> Mapping[str, Any]:
         """Rank 0: make the folder its own or recognise the run in it; returns the status found there."""
         self.folder.lock()
+        if self._elsewhere is not None:
+            self._elsewhere.lock()
         if not self.folder.config.exists():
             return {}
         theirs = self._read_config()
@@ -306,4 +310,14 @@ class Record:
         """Let go of files and trackers. Local."""
         if self._reporter is not None:
             self._reporter.close()
+        self._unlock()
+
+    def _folder_elsewhere(self) -> RunFolder | None:
+        """The folder of `checkpoint.storage`, which runs in other folders could name too; None for one of this run."""
+        place = self.checkpoints
+        return RunFolder(place) if isinstance(place, Path) and place != self.folder.checkpoints else None
+
+    def _unlock(self) -> None:
         self.folder.unlock()
+        if self._elsewhere is not None:
+            self._elsewhere.unlock()

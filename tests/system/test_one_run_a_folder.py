@@ -43,7 +43,7 @@ def hold(go_on: Any) -> None:
                 break
 
 
-def train(wait_s: float) -> tuple[int, str]:
+def train(wait_s: float, *overrides: str) -> tuple[int, str]:
     """One rank's `disttrain.run`, with less patience for a run that is just ending."""
     from disttrain.report import RunFolder
     from disttrain.run import main
@@ -52,12 +52,22 @@ def train(wait_s: float) -> tuple[int, str]:
     said = f"said-{os.environ['RANK']}"
     os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
-    return main(["mine.yaml"]), Path(said).read_text()
+    return main(["mine.yaml", *overrides]), Path(said).read_text()
 
 
-def test_the_second_of_two_runs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def content(*folders: Path) -> dict[Path, bytes]:
+    """Every file in them."""
+    return {path: path.read_bytes() for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("storage", "elsewhere"), [("", []), (', storage: "stored"', ["run.dir=others"])], ids=["run's folder", "storage"]
+)
+def test_the_second_of_two_runs_is_refused(
+    storage: str, elsewhere: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shutil.copy(PROJECT / "tests" / "models" / "troubles.py", tmp_path)
-    (tmp_path / "mine.yaml").write_text(YAML)
+    (tmp_path / "mine.yaml").write_text(YAML.replace("every: 2", f"every: 2{storage}"))
     monkeypatch.chdir(tmp_path)
     run, go_on = Path("runs/mine"), CONTEXT.Event()
     make: Any = CONTEXT.Process
@@ -68,13 +78,13 @@ def test_the_second_of_two_runs_is_refused(tmp_path: Path, monkeypatch: pytest.M
         while not (run / "metrics.jsonl").exists() or len(metrics(run)) < 3:
             assert first.is_alive() and time.monotonic() < deadline
             time.sleep(0.05)
-        before = {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
-        refused = run_world(2, train, 0.5)
+        before = content(run, Path("stored"))
+        refused = run_world(2, train, 0.5, *elsewhere)
         assert [code for code, _ in refused] == [5, 5]
         told = refused[0][1]
         assert all(words in told for words in ("written by one run at a time", "another process", "run.name"))
         assert "Traceback" not in told
-        assert {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()} == before
+        assert content(run, Path("stored")) == before
         go_on.set()
         first.join(120)
         assert first.exitcode == 0
