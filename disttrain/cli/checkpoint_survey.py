@@ -192,4 +192,6 @@ def _find(path: Path) -> Listing:
 def _what(name: str) -> str:
     if name.startswith(STAGING):
         return "staging: being written or removed, or left by a killed process; the run's next start clears it"
+    if name == ".lock":
+        return "what a run locks the folder with"
     return "set aside: a resume found it not whole" if name.startswith(_ASIDE) else "stray: not disttrain's"
