@@ -204,23 +204,24 @@ class Checkpoint:
         if file not in self._headers:
             size, chunk = self._manifest.files[file].size, 0
             with self._open(file) as reader:
-                raw = self._chunk(reader, chunk)
-                length = int.from_bytes(raw[:8], "little")
+                view = self._chunk(reader, chunk)
+                length = int.from_bytes(view[:8], "little")
                 if not 0 < length <= size - 8:
                     raise ValueError(f"{length} bytes of a header in a file of {size}")
-                while len(raw) < 8 + length:
+                text = bytearray(view[8 : 8 + length])
+                while len(text) < length:
                     chunk += 1
-                    raw += self._chunk(reader, chunk)
-            self._headers[file] = Header(raw[8 : 8 + length], size)
+                    text += self._chunk(reader, chunk)[: length - len(text)]
+            self._headers[file] = Header(bytes(text), size)
         return self._headers[file]
 
-    def _chunk(self, reader: ChunkReader, chunk: int) -> bytes:
-        """A chunk's bytes, which fit their checksum."""
+    def _chunk(self, reader: ChunkReader, chunk: int) -> memoryview:
+        """A chunk that fits its checksum, in the reader's buffer."""
         fault = reader.read(chunk, verify=self._verify)
         if fault:
             raise self._damaged([fault])
         begin, end = reader.span(chunk)
-        return bytes(memoryview(reader.buffer)[: end - begin])
+        return memoryview(reader.buffer)[: end - begin]
 
     def _check(self, file: str, chunks: Sequence[int]) -> list[str]:
         """Faults of these chunks, in words. Chunks found right once are not read again."""
