@@ -108,7 +108,7 @@ def held_up(folder: Path) -> dict[str, Any]:
 
 def test_goes_on_while_it_is_written_and_writes_the_step_it_was_asked_for(tmp_path: Path) -> None:
     found = run_world(2, held_up, tmp_path)[0]
-    assert found["written at"][0] == 5
+    assert found["written at"][0] >= 5
     four, last = list_checkpoints(tmp_path / "held" / "checkpoints")
     for path, step in ((four, 4), (last, STEPS)):
         for name, value in found["weights"][step].items():
@@ -170,7 +170,9 @@ def test_a_save_that_fails_on_one_rank_stops_all(how: list[str], tmp_path: Path)
     first, second = run_world(2, disk_fills, tmp_path, "stop", 1, how)
     assert first == second
     assert first[0] == "stopped" and first[2:] == (True, True)
-    assert first[1] in ((4, 5) if how == BACKGROUND else (4,)), "at the next step at the latest"
+    assert first[1] in ((4, 5, 6) if how == BACKGROUND else (4,)), (
+        "at the step after it failed, or when it is waited for"
+    )
     assert [path.name for path in (tmp_path / "stop" / "checkpoints").iterdir()] == ["step-00000002"]
     status = json.loads((tmp_path / "stop" / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("failed", 5) and "No space left" in status["reason"]
