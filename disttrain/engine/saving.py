@@ -63,9 +63,9 @@ class Saver:
     def save(self, taken: Snapshot, *, last: bool = False) -> Place | None:
         """Write a snapshot and return when it is durable; None where it failed and the run goes on without.
 
-        The `last` of a run has nothing to go on to: it raises whatever `on_failure` says.
+        Nothing is under way: the caller has waited. The `last` of a run has nothing to go on to: it raises whatever
+        `on_failure` says.
         """
-        self.wait()
         try:
             path = self._commit(taken, self._group)
         except CheckpointError as error:

@@ -68,7 +68,8 @@ def run_world(size: int, function: Callable[..., Any], *args: Any, timeout_s: fl
     return [found[rank][1] for rank in range(size)]
 
 
-def _rank(rank: int, size: int, port: int, results: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def take_place(rank: int, size: int, port: int) -> None:
+    """Set this process's environment as torchrun does for a rank whose store is at `port`."""
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -80,6 +81,10 @@ def _rank(rank: int, size: int, port: int, results: Any, function: Callable[...,
         TORCHELASTIC_RESTART_COUNT="0",
         OMP_NUM_THREADS="1",
     )
+
+
+def _rank(rank: int, size: int, port: int, results: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    take_place(rank, size, port)
     try:
         results.put((rank, True, function(*args)))
     except BaseException:  # noqa: BLE001 - whatever it is, the test shall see it

@@ -27,6 +27,7 @@ from torch.distributed import TCPStore
 
 from disttrain.checkpoint import Checkpoint, list_checkpoints
 from disttrain.testing.world import _CONTEXT as CONTEXT
+from disttrain.testing.world import take_place
 
 SIZE, STEPS, EVERY = 2, 120, 3
 ENDS_S = 60.0
@@ -52,17 +53,7 @@ COMPARED = ("step", "loss", "lr", "grad_norm", "samples", "tokens")
 
 def train(rank: int, port: int, overrides: list[str]) -> None:
     """One rank, as torchrun places it; what it says goes to a file."""
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(SIZE),
-        LOCAL_WORLD_SIZE=str(SIZE),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        TORCHELASTIC_USE_AGENT_STORE="True",
-        TORCHELASTIC_RESTART_COUNT="0",
-        OMP_NUM_THREADS="1",
-    )
+    take_place(rank, SIZE, port)
     os.dup2(os.open(f"said-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     from disttrain.run import main

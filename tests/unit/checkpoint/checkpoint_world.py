@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import threading
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -156,3 +159,13 @@ def blank(shards: list[Shard]) -> list[Shard]:
         Shard(s.name, s.shape, s.box, torch.zeros_like(s.tensor, memory_format=torch.contiguous_format), s.replica)
         for s in shards
     ]
+
+
+def seal(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change a manifest as an attacker would: with a digest that fits."""
+    content = json.loads((path / "manifest.json").read_text())
+    del content["digest"]
+    change(content)
+    rest = json.dumps(content).encode()[1:]
+    head = b'{"digest":"sha256:' + hashlib.sha256(rest).hexdigest().encode() + b'",\n'
+    (path / "manifest.json").write_bytes(head + rest)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import pickle
@@ -17,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_world import LAYOUTS, blank, on_ranks, same_bits, some_tensors
+from checkpoint_world import LAYOUTS, blank, on_ranks, same_bits, seal, some_tensors
 
 from disttrain.checkpoint import (
     Checkpoint,
@@ -52,16 +51,6 @@ def load_all(path: Path) -> None:
     checkpoint = Checkpoint.open(path)
     checkpoint.load_into(blank(LAYOUTS["replicated"](some_tensors(), 0, 1)))
     checkpoint.verify()
-
-
-def seal(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change a manifest as an attacker would: with a digest that fits."""
-    content = json.loads((path / "manifest.json").read_text())
-    del content["digest"]
-    change(content)
-    rest = json.dumps(content).encode()[1:]
-    head = b'{"digest":"sha256:' + hashlib.sha256(rest).hexdigest().encode() + b'",\n'
-    (path / "manifest.json").write_bytes(head + rest)
 
 
 def test_four_hundred_single_bit_flips_are_all_detected(tmp_path: Path) -> None:

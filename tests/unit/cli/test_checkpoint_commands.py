@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import hashlib
 import json
 import logging
 import os
@@ -20,7 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "checkpoint"))  # the simulated worlds of that room's tests
 
-from checkpoint_world import LAYOUTS, on_ranks, some_tensors
+from checkpoint_world import LAYOUTS, on_ranks, seal, some_tensors
 
 from disttrain.checkpoint import save_checkpoint
 from disttrain.cli import main as cli_main
@@ -90,16 +89,6 @@ def flip(file: Path, at: int = -1) -> None:
     content = bytearray(file.read_bytes())
     content[at] ^= 1
     file.write_bytes(content)
-
-
-def seal(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change a manifest, with a digest that fits."""
-    content = json.loads((path / "manifest.json").read_text())
-    del content["digest"]
-    change(content)
-    rest = json.dumps(content).encode()[1:]
-    head = b'{"digest":"sha256:' + hashlib.sha256(rest).hexdigest().encode() + b'",\n'
-    (path / "manifest.json").write_bytes(head + rest)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
