@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
@@ -104,6 +105,12 @@ class Group:
         tensor = torch.tensor(value)
         dist.all_reduce(tensor, dist.ReduceOp.MIN)
         return int(tensor)
+
+    def add_up(self, vector: Tensor) -> Callable[[], Any]:
+        """Begin to add a vector up over all ranks, in place; what comes back waits for it."""
+        world = dist.group.WORLD
+        assert world is not None, "the group is closed"
+        return world.allreduce([vector]).wait  # dist.all_reduce takes 25 microseconds of Python more
 
     def barrier(self) -> None:
         """Wait for all ranks."""

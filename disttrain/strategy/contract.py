@@ -27,6 +27,7 @@ from disttrain.errors import ConfigError, explain
 from disttrain.objective import Objective
 from disttrain.optim.named import MakeOptimizer, MakeSchedule, NamedParameter
 from disttrain.runtime import Device, Group, Mesh, MeshSizes
+from disttrain.strategy.fused import FusedAdam
 from disttrain.strategy.loss_scale import LossScale
 from disttrain.strategy.trail import Trail
 
@@ -87,7 +88,8 @@ class Prepared:
     `members` names the parameters of each of the optimizer's groups, in the order of both. `updates` counts calls of
     `step`, skipped ones too, and `accumulations` those of `accumulate` since the last: they key the randomness of
     micro-batches. `loss_scale` is moved under fp16 alone. `loading` holds optimizer state that is a Python number while
-    a checkpoint is written into tensors. `trail` is this rank's way through an accumulation or an evaluation.
+    a checkpoint is written into tensors. `trail` is this rank's way through an accumulation or an evaluation. `fused`
+    is the shorter way to step, for torch's own steps.
     """
 
     name: str
@@ -103,6 +105,7 @@ class Prepared:
     loss_scale: LossScale = field(default_factory=LossScale)
     loading: list[LoadingNumber] = field(default_factory=list)
     trail: Trail = field(default_factory=Trail)
+    fused: FusedAdam | None = None
 
     @cached_property
     def parameters(self) -> tuple[nn.Parameter, ...]:

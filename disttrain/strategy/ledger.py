@@ -6,9 +6,11 @@ Refuses ranks that do not bring the same: other terms or sums, or another way th
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -46,27 +48,42 @@ class Ledger:
 
         Raises TrainingError on every rank where their names differ, or their trails.
         """
+        return self.start(flags, divided=divided, trail=trail)()
+
+    def start(
+        self, flags: Sequence[float] = (), *, divided: bool = False, trail: Trail | None = None
+    ) -> Callable[[], StepSums]:
+        """Collective: begin to add up what was brought so far. What comes back waits for it, gives what `reduce` gives
+        and raises what it raises; all ranks call that too."""
         if self._world.group.size == 1 and self._world.device.type == "cpu":  # all is here, and read
             alone = {term: float(value) for term, value in self._weights.items()}
             divisor = 1.0 if divided else next(iter(alone.values()))
-            return StepSums({t: float(v) for t, v in self._totals.items()}, alone, self._sums, tuple(flags), divisor)
+            found = StepSums({t: float(v) for t, v in self._totals.items()}, alone, self._sums, tuple(flags), divisor)
+            return lambda: found
         totals, weights, sums = sorted(self._totals), sorted(self._weights), dict(sorted(self._sums.items()))
         values: list[Number] = [*flags]
         values += [self._totals[term] for term in totals]
         values += [self._weights[term] for term in weights]
         shapes = tuple((name, (*value.shape,)) for name, value in sums.items())
-        numbers = self._add_up(values, sums, Layout(len(flags), (*totals,), (*weights,), shapes), trail or Trail())
-        first = len(flags) + len(totals)
-        total = dict(zip(totals, numbers[len(flags) : first], strict=True))
-        weight = dict(zip(weights, numbers[first : len(values)], strict=True))
-        own, at = {}, len(values)
-        for name, value in sums.items():
-            own[name] = torch.tensor(numbers[at : at + value.numel()], dtype=torch.float64).reshape(value.shape)
-            at += value.numel()
-        raised = tuple(numbers[: len(flags)])
-        return StepSums(total, weight, own, raised, 1.0 if divided else next(iter(weight.values())))
+        added = self._add_up(values, sums, Layout(len(flags), (*totals,), (*weights,), shapes), trail or Trail())
 
-    def _add_up(self, values: list[Number], sums: dict[str, Tensor], layout: Layout, trail: Trail) -> list[float]:
+        def read() -> StepSums:
+            numbers = added()
+            first = len(flags) + len(totals)
+            total = dict(zip(totals, numbers[len(flags) : first], strict=True))
+            weight = dict(zip(weights, numbers[first : len(values)], strict=True))
+            own, at = {}, len(values)
+            for name, value in sums.items():
+                own[name] = torch.tensor(numbers[at : at + value.numel()], dtype=torch.float64).reshape(value.shape)
+                at += value.numel()
+            raised = tuple(numbers[: len(flags)])
+            return StepSums(total, weight, own, raised, 1.0 if divided else next(iter(weight.values())))
+
+        return read
+
+    def _add_up(
+        self, values: list[Number], sums: dict[str, Tensor], layout: Layout, trail: Trail
+    ) -> Callable[[], list[float]]:
         """Every rank's values and sums added up, flat, in one all-reduce of `_ROOM` numbers; the rest takes a second.
         Ranks of other layouts meet in it too, and raise TrainingError together.
 
@@ -75,20 +92,25 @@ class Ledger:
         """
         size = self._world.group.size
         if size == 1:  # a collective of one rank adds nothing, and takes gloo's thread 40 microseconds
-            return _flat(values, sums, self._world.device).tolist()
-        digest = zlib.crc32(repr(layout).encode(), trail.digest) >> 12
-        flat = _flat([digest, digest**2, *values], sums, self._world.device)
-        count = flat.numel()
-        vector = torch.cat([flat[:_ROOM], flat.new_zeros(max(0, _ROOM - count))])
-        dist.all_reduce(vector)
-        numbers: list[float] = vector.tolist()
-        if size * int(numbers[1]) != int(numbers[0]) ** 2:
-            _refuse_others(layout, trail)
-        if count > _ROOM:
-            rest = flat[_ROOM:]
-            dist.all_reduce(rest)
-            numbers += rest.tolist()
-        return numbers[2:count]
+            return _flat(values, sums, self._world.device).tolist
+        digest = zlib.crc32(_encoded(layout), trail.digest) >> 12
+        count = 2 + len(values) + sum(map(Tensor.numel, sums.values()))
+        flat = _flat([digest, digest**2, *values], sums, self._world.device, length=_ROOM)
+        vector = flat if count <= _ROOM else flat[:_ROOM]
+        wait = self._world.group.add_up(vector)
+
+        def read() -> list[float]:
+            wait()
+            numbers: list[float] = vector.tolist()
+            if size * int(numbers[1]) != int(numbers[0]) ** 2:
+                _refuse_others(layout, trail)
+            if count > _ROOM:
+                rest = flat[_ROOM:]
+                self._world.group.add_up(rest)()
+                numbers += rest.tolist()
+            return numbers[2:count]
+
+        return read
 
 
 def _number(value: Number) -> Number:
@@ -99,17 +121,23 @@ def _number(value: Number) -> Number:
     return float(found) if found.device.type == "cpu" else found.double()
 
 
-def _flat(values: Sequence[Number], sums: Mapping[str, Tensor], device: torch.device) -> Tensor:
-    """One float64 vector on `device`."""
+def _flat(values: Sequence[Number], sums: Mapping[str, Tensor], device: torch.device, length: int = 0) -> Tensor:
+    """One float64 vector on `device`, with zeros at its end where it would be shorter than `length`."""
     if any(isinstance(value, Tensor) for value in values):
         filled = [
             value if isinstance(value, Tensor) else torch.full((), value, dtype=torch.float64, device=device)
             for value in values
         ]
-        head = torch.stack([value.to(device, torch.float64) for value in filled])
+        parts = [torch.stack([value.to(device, torch.float64) for value in filled])]
     else:
-        head = torch.tensor(values, dtype=torch.float64, device=device)
-    return torch.cat([head, *(one.to(device).reshape(-1) for one in sums.values())]) if sums else head
+        numbers = np.zeros(len(values) if sums else max(length, len(values)))  # five times as fast as torch.tensor
+        numbers[: len(values)] = values
+        parts = [torch.from_numpy(numbers).to(device)]
+    parts += [one.to(device).reshape(-1) for one in sums.values()]
+    missing = length - sum(map(Tensor.numel, parts))
+    if missing > 0:
+        parts.append(parts[0].new_zeros(missing))
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 class Layout(NamedTuple):
@@ -119,6 +147,11 @@ class Layout(NamedTuple):
     totals: tuple[str, ...]
     weights: tuple[str, ...]
     sums: tuple[tuple[str, tuple[int, ...]], ...]
+
+
+@lru_cache(maxsize=64)
+def _encoded(layout: Layout) -> bytes:
+    return repr(layout).encode()
 
 
 def _refuse_others(layout: Layout, trail: Trail) -> None:

@@ -12,6 +12,7 @@ from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from disttrain.strategy.arithmetic import Gradients, refuse_non_finite
 from disttrain.strategy.contract import Prepared, StepOutcome, StepSums
+from disttrain.strategy.fused import FusedAdam
 
 
 def torch_step(
@@ -53,33 +54,44 @@ def torch_step(
         if clip_norm and norm is not None:
             # torch.nn.utils.clip_grad_norm_'s own form, its 1e-6 included, so that plain loops agree.
             scale *= min(1.0, clip_norm / (norm + 1e-6))
-        _step(prepared.optimizer, gradients, scale)
+        _step(prepared, prepared.optimizer, gradients, scale)
         if prepared.schedule is not None:
             prepared.schedule.step()
         gradients.drop(keep=keep)
         return StepOutcome(norm, applied=True, lr=rate, loss_scale=loss_scale)
 
 
-def _step(optimizer: Optimizer, gradients: Gradients, scale: float) -> None:
+def _step(prepared: Prepared, optimizer: Optimizer, gradients: Gradients, scale: float) -> None:
     """The optimizer's step on gradients times `scale`.
 
     Torch's own fused kernels divide by a float32 as they go, as under its GradScaler: no pass over the gradients of its
     own. A hook before the step would see them as they were, and a subclass's step too.
     """
-    within = (
-        gradients.plain_float32
-        and type(optimizer) in (Adam, AdamW, SGD, Adagrad)
+    if prepared.fused is None or prepared.fused.optimizer is not optimizer:
+        prepared.fused = FusedAdam(optimizer, prepared.parameters)
+    within = gradients.dtype is torch.float32 and 1e-30 < scale < 1e30
+    ready = prepared.fused.ready(gradients.held, gradients.dtype)
+    divisor = None
+    if within and (ready or (gradients.whole and _takes_divisor(optimizer))):
+        # Without a wait for the device.
+        divisor = torch.full((), 1.0 / scale, dtype=torch.float32, device=gradients.locals[0].device)
+    else:
+        gradients.scale(scale)
+    if ready:
+        prepared.fused.step(gradients.locals, divisor)
+    elif divisor is None:
+        optimizer.step()
+    else:
+        optimizer.grad_scale = divisor  # type: ignore[attr-defined]
+        try:
+            optimizer.step()
+        finally:
+            optimizer.grad_scale = None  # type: ignore[attr-defined]
+
+
+def _takes_divisor(optimizer: Optimizer) -> bool:
+    return (
+        type(optimizer) in (Adam, AdamW, SGD, Adagrad)
         and getattr(optimizer, "_step_supports_amp_scaling", False)
         and not (optimizer._optimizer_step_pre_hooks or _global_optimizer_pre_hooks)
-        and 1e-30 < scale < 1e30
     )
-    if not within:
-        gradients.scale(scale)
-        optimizer.step()
-        return
-    divisor = torch.full((), 1.0 / scale, dtype=torch.float32, device=gradients.locals[0].device)  # without a wait
-    optimizer.grad_scale = divisor  # type: ignore[attr-defined]
-    try:
-        optimizer.step()
-    finally:
-        optimizer.grad_scale = None  # type: ignore[attr-defined]

@@ -1,0 +1,89 @@
+"""Every strategy whose optimizer is torch's own steps by the kernel, and to the same bits as by `Optimizer.step`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from world import run_world
+
+import disttrain
+from disttrain.strategy.fused import FusedAdam
+
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "ddp": {"strategy": {"name": "ddp"}},
+    "fsdp": {"strategy": {"name": "fsdp"}},
+    "fsdp, offloaded": {"strategy": {"name": "fsdp", "fsdp": {"offload": True}}},
+    "fsdp, two replicas": {"strategy": {"name": "fsdp"}, "mesh": {"replicate": 2, "shard": 1}},
+}
+
+
+class Net(nn.Module):
+    """Odd sizes, and parameters of which one rank of two holds nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(5, 7), nn.Linear(7, 5), nn.Linear(5, 1)])
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = torch.tanh(block(x))
+        return x * self.scale
+
+
+def squares(model: nn.Module, batch: Tensor) -> tuple[Tensor, int]:
+    return model(batch).square().sum(), len(batch)
+
+
+def train(folder: Path, sections: dict[str, Any], *, watched: bool) -> tuple[dict[str, Tensor], int]:
+    """The weights after six steps, and how many of them were the kernel's."""
+    config = {
+        "run": {"name": f"run-{watched}", "dir": str(folder), "steps": 6},
+        "model": {"target": Net},
+        "objective": {"target": lambda: squares},
+        # Gradients are scaled by a power of two, so that it is exact wherever it happens.
+        "optim": {"target": "torch.optim.AdamW", "args": {"lr": 0.05}},
+        "schedule": {"target": "cosine", "args": {"warmup": 2}},
+        "checkpoint": {"at_end": False},
+        "report": {"progress": False, "plot": False},
+        **sections,
+    }
+    data = torch.randn(32, 5, generator=torch.Generator().manual_seed(0))
+    counted = mock.patch.object(FusedAdam, "step", autospec=True, side_effect=FusedAdam.step)
+    with disttrain.Engine(config) as engine, counted as steps:
+        engine.prepare("model")
+        prepared = engine._prepared["model"]
+        assert isinstance(prepared.optimizer, Optimizer)
+        if watched:
+            prepared.optimizer.register_step_post_hook(lambda *_: None)
+        for micro_batches in engine.batches(data, global_batch=8, micro_batch=2):
+            engine.accumulate("model", micro_batches)
+            engine.step("model")
+            engine.log()
+            if engine.should_stop():
+                break
+        return engine.full_weights("model"), steps.call_count
+
+
+def check(folder: Path, sections: dict[str, Any]) -> None:
+    """On every rank: five steps of six by the kernel, as the first makes the optimizer's state; the same bits."""
+    by_kernel, taken = train(folder, sections, watched=False)
+    by_step, none = train(folder, sections, watched=True)
+    assert (taken, none) == (5, 0)
+    for key, value in by_step.items():
+        assert torch.equal(by_kernel[key], value), key
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_two_ranks(name: str, tmp_path: Path) -> None:
+    run_world(2, check, tmp_path, STRATEGIES[name])
+
+
+def test_alone(tmp_path: Path) -> None:
+    check(tmp_path, {"strategy": {"name": "none"}})
