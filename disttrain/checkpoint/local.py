@@ -49,7 +49,7 @@ class LocalStorage:
         return staging
 
     def create(self, path: Path, size: int) -> DiskFile:
-        return self._disk.create(path)
+        return self._disk.create(path, size)
 
     def sync_folder(self, folder: Path) -> None:
         self._disk.sync_folder(folder)

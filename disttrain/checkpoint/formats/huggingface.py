@@ -168,7 +168,7 @@ def write_safetensors(weights: Weights, names: Sequence[str], path: Path, disk: 
     stored = [(name, weights.tensors[name]) for name in names]
     entries = [Entry(name, info.shape, info.dtype, whole(info.shape)) for name, info in stored]
     head, placed = plan_file(entries, {"format": "pt"})
-    with disk.create(path) as file:
+    with disk.create(path, placed[-1].stop if placed else 0) as file:
         file.write(head)
         for _, tensor in read_weights(weights, [entry.name for entry in placed]):
             for piece in tensor_bytes(tensor, _PIECE_BYTES):

@@ -157,10 +157,10 @@ class RecordingDisk(Disk):
             super().make_folder(path)
             self._recorder.note("make_folder", path)
 
-    def create(self, path: Path) -> DiskFile:
+    def create(self, path: Path, size: int = 0) -> DiskFile:
         with self._recorder.lock:
             self._recorder.note("create", path)
-            super().create(path).__exit__(None, None, None)  # what it would do; the file itself comes from here
+            super().create(path, size).__exit__(None, None, None)  # what it would do; the file itself comes from here
             path.unlink()
             return RecordingFile(path, self._recorder)
 
