@@ -6,7 +6,6 @@ and say whose fault it was.
 
 from __future__ import annotations
 
-import faulthandler
 import sys
 import time
 import traceback
@@ -17,26 +16,28 @@ from disttrain.errors import FINISHED, INTERRUPTED, ConfigError, DisttrainError,
 from disttrain.launch.accelerate import settle_strategy
 from disttrain.logs import room_logger, start_logs
 from disttrain.runtime.environment import Launch, quiet_torch, read_launch
-
-LEAVE_S = 20.0
-"""Most that a process may take to end once training has failed."""
+from disttrain.runtime.leaving import leave
 
 USAGE = "usage: python -m disttrain.run CONFIG [section.key=value ...]"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train, and return the exit code. Every process of the world calls it."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    return attempt(sys.argv[1:] if arguments is None else arguments)[0]
+
+
+def attempt(given: Sequence[str]) -> tuple[int, BaseException | None]:
+    """Train; the exit code, and what went wrong and was told of."""
     launch: Launch | None = None
     try:
         launch = read_launch()
         start_logs(rank=launch.rank)
         if not given or given[0] in ("-h", "--help"):
             print(f"{USAGE}\n\n{__doc__}", file=sys.stdout if given else sys.stderr)
-            return FINISHED if given else ConfigError.exit_code
-        return _train(given[0], given[1:])
+            return FINISHED if given else ConfigError.exit_code, None
+        return _train(given[0], given[1:]), None
     except (Exception, KeyboardInterrupt, SystemExit) as error:  # noqa: BLE001 - user code may raise anything
-        return _tell(error, launch)
+        return _tell(error, launch), error
 
 
 def _tell(error: BaseException, launch: Launch | None) -> int:
@@ -84,8 +85,7 @@ def _train(config: str, overrides: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    code = main()
+    code, error = attempt(sys.argv[1:])
     if code != FINISHED:
-        # A dead peer's sockets must not hold this process: it says where it hangs, and leaves.
-        faulthandler.dump_traceback_later(LEAVE_S, exit=True)
+        leave(code)  # while `error` is held: with it goes the engine, and that may wait for peers that never come
     sys.exit(code)

@@ -30,6 +30,8 @@ def _nothing(operation: str, path: Path) -> None:
 
 _DIRECT = getattr(os, "O_DIRECT", 0)
 """Past the kernel's cache of pages; 0 where there is no such thing (macOS)."""
+_DIRECT_ON = {"ext4", "xfs"}
+"""Where that is a win: ext4 was measured, XFS was made for it. A network file system would wait for each piece."""
 _PIECE = 8 * 2**20
 """What a large file is handed to the disk in, and held in memory beside the state while it is written."""
 _BLOCK = 4096
@@ -39,7 +41,7 @@ _BLOCK = 4096
 class DiskFile:
     """A new file being written; made by `Disk.create`.
 
-    A large one goes `direct`ly to the disk: a page cache that nobody reads costs a quarter of a second and more of
+    A large one goes `direct`ly to a local disk: a page cache that nobody reads costs a quarter of a second and more of
     processor for a GiB, the copy into one aligned buffer a tenth, and training beside a save has what is left.
     """
 
@@ -48,28 +50,38 @@ class DiskFile:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         self._descriptor = os.open(path, flags, 0o644)
         self._size = 0
-        self._aligned = _Aligned(self._descriptor) if direct and _go_direct(self._descriptor) else None
+        direct = direct and file_system(self._descriptor) in _DIRECT_ON and _set_direct(self._descriptor, True)
+        self._aligned = _Aligned(self._put) if direct else None
 
     def write(self, content: memoryview | bytes) -> None:
         """All of `content`, after what is there; it may lie in memory until `sync`."""
         self._before("write", self._path)
-        if self._aligned is not None:
-            self._aligned.write(content)
-            return
-        begin, self._size = self._size, self._size + len(content)
-        _write_all(self._descriptor, memoryview(content))
-        # The disk begins at once, and the last `sync` has little left to wait for; nor does memory fill with what
-        # nobody reads soon.
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._descriptor, begin, self._size - begin, os.POSIX_FADV_DONTNEED)
+        (self._put if self._aligned is None else self._aligned.write)(memoryview(content))
 
     def sync(self) -> None:
         """Return when the content is on the disk."""
         self._before("sync", self._path)
         if self._aligned is not None:
-            self._aligned.end()
+            self._aligned.put_blocks()
+            _set_direct(self._descriptor, False)  # what fills no block goes through the cache
+            self._put(self._aligned.rest)
             self._aligned = None
         os.fsync(self._descriptor)
+
+    def _put(self, rest: memoryview) -> None:
+        begin, self._size = self._size, self._size + len(rest)
+        while rest:
+            try:
+                rest = rest[os.write(self._descriptor, rest) :]
+            except OSError as error:
+                # A file system that wants other blocks, or none of this; also after a write that a full disk cut short.
+                refused = error.errno in (errno.EINVAL, errno.ENOTSUP)
+                if not (refused and _set_direct(self._descriptor, False)):
+                    raise
+        # The disk begins at once, and the last `sync` has little left to wait for; nor does memory fill with what
+        # nobody reads soon.
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptor, begin, self._size - begin, os.POSIX_FADV_DONTNEED)
 
     def __enter__(self) -> DiskFile:
         return self
@@ -81,15 +93,16 @@ class DiskFile:
 
 
 class _Aligned:
-    """What is written, gathered in an aligned buffer, from which the disk takes it."""
+    """What is written, gathered in an aligned buffer, from which the disk takes it by whole blocks."""
 
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
+    def __init__(self, put: Callable[[memoryview], None]) -> None:
+        self._put = put
+        # Shared: a process that is forked meanwhile (a data worker) then cannot make the kernel copy it.
         self._memory = mmap.mmap(-1, _PIECE)
         self._bytes = np.frombuffer(self._memory, np.uint8)
         self._filled = 0
 
-    def write(self, content: memoryview | bytes) -> None:
+    def write(self, content: memoryview) -> None:
         rest = np.frombuffer(content, np.uint8)
         while rest.size:
             part = rest[: _PIECE - self._filled]
@@ -97,41 +110,39 @@ class _Aligned:
             self._filled += part.size
             rest = rest[part.size :]
             if self._filled == _PIECE:
-                _write_all(self._descriptor, memoryview(self._memory))
+                self._put(memoryview(self._memory))
                 self._filled = 0
 
-    def end(self) -> None:
-        """The rest; what fills no block takes the way through the cache."""
-        whole = self._filled - self._filled % _BLOCK
-        _write_all(self._descriptor, memoryview(self._memory)[:whole])
-        _leave_direct(self._descriptor)
-        _write_all(self._descriptor, memoryview(self._memory)[whole : self._filled])
+    def put_blocks(self) -> None:
+        """All whole blocks; `rest` is what is left."""
+        self._put(memoryview(self._memory)[: self._filled - self._filled % _BLOCK])
+
+    @property
+    def rest(self) -> memoryview:
+        """What fills no block."""
+        return memoryview(self._memory)[self._filled - self._filled % _BLOCK : self._filled]
 
 
-def _go_direct(descriptor: int) -> bool:
-    """Whether writes go past the cache from now on. Some file systems refuse, and some refuse the first write."""
-    try:
-        fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | _DIRECT)
-    except OSError:
-        return False
-    return _DIRECT != 0
+def file_system(descriptor: int) -> str:
+    """The kind of file system that an open file lies on, by its device in Linux's table of mounts; else empty."""
+    found = os.fstat(descriptor).st_dev
+    device = f"{os.major(found)}:{os.minor(found)}"
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/mountinfo").read_text().splitlines():
+            own, _, rest = line.partition(" - ")
+            if own.split()[2] == device:
+                return rest.split()[0]
+    return ""
 
 
-def _leave_direct(descriptor: int) -> bool:
-    """Go through the cache again; whether that is a change."""
+def _set_direct(descriptor: int, on: bool) -> bool:
+    """Write past the cache from now on, or through it; whether that is a change, which some systems refuse."""
     flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
-    fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~_DIRECT)
-    return flags & _DIRECT != 0
-
-
-def _write_all(descriptor: int, rest: memoryview) -> None:
-    while rest:
-        try:
-            rest = rest[os.write(descriptor, rest) :]
-        except OSError as error:
-            # A file system that wants larger blocks, or none of this; also after a write that a full disk cut short.
-            if error.errno != errno.EINVAL or not _leave_direct(descriptor):
-                raise
+    wanted = flags | _DIRECT if on else flags & ~_DIRECT
+    with contextlib.suppress(OSError):
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, wanted)
+        return wanted != flags
+    return False
 
 
 class Disk:

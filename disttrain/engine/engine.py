@@ -39,6 +39,7 @@ from disttrain.objective import Objective
 from disttrain.optim.build import users_optimizer, users_schedule
 from disttrain.optim.trials import refuse_closures
 from disttrain.resilience import Interrupts
+from disttrain.runtime.leaving import leave_in_time
 from disttrain.runtime.seeds import derive_seed, seed_all
 from disttrain.strategy import Ingredients, Prepared, StepOutcome, StepSums
 from disttrain.strategy.construction import refuse_unfrozen
@@ -497,7 +498,10 @@ class Engine:
 
     def _leave(self) -> None:
         """The interpreter ends, and nobody closed this engine: a script without `with`, or one that failed."""
-        self.__exit__(None, getattr(sys, "last_value", None) if self._ended is None else None, None)
+        error = getattr(sys, "last_value", None) if self._ended is None else None
+        if error is not None:
+            leave_in_time()
+        self.__exit__(None, error, None)
 
     def _finish_or_fail(self) -> None:
         try:

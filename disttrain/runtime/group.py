@@ -5,8 +5,10 @@ A world of one is a real gloo group too. Refuses to start a second group over on
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import itertools
+import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -22,13 +24,15 @@ from torch.distributed.rendezvous import rendezvous
 from disttrain.errors import DisttrainError, LaunchError, explain
 from disttrain.runtime.device import Device
 from disttrain.runtime.environment import Launch
+from disttrain.runtime.leaving import leave_in_time
 
 T = TypeVar("T")
 
 _CONNECTED, _ALL_CONNECTED = "connected", "all_connected"
 _FAILURE, _KNOWN_TO = "first_failure", "failure_known_to"
 _STAY_S = 5.0
-"""How long rank 0, where it keeps the store, waits for the others to read the first cause before it takes it along."""
+"""How long a rank that failed waits for its last collectives, and rank 0, where it keeps the store, for the others to
+read the first cause before it takes it along."""
 _stores: dict[str, Store] = {}
 _worlds = itertools.count()
 """How many groups this process has started: a launcher's store outlives a group, so each gets a prefix of its own."""
@@ -166,7 +170,14 @@ class Group:
         """
         if not dist.is_initialized():
             return
-        dist.destroy_process_group()
+        if self.first_failure() is None:
+            dist.destroy_process_group()
+        else:
+            # It waits for collectives under way, whose peers may never come: the first cause is to be read meanwhile.
+            leaving = threading.Thread(target=dist.destroy_process_group, daemon=True)
+            leaving.start()
+            leaving.join(_STAY_S)
+            atexit.register(leave_in_time)
         _let_threads_end()
         everyone = [f"{_KNOWN_TO}/{rank}" for rank in range(self.size)]
         deadline = time.monotonic() + _STAY_S

@@ -24,6 +24,7 @@ from disttrain.model.batch_norm import left_out, synchronized_norms
 from disttrain.objective import Context, Loss, Objective
 from disttrain.runtime.seeds import derive_seed, seed_all
 from disttrain.strategy.contract import Prepared, StepSums, World
+from disttrain.strategy.fused import local_part
 from disttrain.strategy.ledger import Ledger
 
 Wrapper = Callable[[Objective, Any, Context], tuple[Any, Any, Any]]
@@ -185,7 +186,7 @@ class Gradients:
         self.dtype = next(iter(kinds))[1] if len(kinds) == 1 else None
         self.whole = all(kind is Tensor for kind, _, _ in kinds)
         self.held = gradients
-        self.locals: list[Any] = gradients if self.whole else [_local(gradient) for gradient in gradients]
+        self.locals: list[Any] = gradients if self.whole else [local_part(gradient) for gradient in gradients]
 
     def drop(self, *, keep: bool) -> None:
         """Forget them, as `zero_grad(set_to_none=True)` does with more ado; or `keep` their memory, as zeros."""
@@ -228,8 +229,3 @@ def _refuse_sparse(prepared: Prepared) -> None:
             "build its nn.Embedding with sparse=False",
         )
     )
-
-
-def _local(tensor: Tensor) -> Tensor:
-    to_local = getattr(tensor, "to_local", None)
-    return tensor if to_local is None else to_local()

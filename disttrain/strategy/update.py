@@ -54,32 +54,37 @@ def torch_step(
         if clip_norm and norm is not None:
             # torch.nn.utils.clip_grad_norm_'s own form, its 1e-6 included, so that plain loops agree.
             scale *= min(1.0, clip_norm / (norm + 1e-6))
-        _step(prepared, prepared.optimizer, gradients, scale)
+        _step(prepared, gradients, scale)
         if prepared.schedule is not None:
             prepared.schedule.step()
         gradients.drop(keep=keep)
         return StepOutcome(norm, applied=True, lr=rate, loss_scale=loss_scale)
 
 
-def _step(prepared: Prepared, optimizer: Optimizer, gradients: Gradients, scale: float) -> None:
+def _step(prepared: Prepared, gradients: Gradients, scale: float) -> None:
     """The optimizer's step on gradients times `scale`.
 
-    Torch's own fused kernels divide by a float32 as they go, as under its GradScaler: no pass over the gradients of its
-    own. A hook before the step would see them as they were, and a subclass's step too.
+    In float32 by a division, which torch's fused kernels do as they go, as under its GradScaler: no pass over the
+    gradients of its own, and the same bits where one rank of several has to take the other way. A hook before the step
+    would see them as they were, and a subclass's step too.
     """
+    optimizer = prepared.optimizer
+    assert optimizer is not None, "asked before"
     if prepared.fused is None or prepared.fused.optimizer is not optimizer:
         prepared.fused = FusedAdam(optimizer, prepared.parameters)
-    within = gradients.dtype is torch.float32 and 1e-30 < scale < 1e30
     ready = prepared.fused.ready(gradients.held, gradients.dtype)
     divisor = None
-    if within and (ready or (gradients.whole and _takes_divisor(optimizer))):
+    if gradients.dtype is torch.float32 and scale != 1.0 and 1e-30 < scale < 1e30:
         # Without a wait for the device.
         divisor = torch.full((), 1.0 / scale, dtype=torch.float32, device=gradients.locals[0].device)
-    else:
+    within = divisor is not None and (ready or (gradients.whole and _takes_divisor(optimizer)))
+    if divisor is None:
         gradients.scale(scale)
+    elif not within:
+        torch._foreach_div_(gradients.locals, divisor)
     if ready:
         prepared.fused.step(gradients.locals, divisor)
-    elif divisor is None:
+    elif not within:
         optimizer.step()
     else:
         optimizer.grad_scale = divisor  # type: ignore[attr-defined]

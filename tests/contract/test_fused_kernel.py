@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -41,10 +43,10 @@ def squares(model: nn.Module, batch: Tensor) -> tuple[Tensor, int]:
     return model(batch).square().sum(), len(batch)
 
 
-def train(folder: Path, sections: dict[str, Any], *, watched: bool) -> tuple[dict[str, Tensor], int]:
+def train(folder: Path, sections: dict[str, Any], *, watched: bool, batch: int = 8) -> tuple[dict[str, Tensor], int]:
     """The weights after six steps, and how many of them were the kernel's."""
     config = {
-        "run": {"name": f"run-{watched}", "dir": str(folder), "steps": 6},
+        "run": {"name": "run", "dir": str(folder), "steps": 6},
         "model": {"target": Net},
         "objective": {"target": lambda: squares},
         # Gradients are scaled by a power of two, so that it is exact wherever it happens.
@@ -62,7 +64,7 @@ def train(folder: Path, sections: dict[str, Any], *, watched: bool) -> tuple[dic
         assert isinstance(prepared.optimizer, Optimizer)
         if watched:
             prepared.optimizer.register_step_post_hook(lambda *_: None)
-        for micro_batches in engine.batches(data, global_batch=8, micro_batch=2):
+        for micro_batches in engine.batches(data, global_batch=batch, micro_batch=2):
             engine.accumulate("model", micro_batches)
             engine.step("model")
             engine.log()
@@ -73,8 +75,8 @@ def train(folder: Path, sections: dict[str, Any], *, watched: bool) -> tuple[dic
 
 def check(folder: Path, sections: dict[str, Any]) -> None:
     """On every rank: five steps of six by the kernel, as the first makes the optimizer's state; the same bits."""
-    by_kernel, taken = train(folder, sections, watched=False)
-    by_step, none = train(folder, sections, watched=True)
+    by_kernel, taken = train(folder / "kernel", sections, watched=False)
+    by_step, none = train(folder / "step", sections, watched=True)
     assert (taken, none) == (5, 0)
     for key, value in by_step.items():
         assert torch.equal(by_kernel[key], value), key
@@ -83,6 +85,17 @@ def check(folder: Path, sections: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_two_ranks(name: str, tmp_path: Path) -> None:
     run_world(2, check, tmp_path, STRATEGIES[name])
+
+
+def digest(folder: Path) -> str:
+    """Of the weights of one of two replicas, the first of which alone is watched; no power of two scales gradients."""
+    weights, _ = train(folder, STRATEGIES["fsdp, two replicas"], watched=os.environ["RANK"] == "0", batch=6)
+    return hashlib.sha256(b"".join(value.numpy().tobytes() for value in weights.values())).hexdigest()
+
+
+def test_replicas_stay_equal_where_one_is_watched(tmp_path: Path) -> None:
+    first, second = run_world(2, digest, tmp_path)
+    assert first == second
 
 
 def test_alone(tmp_path: Path) -> None:

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from checkpoint_world import LAYOUTS
 
-from disttrain.checkpoint import Disk, prune, save_checkpoint
+from disttrain.checkpoint import Disk, disk, prune, save_checkpoint
 
+disk._PIECE = 4096  # so that these files go past the page cache, as large ones do, and the manifest does not
 LOST = 3
 """The exit code of a rank whose peer went away."""
 

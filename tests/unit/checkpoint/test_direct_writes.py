@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import random
+import subprocess
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -25,15 +26,15 @@ LARGE = 64 * MIB
 class Writes:
     """`os.write`, with a note of how many bytes went past the cache, and through it."""
 
-    def __init__(self, refused: int = 0) -> None:
+    def __init__(self, refused: int = 0, refusal: int = errno.EINVAL) -> None:
         self.direct: list[int] = []
         self.cached: list[int] = []
-        self._refused, self._write = refused, os.write
+        self._refused, self._refusal, self._write = refused, refusal, os.write
 
     def __call__(self, descriptor: int, content: Any) -> int:
         direct = bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & DIRECT)
         if direct and len(self.direct) >= self._refused > 0:
-            raise OSError(errno.EINVAL, "as file systems say that want other blocks")
+            raise OSError(self._refusal, "as file systems say that want other blocks")
         (self.direct if direct else self.cached).append(len(content))
         return self._write(descriptor, content)
 
@@ -57,10 +58,19 @@ def pieces_of(size: int, seed: int) -> list[bytes]:
 def taken(tmp_path: Path) -> None:
     """Skips where this file system does not write so."""
     descriptor = os.open(tmp_path / "probe", os.O_WRONLY | os.O_CREAT)
-    direct = module._go_direct(descriptor)
+    kind, direct = module.file_system(descriptor), module._set_direct(descriptor, True)
     os.close(descriptor)
-    if not direct:
-        pytest.skip("this file system refuses O_DIRECT")
+    if kind not in module._DIRECT_ON or not direct:
+        pytest.skip(f"this file system ({kind}) refuses O_DIRECT, or was not measured")
+
+
+def test_the_kind_of_a_file_system_is_the_kernels(tmp_path: Path) -> None:
+    for place in (tmp_path, Path("/dev/shm"), Path("/proc")):
+        told = subprocess.run(["stat", "-f", "-c", "%T", place], capture_output=True, text=True, check=True).stdout
+        descriptor = os.open(place, os.O_RDONLY)
+        kind = module.file_system(descriptor)
+        os.close(descriptor)
+        assert kind in told or (told.strip() == "ext2/ext3" and kind in ("ext2", "ext3", "ext4")), (kind, told)
 
 
 @pytest.mark.parametrize("size", [0, 1, 4095, 4096, 8 * MIB - 1, 8 * MIB, 8 * MIB + 1, 24 * MIB + 5000])
@@ -74,11 +84,12 @@ def test_reads_back_what_was_written(size: int, tmp_path: Path, taken: None, mon
     assert sum(writes.cached) == size % 4096
 
 
+@pytest.mark.parametrize("refusal", [errno.EINVAL, errno.ENOTSUP])
 @pytest.mark.parametrize("refused", [1, 2])
 def test_a_refused_write_goes_through_the_cache(
-    refused: int, tmp_path: Path, taken: None, monkeypatch: pytest.MonkeyPatch
+    refused: int, refusal: int, tmp_path: Path, taken: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    writes = Writes(refused)
+    writes = Writes(refused, refusal)
     monkeypatch.setattr(os, "write", writes)
     pieces = pieces_of(20 * MIB + 77, seed=1)
     write(tmp_path / "file", pieces)
@@ -97,7 +108,8 @@ def test_a_system_that_has_no_such_way(tmp_path: Path, monkeypatch: pytest.Monke
     assert not writes.direct
 
 
-def test_a_full_disk_is_told_of(small_disk: Path) -> None:
+def test_a_full_disk_is_told_of(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_DIRECT_ON", {"tmpfs"})
     with pytest.raises(OSError, match="No space left") as caught:
         write(small_disk / "file", pieces_of(20 * MIB, seed=3))
     assert caught.value.errno == errno.ENOSPC

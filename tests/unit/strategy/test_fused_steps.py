@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -73,6 +75,7 @@ MAKES: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
     "AdamW": lambda own: AdamW(own, lr=0.1, fused=True),
     "Adam": lambda own: Adam(own, lr=0.1, weight_decay=0.2, fused=True),
     "groups": lambda own: AdamW(apart(own), lr=0.1, fused=True),
+    "decoupled Adam": lambda own: Adam(own, lr=0.1, weight_decay=0.2, decoupled_weight_decay=True, fused=True),
 }
 
 
@@ -110,7 +113,17 @@ def scheduled(twins: Twins) -> None:
         LambdaLR(optimizer, lambda _: 0.5)
 
 
-@pytest.mark.parametrize("act", [moved, loaded, replaced, other_rates, scheduled])
+def frozen(twins: Twins) -> None:
+    for optimizer in (twins.optimizer, twins.plain):
+        optimizer.param_groups[0]["params"] = optimizer.param_groups[0]["params"][1:]
+
+
+def frozen_in_place(twins: Twins) -> None:
+    for optimizer in (twins.optimizer, twins.plain):
+        optimizer.param_groups[0]["params"].pop()
+
+
+@pytest.mark.parametrize("act", [moved, loaded, replaced, other_rates, scheduled, frozen, frozen_in_place])
 def test_follows_what_happens_to_state_and_groups(act: Callable[[Twins], None]) -> None:
     twins = Twins(MAKES["groups"])
     for _ in range(3):
@@ -166,9 +179,14 @@ def more_parameters(twins: Twins) -> None:
         optimizer.add_param_group({"params": [more]})
 
 
+def not_fused(twins: Twins) -> None:
+    for optimizer in (twins.optimizer, twins.plain):
+        optimizer.param_groups[0].update(fused=False)
+
+
 ENDS = [
     *(hook, hook_before, hook_everywhere, hook_before_everywhere, own_step, own_step_then_schedule),
-    *(rate_tensor, state_gone, more_parameters),
+    *(rate_tensor, state_gone, more_parameters, not_fused),
 ]
 
 
@@ -200,6 +218,38 @@ def test_gives_way_to_a_profiler() -> None:
     assert any(event.key == "Optimizer.step#AdamW.step" for event in profile.key_averages())
     assert twins.step()
     twins.assert_equal()
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_gives_way_to_another_step_of_the_class(wrapped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = AdamW.step
+
+    def step(self: Any, closure: Any = None) -> Any:
+        return inner(self, closure)
+
+    monkeypatch.setattr(AdamW, "step", functools.wraps(inner)(step) if wrapped else step)
+    twins = Twins(MAKES["AdamW"])
+    assert [twins.step() for _ in range(3)] == [False] * 3
+    twins.assert_equal()
+
+
+def test_a_schedule_made_later_hears_of_the_step() -> None:
+    twins = Twins(MAKES["AdamW"])
+    twins.step()
+    schedule = LambdaLR(twins.optimizer, lambda _: 0.5)
+    assert twins.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        schedule.step()
+
+
+def test_state_of_another_size_is_left_to_torch() -> None:
+    twins = Twins(MAKES["AdamW"])
+    twins.step()
+    twins.optimizer.state[twins.mine[0]]["exp_avg"] = torch.zeros(2)
+    twins.optimizer.state[twins.mine[0]] = dict(twins.optimizer.state[twins.mine[0]])
+    gradients = [one.grad for one in twins.mine if one.grad is not None]
+    assert not twins.fused.ready(gradients, torch.float32)
 
 
 class OwnAdam(AdamW):
