@@ -20,7 +20,6 @@ from checkpoint_world import LAYOUTS
 
 from disttrain.checkpoint import Disk, disk, prune, save_checkpoint
 
-disk._PIECE = 4096  # so that these files go past the page cache, as large ones do, and the manifest does not
 LOST = 3
 """The exit code of a rank whose peer went away."""
 
@@ -104,6 +103,7 @@ def save_with(root: Path, size: int, step: int, victim: int = -1, at: int = -1) 
 
 
 def main(folder: Path, size: int) -> None:
+    disk._PIECE = 4096  # so that these files go past the page cache, as large ones do, and the manifest does not
     trials = []
     for victim in range(size):
         at = 0
