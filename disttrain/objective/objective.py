@@ -28,7 +28,10 @@ SINGLE = "loss"
 
 @dataclass
 class Loss:
-    """What one micro-batch adds to the step, by term: sums of losses, sums of weights, and the objective's own sums."""
+    """What one micro-batch adds to the step, by term: sums of losses, sums of weights, and the objective's own sums.
+
+    Read before its backward: what hooks of a backward fill in comes too late.
+    """
 
     totals: dict[str, Tensor]
     weights: dict[str, Number]

@@ -19,7 +19,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 _STATE = ("exp_avg", "exp_avg_sq", "step")
 _PLAIN = {"fused": True, "amsgrad": False, "capturable": False, "differentiable": False}
-"""A group's settings with which torch.optim.adam (torch 2.11 to 2.13) ends in the kernel, on state of these three."""
+"""A group's settings with which torch.optim.adam (torch 2.13) ends in the kernel, on state of these three."""
 _HOOKED = Optimizer.profile_hook_step(lambda *_: None).__code__
 _STEP = Adam.step.__wrapped__ if Adam.step.__code__ is _HOOKED else Adam.step  # type: ignore[attr-defined]
 """Torch's `Adam.step`, and the code of the wrapper that the first object of a class puts around it."""
