@@ -499,9 +499,9 @@ class Engine:
     def _leave(self) -> None:
         """The interpreter ends, and nobody closed this engine: a script without `with`, or one that failed."""
         error = getattr(sys, "last_value", None) if self._ended is None else None
+        self.__exit__(None, error, None)
         if error is not None:
             leave_in_time()
-        self.__exit__(None, error, None)
 
     def _finish_or_fail(self) -> None:
         try:

@@ -56,6 +56,7 @@ class Group:
         self.rank = launch.rank
         self.size = launch.world_size
         self.timeout_s = timeout_s
+        self._failed = False
         # torchrun's agent keeps the store of its workers; elsewhere it lives in rank 0.
         self._keeps_store = launch.rank == 0 and launch.launcher not in ("torchrun", "accelerate launch")
         timeout = timedelta(seconds=timeout_s)
@@ -146,6 +147,7 @@ class Group:
 
     def tell_failure(self, text: str) -> bool:
         """Leave the first cause where the other ranks find it. Local; True if this rank was the first."""
+        self._failed = True
         with contextlib.suppress(RuntimeError):  # the store is gone with the rank that kept it
             # A file's name in a message may hold bytes that are no text.
             mine = f"{self.rank}:{text}".encode(errors="backslashreplace").decode()
@@ -158,6 +160,7 @@ class Group:
         """(rank, text) of the first failure that any rank told of, if any. Local."""
         with contextlib.suppress(RuntimeError):
             if self._store.check([_FAILURE]):
+                self._failed = True
                 rank, _, text = self._store.get(_FAILURE).decode().partition(":")
                 self._store.set(f"{_KNOWN_TO}/{self.rank}", "")
                 return int(rank), text
@@ -170,7 +173,7 @@ class Group:
         """
         if not dist.is_initialized():
             return
-        if self.first_failure() is None:
+        if not self._failed:
             dist.destroy_process_group()
         else:
             # It waits for collectives under way, whose peers may never come: the first cause is to be read meanwhile.
