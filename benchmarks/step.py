@@ -1,6 +1,7 @@
 """What a training step costs beside a hand-written PyTorch loop: disttrain, and accelerate and Fabric where installed.
 
     python benchmarks/step.py [--rounds 5] [--steps 200] [--tensors 12 242] [--strategies none ddp fsdp]
+    python benchmarks/step.py --device cuda --tensors 12 242 gpt
 
 In every round each contestant builds its model, optimizer, schedule and data and takes the same number of steps, in a
 world of its own (where a process's code and data come to lie changes its speed by a tenth, and torch's own rendezvous
@@ -30,28 +31,28 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.ranks import run_ranks
 
-LEARNING_RATE, CLIP, BATCH, SAMPLES, REPORT = 1e-3, 1.0, 32, 4096, 10
+LEARNING_RATE, CLIP, REPORT = 1e-3, 1.0, 10
 
 
-def contestants(strategy: str) -> dict[str, Callable[..., Any]]:
-    """Those that are installed, by name; each takes (strategy, tensors, steps, folder, clock)."""
+def contestants(strategy: str, device: str) -> dict[str, Callable[..., Any]]:
+    """Those that are installed, by name; each takes a task and a clock."""
     from importlib.util import find_spec
 
     from benchmarks import step_loops as loops
 
     found: dict[str, Callable[..., Any]] = {"raw": loops.raw, "Engine": loops.own_loop, "train": loops.train}
-    if strategy != "fsdp":  # neither shards on a CPU
+    if strategy != "fsdp" and device == "cpu":  # neither shards on a CPU; on a GPU we race the raw loop alone
         found |= {"accelerate": loops.accelerate} if find_spec("accelerate") else {}
         found |= {"Fabric": loops.fabric} if find_spec("lightning_fabric") else {}
     return found
 
 
-def measure(name: str, strategy: str, tensors: int, steps: int, folder: str) -> tuple[float, float]:
+def measure(name: str, strategy: str, work: str, device: str, steps: int, folder: str) -> tuple[float, float]:
     """Microseconds a step, (main-thread CPU, wall), of one contestant on this rank. Collective."""
-    from benchmarks.step_loops import Clock
+    from benchmarks.step_loops import Clock, Task
 
     clock = Clock()
-    kept = contestants(strategy)[name](strategy, tensors, steps, folder, clock)
+    kept = contestants(strategy, device)[name](Task(strategy, work, device, steps, folder), clock)
     found = clock.per_step_us(steps)
     time.sleep(0.1)  # torch 2.13: a DDP that goes while gloo's thread still has its last tensor waits for ever
     del kept
@@ -76,21 +77,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--tensors", type=int, nargs="+", default=[12, 242])
+    parser.add_argument("--tensors", nargs="+", default=["12", "242"], help="how many the model has; or gpt, for a GPU")
     parser.add_argument("--strategies", nargs="+", choices=["none", "ddp", "fsdp"], default=["none", "ddp", "fsdp"])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="on one GPU, a world is of one rank")
     given = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     for strategy in given.strategies:
         for tensors in given.tensors:
-            size = 1 if strategy == "none" else 2
+            size = 1 if strategy == "none" or given.device == "cuda" else 2
             with tempfile.TemporaryDirectory() as folder:
-                names = list(contestants(strategy))
+                names = list(contestants(strategy, given.device))
                 found: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
                 for turn in (number % len(names) for number in range(given.rounds)):
                     for name in names[turn:] + names[:turn]:
                         place = f"{folder}/{len(found[name])}-{name}"
-                        found[name].append(run_ranks(size, measure, name, strategy, tensors, given.steps, place)[0])
-            print(f"\n{strategy}, {tensors} tensors, {size} rank(s); medians of {given.rounds} rounds\n")
+                        task = (strategy, tensors, given.device, given.steps, place)
+                        found[name].append(run_ranks(size, measure, name, *task)[0])
+            what = tensors if tensors == "gpt" else f"{tensors} tensors"
+            print(f"\n{strategy}, {what}, {size} rank(s) on {given.device}; medians of {given.rounds} rounds\n")
             print("| loop | CPU us a step | over raw | ratio | wall us a step | over raw | ratio |")
             print("|---|---:|---:|---:|---:|---:|---:|")
             print("\n".join(rows(found)), flush=True)

@@ -8,6 +8,9 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,11 +24,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
 import disttrain
-from benchmarks.step import BATCH, CLIP, LEARNING_RATE, REPORT, SAMPLES
+from benchmarks.step import CLIP, LEARNING_RATE, REPORT
+from disttrain.model import GPT
 
 WARM = 20
 """Steps that are not counted."""
-WIDTH, CLASSES = 64, 10
+WIDTH, CLASSES, BATCH, SAMPLES = 64, 10, 32, 4096
+CONTEXT, VOCAB = 1024, 50304
 
 
 def world_size() -> int:
@@ -109,56 +114,114 @@ class Samples(torch.utils.data.Dataset[Any]):
         return self.inputs[where], self.targets[where]
 
 
+class Tokens(Samples):
+    """Sequences of random tokens, each to be told from those before it."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(VOCAB, (SAMPLES, CONTEXT + 1), generator=generator)
+        self.inputs, self.targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a contestant does: `steps` steps that count, in `folder`. `work` is a number, for `Net` of as many tensors,
+    or `gpt`: 124 million parameters, 8 x 1024 tokens a rank and step, in bf16 by autocast, for a GPU."""
+
+    strategy: str
+    work: str
+    device: str
+    steps: int
+    folder: str
+
+    @property
+    def taken(self) -> int:
+        """Steps, with those that are not counted and the one whose beginning ends the last that is."""
+        return WARM + self.steps + 1
+
+    @property
+    def batch(self) -> int:
+        """Samples a rank and step."""
+        return 8 if self.work == "gpt" else BATCH
+
+    @property
+    def model(self) -> tuple[type[nn.Module], dict[str, Any]]:
+        """The model's class and its arguments."""
+        if self.work == "gpt":
+            return GPT, {"layers": 12, "width": 768, "heads": 12, "context": CONTEXT, "vocab": VOCAB}
+        return Net, {"tensors": int(self.work)}
+
+    @property
+    def samples(self) -> type[Samples]:
+        """The data's class."""
+        return Tokens if self.work == "gpt" else Samples
+
+    def computing(self) -> AbstractContextManager[Any]:
+        """What surrounds a forward."""
+        return torch.autocast(self.device, torch.bfloat16) if self.work == "gpt" else nullcontext()
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    """Over all positions."""
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction=reduction)
+
+
 def schedule_factor(step: int, total: int) -> float:
     """Half a cosine."""
     return 0.5 * (1 + math.cos(math.pi * step / total))
 
 
-def _plain_parts(tensors: int, steps: int) -> tuple[Net, Any]:
+def _plain_parts(task: Task) -> tuple[nn.Module, Callable[[int], float]]:
     torch.manual_seed(0)
-    total = WARM + steps + 1
-    return Net(tensors), lambda step: schedule_factor(step, total)
+    make, args = task.model
+    return make(**args).to(task.device), lambda step: schedule_factor(step, task.taken)
 
 
-def _plain_batches(steps: int) -> Any:
+def _plain_batches(task: Task) -> Any:
     """This rank's part of a shuffled global batch, epoch after epoch."""
-    data, generator = Samples(), torch.Generator().manual_seed(1)
+    data, generator = task.samples(), torch.Generator().manual_seed(1)
     rank, size = int(os.environ.get("RANK", 0)), world_size()
     taken = 0
     while True:
-        order = torch.randperm(SAMPLES, generator=generator)
-        for start in range(0, SAMPLES, BATCH * size):
-            if taken == WARM + steps + 1:
+        order = torch.randperm(len(data), generator=generator)
+        for start in range(0, len(data), task.batch * size):
+            if taken == task.taken:
                 return
             taken += 1
-            where = order[start + rank * BATCH : start + (rank + 1) * BATCH]
-            yield data.inputs[where], data.targets[where]
+            where = order[start + rank * task.batch : start + (rank + 1) * task.batch]
+            yield tuple(_to(task.device, one[where]) for one in (data.inputs, data.targets))
+
+
+def _to(device: str, batch: Tensor) -> Tensor:
+    return batch if device == "cpu" else batch.pin_memory().to(device, non_blocking=True)
 
 
 # ---------------------------------------------------------------------- by hand
 
 
-def raw(strategy: str, tensors: int, steps: int, folder: str, clock: Clock) -> Any:
+def raw(task: Task, clock: Clock) -> Any:
     """Plain PyTorch, written for speed."""
-    if strategy != "none":
-        dist.init_process_group("gloo")
-    net, factor = _plain_parts(tensors, steps)
+    if task.strategy != "none":
+        place = {} if world_size() > 1 else {"init_method": "tcp://127.0.0.1:0", "rank": 0, "world_size": 1}
+        dist.init_process_group("gloo" if task.device == "cpu" else "nccl", **place)
+    net, factor = _plain_parts(task)
     model: nn.Module = net
-    if strategy == "ddp":
+    if task.strategy == "ddp":
         model = DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True)
-    if strategy == "fsdp":
+    if task.strategy == "fsdp":
         for block in net.blocks:
             fully_shard(block)
         fully_shard(net, reshard_after_forward=False)
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.1, fused=True)
     schedule = LambdaLR(optimizer, factor)
-    Path(folder).mkdir(exist_ok=True)
-    with Path(folder, f"{os.environ.get('RANK', 0)}.txt").open("w") as log:
-        running = torch.zeros(())
-        for step, (inputs, targets) in enumerate(_plain_batches(steps)):
+    Path(task.folder).mkdir(exist_ok=True)
+    with Path(task.folder, f"{os.environ.get('RANK', 0)}.txt").open("w") as log:
+        running = torch.zeros((), device=task.device)
+        for step, (inputs, targets) in enumerate(_plain_batches(task)):
             clock.tick()
-            loss = F.cross_entropy(model(inputs), targets)
+            with task.computing():
+                loss = cross_entropy(model(inputs), targets)
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP)
             optimizer.step()
@@ -166,11 +229,11 @@ def raw(strategy: str, tensors: int, steps: int, folder: str, clock: Clock) -> A
             optimizer.zero_grad(set_to_none=True)
             running += loss.detach()
             if step % REPORT == 0:
-                if strategy != "none":
+                if task.strategy != "none":
                     dist.all_reduce(running)
                 log.write(f"{step} {float(running) / REPORT} {float(norm)} {schedule.get_last_lr()[0]}\n")
-                running = torch.zeros(())
-    if strategy != "none":
+                running = torch.zeros((), device=task.device)
+    if task.strategy != "none":
         dist.destroy_process_group()
     return model
 
@@ -178,20 +241,22 @@ def raw(strategy: str, tensors: int, steps: int, folder: str, clock: Clock) -> A
 # ---------------------------------------------------------------------- disttrain
 
 
-def _config(strategy: str, tensors: int, steps: int, folder: str, clock: Clock) -> dict[str, Any]:
+def _config(task: Task, clock: Clock) -> dict[str, Any]:
     def objective(model: Any, batch: Any) -> tuple[Tensor, int]:
         clock.tick()
         inputs, targets = batch
-        return F.cross_entropy(model(inputs), targets, reduction="sum"), len(targets)
+        return cross_entropy(model(inputs), targets, reduction="sum"), targets.numel()
 
+    make, args = task.model
+    folder = Path(task.folder)
     return {
-        "run": {"name": Path(folder).name, "dir": str(Path(folder).parent), "steps": WARM + steps + 1},
-        "model": {"target": Net, "args": {"tensors": tensors}},
+        "run": {"name": folder.name, "dir": str(folder.parent), "steps": task.taken, "device": task.device},
+        "model": {"target": make, "args": args},
         "objective": {"target": lambda: objective},
         "data": {
-            "train": {"target": Samples},
-            "global_batch": BATCH * world_size(),
-            "micro_batch": BATCH,
+            "train": {"target": task.samples},
+            "global_batch": task.batch * world_size(),
+            "micro_batch": task.batch,
         },
         "optim": {
             "target": torch.optim.AdamW,
@@ -200,15 +265,16 @@ def _config(strategy: str, tensors: int, steps: int, folder: str, clock: Clock) 
             "clip_norm": CLIP,
         },
         "schedule": {"target": "cosine"},
-        "strategy": {"name": strategy, "ddp": {"find_unused": False}},
+        "strategy": {"name": task.strategy, "ddp": {"find_unused": False}},
+        "precision": {"compute": "bf16" if task.work == "gpt" else "fp32"},
         "checkpoint": {"every": 100_000, "at_end": False},
         "report": {"every": REPORT, "progress": False, "plot": False},
     }
 
 
-def own_loop(strategy: str, tensors: int, steps: int, folder: str, clock: Clock) -> None:
+def own_loop(task: Task, clock: Clock) -> None:
     """A user's loop over the public Engine."""
-    with disttrain.Engine(_config(strategy, tensors, steps, folder, clock)) as engine:
+    with disttrain.Engine(_config(task, clock)) as engine:
         engine.prepare("model")
         for micro_batches in engine.batches():
             engine.accumulate("model", micro_batches)
@@ -218,29 +284,29 @@ def own_loop(strategy: str, tensors: int, steps: int, folder: str, clock: Clock)
                 break
 
 
-def train(strategy: str, tensors: int, steps: int, folder: str, clock: Clock) -> None:
+def train(task: Task, clock: Clock) -> None:
     """The loop of `disttrain.run`."""
-    disttrain.train(_config(strategy, tensors, steps, folder, clock))
+    disttrain.train(_config(task, clock))
 
 
 # ---------------------------------------------------------------------- others
 
 
-def accelerate(strategy: str, tensors: int, steps: int, folder: str, clock: Clock) -> Any:
+def accelerate(task: Task, clock: Clock) -> Any:
     """Hugging Face accelerate, on the CPU."""
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
 
     options = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     accelerator = Accelerator(cpu=True, kwargs_handlers=[options])
-    net, factor = _plain_parts(tensors, steps)
+    net, factor = _plain_parts(task)
     adam = torch.optim.AdamW(net.parameters(), lr=LEARNING_RATE, weight_decay=0.1, fused=True)
     model, optimizer, schedule = accelerator.prepare(net, adam, LambdaLR(adam, factor))
     running = torch.zeros(())
-    for step, (inputs, targets) in enumerate(_plain_batches(steps)):
+    for step, (inputs, targets) in enumerate(_plain_batches(task)):
         with accelerator.accumulate(model):
             clock.tick()
-            loss = F.cross_entropy(model(inputs), targets)
+            loss = cross_entropy(model(inputs), targets)
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(model.parameters(), CLIP)
             optimizer.step()
@@ -256,7 +322,7 @@ def accelerate(strategy: str, tensors: int, steps: int, folder: str, clock: Cloc
     return model
 
 
-def fabric(strategy: str, tensors: int, steps: int, folder: str, clock: Clock) -> Any:
+def fabric(task: Task, clock: Clock) -> Any:
     """Lightning Fabric, on the CPU."""
     from lightning_fabric import Fabric
     from lightning_fabric.plugins.environments import LightningEnvironment
@@ -265,20 +331,20 @@ def fabric(strategy: str, tensors: int, steps: int, folder: str, clock: Clock) -
     size = world_size()
     os.environ.update(NODE_RANK="0")
     chosen: Any = SingleDeviceStrategy(torch.device("cpu"))
-    if strategy == "ddp":
+    if task.strategy == "ddp":
         chosen = DDPStrategy(
             cluster_environment=LightningEnvironment(), broadcast_buffers=False, gradient_as_bucket_view=True
         )
-    runner = Fabric(accelerator="cpu", devices=size if strategy == "ddp" else 1, strategy=chosen)
+    runner = Fabric(accelerator="cpu", devices=size if task.strategy == "ddp" else 1, strategy=chosen)
     runner.launch()
-    net, factor = _plain_parts(tensors, steps)
+    net, factor = _plain_parts(task)
     adam = torch.optim.AdamW(net.parameters(), lr=LEARNING_RATE, weight_decay=0.1, fused=True)
     schedule = LambdaLR(adam, factor)
     model, optimizer = runner.setup(net, adam)
     running = torch.zeros(())
-    for step, (inputs, targets) in enumerate(_plain_batches(steps)):
+    for step, (inputs, targets) in enumerate(_plain_batches(task)):
         clock.tick()
-        loss = F.cross_entropy(model(inputs), targets)
+        loss = cross_entropy(model(inputs), targets)
         runner.backward(loss)
         runner.clip_gradients(model, optimizer, max_norm=CLIP)
         optimizer.step()

@@ -43,10 +43,12 @@ def squares(model: nn.Module, batch: Tensor) -> tuple[Tensor, int]:
     return model(batch).square().sum(), len(batch)
 
 
-def train(folder: Path, sections: dict[str, Any], *, watched: bool, batch: int = 8) -> tuple[dict[str, Tensor], int]:
+def train(
+    folder: Path, sections: dict[str, Any], *, watched: bool, batch: int = 8, device: str = "cpu"
+) -> tuple[dict[str, Tensor], int]:
     """The weights after six steps, and how many of them were the kernel's."""
     config = {
-        "run": {"name": "run", "dir": str(folder), "steps": 6},
+        "run": {"name": "run", "dir": str(folder), "steps": 6, "device": device},
         "model": {"target": Net},
         "objective": {"target": lambda: squares},
         # Gradients are scaled by a power of two, so that it is exact wherever it happens.
@@ -73,10 +75,10 @@ def train(folder: Path, sections: dict[str, Any], *, watched: bool, batch: int =
         return engine.full_weights("model"), steps.call_count
 
 
-def check(folder: Path, sections: dict[str, Any]) -> None:
+def check(folder: Path, sections: dict[str, Any], device: str = "cpu") -> None:
     """On every rank: five steps of six by the kernel, as the first makes the optimizer's state; the same bits."""
-    by_kernel, taken = train(folder / "kernel", sections, watched=False)
-    by_step, none = train(folder / "step", sections, watched=True)
+    by_kernel, taken = train(folder / "kernel", sections, watched=False, device=device)
+    by_step, none = train(folder / "step", sections, watched=True, device=device)
     assert (taken, none) == (5, 0)
     for key, value in by_step.items():
         assert torch.equal(by_kernel[key], value), key
@@ -100,3 +102,10 @@ def test_replicas_stay_equal_where_one_is_watched(tmp_path: Path) -> None:
 
 def test_alone(tmp_path: Path) -> None:
     check(tmp_path, {"strategy": {"name": "none"}})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "fsdp, offloaded"])
+def test_on_a_gpu(name: str, tmp_path: Path) -> None:
+    run_world(1, check, tmp_path, STRATEGIES[name], "cuda")

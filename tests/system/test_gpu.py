@@ -69,16 +69,30 @@ def test_equals_the_cpu(strategy: str, compute: str, expected: dict[int, float],
 
 
 SAVERS = {
-    "compile": "memory.compile=true",
-    "recompute": "memory.recompute=full",
-    "selective": "memory.recompute=selective",
+    "compile": ["memory.compile=true"],
+    "recompute": ["memory.recompute=full"],
+    "selective": ["memory.recompute=selective"],
+    "compile, budget": ["memory.compile=true", "memory.recompute=budget"],
 }
 
 
 @pytest.mark.parametrize("saver", SAVERS)
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero2"])
 def test_memory_savers_change_no_number(saver: str, strategy: str, expected: dict[int, float], tmp_path: Path) -> None:
-    assert differs(tmp_path, expected, min(GPUS, 2), *STRATEGIES[strategy], SAVERS[saver]) < WIDE
+    assert differs(tmp_path, expected, min(GPUS, 2), *STRATEGIES[strategy], *SAVERS[saver]) < WIDE
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "fsdp-offload", "zero2", "zero3"])
+def test_a_run_in_two_parts_is_the_whole_run(strategy: str, tmp_path: Path) -> None:
+    """Bit for bit, with dropout drawn on the GPU and saves in the background."""
+    own = ("run.device=cuda", "model.args.dropout=0.1", "checkpoint.every=5", "checkpoint.background=true")
+    for name, ends in {"whole": (20,), "parts": (10, 20)}.items():
+        for steps in ends:
+            where = (f"run.dir={tmp_path}", f"run.name={name}", f"run.steps={steps}", "schedule=null")
+            torchrun(1, CONFIG, *SHORT, *STRATEGIES[strategy], *own, *where)
+    whole, parts = (column(tmp_path / name, "loss") for name in ("whole", "parts"))
+    assert len(whole) == 20
+    assert parts == whole
 
 
 def test_checkpoint_goes_from_gpu_to_cpu(expected: dict[int, float], tmp_path: Path) -> None:

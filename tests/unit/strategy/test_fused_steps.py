@@ -20,15 +20,18 @@ from torch.optim.optimizer import (
 
 from disttrain.strategy.fused import FusedAdam
 
+ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 SHAPES = ((5, 7), (3,), (1,), (4, 2, 3), (0, 6))
 
 
 class Twins:
     """The same parameters twice: stepped by the kernel where it is ready, and by the optimizer alone."""
 
-    def __init__(self, make: Callable[[list[nn.Parameter]], Optimizer], dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, make: Callable[[list[nn.Parameter]], Optimizer], dtype: torch.dtype = torch.float32, device: str = "cpu"
+    ) -> None:
         self._draws = torch.Generator().manual_seed(3)
-        self.mine = [nn.Parameter(torch.randn(shape, generator=self._draws).to(dtype)) for shape in SHAPES]
+        self.mine = [nn.Parameter(torch.randn(shape, generator=self._draws).to(device, dtype)) for shape in SHAPES]
         self.theirs = copy.deepcopy(self.mine)
         self.optimizer, self.plain = make(self.mine), make(self.theirs)
         self.fused = FusedAdam(self.optimizer, self.mine)
@@ -36,9 +39,9 @@ class Twins:
     def step(self, divisor: float | None = None) -> bool:
         """Both steps on the same gradients; whether the kernel took this one."""
         for one, other in zip(self.mine, self.theirs, strict=True):
-            one.grad = torch.randn(one.shape, generator=self._draws).to(one.dtype)
+            one.grad = torch.randn(one.shape, generator=self._draws).to(one)
             other.grad = one.grad.clone()
-        by = None if divisor is None else torch.tensor(divisor)
+        by = None if divisor is None else torch.tensor(divisor, device=self.mine[0].device)
         gradients: list[Any] = [one.grad for one in self.mine]
         with torch.no_grad():
             taken = self.fused.ready(gradients, gradients[0].dtype)
@@ -79,11 +82,12 @@ MAKES: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
 }
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_GPU)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("divisor", [None, 0.37])
 @pytest.mark.parametrize("name", MAKES)
-def test_the_same_bits(name: str, divisor: float | None, dtype: torch.dtype) -> None:
-    twins = Twins(MAKES[name], dtype)
+def test_the_same_bits(name: str, divisor: float | None, dtype: torch.dtype, device: str) -> None:
+    twins = Twins(MAKES[name], dtype, device)
     assert [twins.step(divisor if dtype == torch.float32 else None) for _ in range(5)] == [False, *[True] * 4]
     twins.assert_equal()
 
