@@ -16,7 +16,7 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from disttrain.data import MicroBatch
 from disttrain.errors import ConfigError, TrainingError, explain
@@ -25,7 +25,7 @@ from disttrain.objective import Context, Loss, Objective
 from disttrain.runtime.seeds import derive_seed, seed_all
 from disttrain.strategy.contract import Prepared, StepSums, World
 from disttrain.strategy.fused import local_part
-from disttrain.strategy.ledger import Ledger
+from disttrain.strategy.ledger import AddUp, Ledger
 
 Wrapper = Callable[[Objective, Any, Context], tuple[Any, Any, Any]]
 Backward = Callable[[Tensor], None]
@@ -43,9 +43,11 @@ def run_micro_batches(
     through: Wrapper | None = None,
     backward: Backward = Tensor.backward,
     communicating: Last = lambda last: _NOTHING,
+    add_up: AddUp | None = None,
 ) -> StepSums:
     """The plain loop. The forward runs `through` a wrapper of `ObjectiveCall`, or else the objective on the model;
-    `communicating(last)` surrounds forward and backward of each micro-batch."""
+    `communicating(last)` surrounds forward and backward of each micro-batch; `add_up` is begun before the last backward
+    and waited for after it."""
     denominators = _agree_on_weights(world, prepared, micro_batches, objective)
     factor = prepared.loss_scale.factor(divided=denominators is not None) if world.scaled else None
     prepared.trail.begin()
@@ -70,7 +72,7 @@ def run_micro_batches(
                 )
             ledger.add(loss, real=micro.real)
             if place == len(micro_batches) - 1:  # they are added up while this backward runs
-                added_up = ledger.start(flags, divided=denominators is not None, trail=prepared.trail)
+                added_up = ledger.start(flags, divided=denominators is not None, trail=prepared.trail, add_up=add_up)
             backward(total if micro.real else total * 0.0)
     prepared.accumulations += 1
     sums = added_up()
@@ -154,6 +156,20 @@ def _replay(prepared: Prepared) -> Iterator[None]:
             buffer.copy_(value)
 
 
+@contextmanager
+def earlier_apart(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Gradients of an accumulation before, which are added up over ranks already, stand aside meanwhile."""
+    earlier = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    yield
+    for parameter, gradient in zip(parameters, earlier, strict=True):
+        if parameter.grad is None:
+            parameter.grad = gradient
+        elif gradient is not None:
+            parameter.grad.add_(gradient)
+
+
 def refuse_non_finite(found: str) -> None:
     """Raise TrainingError on every rank: the sums are those of all ranks, so all see the same."""
     raise TrainingError(
@@ -187,6 +203,12 @@ class Gradients:
         self.whole = all(kind is Tensor for kind, _, _ in kinds)
         self.held = gradients
         self.locals: list[Any] = gradients if self.whole else [local_part(gradient) for gradient in gradients]
+
+    def replace(self, gradients: Sequence[Tensor]) -> None:
+        """Take these instead, whole ones of the same shapes."""
+        self.held = self.locals = list(gradients)
+        for parameter, gradient in zip(self._parameters, gradients, strict=True):
+            parameter.grad = gradient
 
     def drop(self, *, keep: bool) -> None:
         """Forget them, as `zero_grad(set_to_none=True)` does with more ado; or `keep` their memory, as zeros."""

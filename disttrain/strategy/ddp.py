@@ -1,7 +1,8 @@
-"""`ddp`: every rank holds everything; torch's DistributedDataParallel adds the gradients up.
+"""`ddp`: every rank holds everything; torch's DistributedDataParallel adds the gradients up while a backward runs.
 
 What DDP wraps is the call of the objective, not the model: an objective may then call the model several times, or by
 another method than `forward`, within the one forward that DDP allows a backward.
+A small model has nothing to add up meanwhile: nothing wraps it, and its gradients travel with the step's own sums.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.nn.parallel import DistributedDataParallel
 
 from disttrain.checkpoint import Shard
@@ -21,7 +24,7 @@ from disttrain.config.schema import PrecisionConfig
 from disttrain.data import MicroBatch
 from disttrain.objective import Objective
 from disttrain.runtime import Device, MeshSizes
-from disttrain.strategy.arithmetic import run_micro_batches
+from disttrain.strategy.arithmetic import Gradients, earlier_apart, run_micro_batches
 from disttrain.strategy.call import ObjectiveCall
 from disttrain.strategy.construction import build_on_host, equip, name_parameters
 from disttrain.strategy.contract import (
@@ -45,8 +48,12 @@ _LEAVE_BUFFERS: dict[str, Any] = (
 )
 
 
+_SMALL = 2**18
+"""Bytes of gradients up to which one all-reduce of float64 beats two begun apart (docs/speed.md)."""
+
+
 class DDP(AbstractStrategy):
-    """No communication inside accumulation: gradients are reduced in the last micro-batch's backward alone."""
+    """No communication inside accumulation: gradients are reduced in the last micro-batch's backward, or after it."""
 
     @classmethod
     def check(cls, options: Any, sizes: MeshSizes, device: Device, precision: PrecisionConfig) -> None:
@@ -61,7 +68,7 @@ class DDP(AbstractStrategy):
         model = build_on_host(self.world, ingredients).to(self.world.device)
         prepared = Prepared(ingredients.name, model, ingredients.objective)
         equip(prepared, ingredients, name_parameters(model, ingredients.objective))
-        if prepared.optimizer is not None:
+        if prepared.optimizer is not None and not self._is_small(prepared):
             prepared.wrapped = DistributedDataParallel(
                 ObjectiveCall(model, ingredients.objective),
                 **_LEAVE_BUFFERS,
@@ -75,6 +82,16 @@ class DDP(AbstractStrategy):
                 prepared.wrapped.register_comm_hook(DTYPES[self.world.precision.reduce], hook)
         return prepared
 
+    def _is_small(self, prepared: Prepared) -> bool:
+        """Whether gradients are few, added up in their own wide type, and lie as their numbers are counted."""
+        parameters = prepared.parameters
+        return (
+            sum(one.nbytes for one in parameters) <= min(_SMALL, self.options.bucket_mb * 2**20)
+            and self.world.precision.reduce in ("fp32", "fp64")
+            and {one.dtype for one in parameters} == {DTYPES[self.world.precision.reduce]}
+            and all(one.is_contiguous() and one.numel() for one in parameters)
+        )
+
     @property
     def _reduced_apart(self) -> bool:
         """Whether gradients are added up in another type than the parameters', which is DDP's own."""
@@ -83,21 +100,37 @@ class DDP(AbstractStrategy):
     def accumulate(
         self, prepared: Prepared, micro_batches: Sequence[MicroBatch], objective: Objective, flags: Sequence[float] = ()
     ) -> StepSums:
-        ddp: DistributedDataParallel = prepared.wrapped
+        step = self.world, prepared, micro_batches, objective, flags
+        ddp: DistributedDataParallel | None = prepared.wrapped
+        if ddp is None:
+            with earlier_apart(prepared.parameters if prepared.accumulations else ()):
+                return run_micro_batches(*step, add_up=lambda sums: partial(self._add_up, prepared, sums))
 
         def communicating(last: bool) -> AbstractContextManager[Any]:
             return nullcontext() if last else ddp.no_sync()
 
         self._accumulates[prepared.name] = len(micro_batches) > 1
-        step = self.world, prepared, micro_batches, objective, flags
         return run_micro_batches(*step, through=ddp, communicating=communicating)
 
     def step(self, prepared: Prepared, sums: StepSums, *, clip_norm: float | None, want_norm: bool) -> StepOutcome:
+        if prepared.wrapped is None:
+            return torch_step(prepared, sums, clip_norm=clip_norm, want_norm=want_norm)
         # DDP divides by the world size, where its own reduction is used; the sum is what the arithmetic wants.
         factor = 1.0 if self._reduced_apart else float(self.world.group.size)
         # Several micro-batches add up in the buckets: new gradients would lie beside them until the last backward.
         keep = self._accumulates.get(prepared.name, False)
         return torch_step(prepared, sums, clip_norm=clip_norm, want_norm=want_norm, factor=factor, keep=keep)
+
+    @torch.no_grad()
+    def _add_up(self, prepared: Prepared, sums: Tensor) -> None:
+        """Collective: gradients and the step's `sums` become those of all ranks, in one all-reduce of float64."""
+        gradients = Gradients(prepared)
+        flat: Tensor = _flatten_dense_tensors(gradients.held)  # type: ignore[no-untyped-call]
+        both = torch.cat([sums, flat])
+        self.world.group.add_up(both)()
+        sums.copy_(both[: len(sums)])
+        added = both[len(sums) :].to(flat.dtype)
+        gradients.replace(_unflatten_dense_tensors(added, gradients.held))  # type: ignore[no-untyped-call]
 
     def shards(self, prepared: Prepared, stored: Mapping[str, Any] | None = None) -> list[Shard]:
         return replicated_shards(prepared, stored, replica=(self.world.group.rank, self.world.group.size))

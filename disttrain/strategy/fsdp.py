@@ -33,7 +33,7 @@ from disttrain.optim.several import factories_of
 from disttrain.optim.trials import is_exact_on_shards, kind_of
 from disttrain.runtime import Device, Mesh, MeshSizes
 from disttrain.runtime.seeds import generators_for
-from disttrain.strategy.arithmetic import Gradients, run_micro_batches
+from disttrain.strategy.arithmetic import Gradients, earlier_apart, run_micro_batches
 from disttrain.strategy.construction import build_on_host, equip, name_parameters, settle
 from disttrain.strategy.contract import (
     AbstractStrategy,
@@ -206,28 +206,22 @@ class FSDP(AbstractStrategy):
 
     @contextmanager
     def _whole_reduced(self, prepared: Prepared) -> Iterator[None]:
-        """Add up the gradients of what is held whole, in one all-reduce. Those of an accumulation before, which are
-        added up already, stand aside meanwhile."""
+        """Add up the gradients of what is held whole, in one all-reduce."""
         whole = [prepared.named[place].parameter for place in prepared.wrapped.whole]
-        before = [parameter.grad for parameter in whole]
-        for parameter in whole:
-            parameter.grad = None
-        yield
-        if not whole:
-            return
-        for parameter in whole:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        gradients = [parameter.grad for parameter in whole if parameter.grad is not None]
-        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        dist.all_reduce(flat, group=self.world.mesh.data_group)
-        at = 0
-        for gradient in gradients:
-            gradient.copy_(flat[at : at + gradient.numel()].view_as(gradient))
-            at += gradient.numel()
-        for gradient, earlier in zip(gradients, before, strict=True):
-            if earlier is not None:
-                gradient.add_(earlier)
+        with earlier_apart(whole):
+            yield
+            if not whole:
+                return
+            for parameter in whole:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            gradients = [parameter.grad for parameter in whole if parameter.grad is not None]
+            flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+            dist.all_reduce(flat, group=self.world.mesh.data_group)
+            at = 0
+            for gradient in gradients:
+                gradient.copy_(flat[at : at + gradient.numel()].view_as(gradient))
+                at += gradient.numel()
 
     def step(self, prepared: Prepared, sums: StepSums, *, clip_norm: float | None, want_norm: bool) -> StepOutcome:
         sharded: _Sharded = prepared.wrapped

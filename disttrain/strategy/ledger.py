@@ -8,7 +8,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from disttrain.errors import TrainingError, explain
 from disttrain.objective import Loss, Number
 from disttrain.strategy.contract import StepSums, World
 from disttrain.strategy.trail import Trail, other_trails
+
+AddUp = Callable[[Tensor], Callable[[], Any]]
+"""Begins to add a vector up over all ranks, in place; what comes back waits for it. Collective."""
 
 _ROOM = 64
 """Numbers in the step's one all-reduce, whatever the objective returns: enough for most, and no slower than one."""
@@ -51,10 +54,15 @@ class Ledger:
         return self.start(flags, divided=divided, trail=trail)()
 
     def start(
-        self, flags: Sequence[float] = (), *, divided: bool = False, trail: Trail | None = None
+        self,
+        flags: Sequence[float] = (),
+        *,
+        divided: bool = False,
+        trail: Trail | None = None,
+        add_up: AddUp | None = None,
     ) -> Callable[[], StepSums]:
-        """Collective: begin to add up what was brought so far. What comes back waits for it, gives what `reduce` gives
-        and raises what it raises; all ranks call that too."""
+        """Collective: begin to add up what was brought so far, by `add_up` or as the group does. What comes back waits
+        for it, gives what `reduce` gives and raises what it raises; all ranks call that too."""
         if self._world.group.size == 1 and self._world.device.type == "cpu":  # all is here, and read
             alone = {term: float(value) for term, value in self._weights.items()}
             divisor = 1.0 if divided else next(iter(alone.values()))
@@ -65,7 +73,8 @@ class Ledger:
         values += [self._totals[term] for term in totals]
         values += [self._weights[term] for term in weights]
         shapes = tuple((name, (*value.shape,)) for name, value in sums.items())
-        added = self._add_up(values, sums, Layout(len(flags), (*totals,), (*weights,), shapes), trail or Trail())
+        layout = Layout(len(flags), (*totals,), (*weights,), shapes)
+        added = self._add_up(values, sums, layout, trail or Trail(), add_up or self._world.group.add_up)
 
         def read() -> StepSums:
             numbers = added()
@@ -82,7 +91,7 @@ class Ledger:
         return read
 
     def _add_up(
-        self, values: list[Number], sums: dict[str, Tensor], layout: Layout, trail: Trail
+        self, values: list[Number], sums: dict[str, Tensor], layout: Layout, trail: Trail, add_up: AddUp
     ) -> Callable[[], list[float]]:
         """Every rank's values and sums added up, flat, in one all-reduce of `_ROOM` numbers; the rest takes a second.
         Ranks of other layouts meet in it too, and raise TrainingError together.
@@ -97,7 +106,7 @@ class Ledger:
         count = 2 + len(values) + sum(map(Tensor.numel, sums.values()))
         flat = _flat([digest, digest**2, *values], sums, self._world.device, length=_ROOM)
         vector = flat if count <= _ROOM else flat[:_ROOM]
-        wait = self._world.group.add_up(vector)
+        wait = add_up(vector)
 
         def read() -> list[float]:
             wait()

@@ -13,7 +13,8 @@ import disttrain
 
 STRATEGIES: dict[str, list[str]] = {
     "none": ["strategy.name=none"],
-    "ddp": ["strategy.name=ddp"],
+    "ddp": ["strategy.name=ddp"],  # a small model's gradients travel with the step's sums
+    "ddp-buckets": ["strategy.name=ddp", "strategy.ddp.bucket_mb=0.00001"],  # by DistributedDataParallel
     "fsdp": ["strategy.name=fsdp"],
     "zero1": ["strategy.name=deepspeed", "strategy.deepspeed.stage=1"],
     "zero2": ["strategy.name=deepspeed", "strategy.deepspeed.stage=2"],

@@ -90,10 +90,11 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
         for clip in (1.0, None):
             optim = {**CONFIG["optim"], "clip_norm": clip}
             for name, options in (
-                ("ddp", {"ddp": {"bucket_mb": 0.05}}),
-                ("fsdp", {"fsdp": {"reduce": "last"}}),
+                ("ddp", {"name": "ddp", "ddp": {"bucket_mb": 0.05}}),
+                ("small", {"name": "ddp"}),
+                ("fsdp", {"name": "fsdp", "fsdp": {"reduce": "last"}}),
             ):
-                sections = {"strategy": {"name": name, **options}, "optim": optim}
+                sections = {"strategy": options, "optim": optim}
                 cases[f"{name}-{accumulation}-{'clip' if clip else 'free'}"] = sections, accumulation
     return run_world(2, count, tmp_path_factory.mktemp("runs"), cases)[0]
 
@@ -123,6 +124,16 @@ def test_ddp_reduces_each_gradient_once_a_step(
     # Which tensors were reached (find_unused), and the one all-reduce of our own.
     others = Counter((kind, dtype) for kind, dtype, _ in seen if dtype != torch.float32)
     assert others == {("allreduce", torch.int32): 1, ("allreduce", torch.float64): 1}
+
+
+@pytest.mark.parametrize("clip", ["clip", "free"])
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_a_small_models_gradients_travel_with_the_steps_sums(
+    counted: dict[str, list[Any]], accumulation: int, clip: str, step: int
+) -> None:
+    seen = counted[f"small-{accumulation}-{clip}"][step]
+    assert seen == [("allreduce", torch.float64, 64 + LAYERS * BLOCK + ROOT)]
 
 
 @pytest.mark.parametrize("clip", ["clip", "free"])

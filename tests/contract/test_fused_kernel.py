@@ -19,6 +19,7 @@ from disttrain.strategy.fused import FusedAdam
 
 STRATEGIES: dict[str, dict[str, Any]] = {
     "ddp": {"strategy": {"name": "ddp"}},
+    "ddp, in buckets": {"strategy": {"name": "ddp", "ddp": {"bucket_mb": 0.0001}}},
     "fsdp": {"strategy": {"name": "fsdp"}},
     "fsdp, offloaded": {"strategy": {"name": "fsdp", "fsdp": {"offload": True}}},
     "fsdp, two replicas": {"strategy": {"name": "fsdp"}, "mesh": {"replicate": 2, "shard": 1}},
@@ -106,6 +107,6 @@ def test_alone(tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "fsdp, offloaded"])
+@pytest.mark.parametrize("name", ["ddp", "ddp, in buckets", "fsdp", "fsdp, offloaded"])
 def test_on_a_gpu(name: str, tmp_path: Path) -> None:
     run_world(1, check, tmp_path, STRATEGIES[name], "cuda")
