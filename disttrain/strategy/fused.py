@@ -58,8 +58,8 @@ class FusedAdam:
         """Once `ready`: the step on gradients' `local` tensors, each divided by `divisor` where there is one."""
         for settings, parameters, _, pick, rows in self._groups:
             averages, squares, steps = ([local_part(row[name]) for row in rows] for name in _STATE)
-            # A number would be made a tensor for every one of them anew.
-            torch._foreach_add_(steps, torch.ones((), dtype=torch.float32, device=steps[0].device))
+            # On a CPU a number is made a tensor for every one of them anew; on a GPU a tensor is waited for.
+            torch._foreach_add_(steps, torch.ones(()) if steps[0].is_cpu else 1)
             beta1, beta2 = settings["betas"]
             decoupled = settings.get("decoupled_weight_decay", type(self.optimizer) is AdamW)
             (torch._fused_adamw_ if decoupled else torch._fused_adam_)(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -74,7 +74,7 @@ class Ledger:
         values += [self._weights[term] for term in weights]
         shapes = tuple((name, (*value.shape,)) for name, value in sums.items())
         layout = Layout(len(flags), (*totals,), (*weights,), shapes)
-        added = self._add_up(values, sums, layout, trail or Trail(), add_up or self._world.group.add_up)
+        added = self._add_up(values, sums, layout, trail or Trail(), add_up)
 
         def read() -> StepSums:
             numbers = added()
@@ -91,7 +91,7 @@ class Ledger:
         return read
 
     def _add_up(
-        self, values: list[Number], sums: dict[str, Tensor], layout: Layout, trail: Trail, add_up: AddUp
+        self, values: list[Number], sums: dict[str, Tensor], layout: Layout, trail: Trail, add_up: AddUp | None
     ) -> Callable[[], list[float]]:
         """Every rank's values and sums added up, flat, in one all-reduce of `_ROOM` numbers; the rest takes a second.
         Ranks of other layouts meet in it too, and raise TrainingError together.
@@ -101,16 +101,16 @@ class Ledger:
         """
         size = self._world.group.size
         if size == 1:  # a collective of one rank adds nothing, and takes gloo's thread 40 microseconds
-            return _flat(values, sums, self._world.device).tolist
+            return _fetch(_flat(values, sums, self._world.device))
         digest = zlib.crc32(_encoded(layout), trail.digest) >> 12
         count = 2 + len(values) + sum(map(Tensor.numel, sums.values()))
         flat = _flat([digest, digest**2, *values], sums, self._world.device, length=_ROOM)
         vector = flat if count <= _ROOM else flat[:_ROOM]
-        wait = add_up(vector)
+        fetch = _fetch if add_up is None else _read_after
+        first = fetch(vector, (add_up or self._world.group.add_up)(vector))
 
         def read() -> list[float]:
-            wait()
-            numbers: list[float] = vector.tolist()
+            numbers = first()
             if size * int(numbers[1]) != int(numbers[0]) ** 2:
                 _refuse_others(layout, trail)
             if count > _ROOM:
@@ -120,6 +120,38 @@ class Ledger:
             return numbers[2:count]
 
         return read
+
+
+def _read_after(vector: Tensor, wait: Callable[[], Any]) -> Callable[[], list[float]]:
+    """Its numbers, once `wait` is through."""
+
+    def read() -> list[float]:
+        wait()
+        found: list[float] = vector.tolist()
+        return found
+
+    return read
+
+
+def _fetch(vector: Tensor, wait: Callable[[], Any] = lambda: None) -> Callable[[], list[float]]:
+    """The same; a GPU begins to bring them at once, and what it is given meanwhile (a backward) is not waited for."""
+    if vector.device.type != "cuda":
+        return _read_after(vector, wait)
+    stream, host = _beside(vector.device), torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)
+    stream.wait_stream(torch.cuda.current_stream(vector.device))
+    with torch.cuda.stream(stream):
+        wait()
+        host.copy_(vector, non_blocking=True)
+        copied = stream.record_event()
+    vector.record_stream(stream)
+
+    return _read_after(host, copied.synchronize)
+
+
+@cache
+def _beside(device: torch.device) -> torch.cuda.Stream:
+    """A stream on which small things are copied while the device's own goes on."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _number(value: Number) -> Number:

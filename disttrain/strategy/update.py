@@ -41,8 +41,10 @@ def torch_step(
         gradients = Gradients(prepared)
         scale = factor / sums.denominator
         norm, loss_scale = None, prepared.loss_scale.value if sums.scaled else None
-        if want_norm or clip_norm or sums.scaled:
-            norm = math.sqrt(float(square(gradients))) * abs(scale)
+        squared = square(gradients) if want_norm or clip_norm or sums.scaled else None
+        fused = _fused(prepared, gradients)  # while a device computes the norm
+        if squared is not None:
+            norm = math.sqrt(float(squared)) * abs(scale)
             finite = math.isfinite(norm)
             if sums.scaled:
                 prepared.loss_scale.update(finite=finite, weight=sums.weight)
@@ -54,15 +56,24 @@ def torch_step(
         if clip_norm and norm is not None:
             # torch.nn.utils.clip_grad_norm_'s own form, its 1e-6 included, so that plain loops agree.
             scale *= min(1.0, clip_norm / (norm + 1e-6))
-        _step(prepared, gradients, scale)
+        _step(prepared, gradients, scale, fused)
         if prepared.schedule is not None:
             prepared.schedule.step()
         gradients.drop(keep=keep)
         return StepOutcome(norm, applied=True, lr=rate, loss_scale=loss_scale)
 
 
-def _step(prepared: Prepared, gradients: Gradients, scale: float) -> None:
-    """The optimizer's step on gradients times `scale`.
+def _fused(prepared: Prepared, gradients: Gradients) -> FusedAdam | None:
+    """The shorter way to step, where it is the same."""
+    optimizer = prepared.optimizer
+    assert optimizer is not None, "asked before"
+    if prepared.fused is None or prepared.fused.optimizer is not optimizer:
+        prepared.fused = FusedAdam(optimizer, prepared.parameters)
+    return prepared.fused if prepared.fused.ready(gradients.held, gradients.dtype) else None
+
+
+def _step(prepared: Prepared, gradients: Gradients, scale: float, fused: FusedAdam | None) -> None:
+    """The optimizer's step on gradients times `scale`, by `fused` where that is ready.
 
     In float32 by a division, which torch's fused kernels do as they go, as under its GradScaler: no pass over the
     gradients of its own, and the same bits where one rank of several has to take the other way. A hook before the step
@@ -70,20 +81,17 @@ def _step(prepared: Prepared, gradients: Gradients, scale: float) -> None:
     """
     optimizer = prepared.optimizer
     assert optimizer is not None, "asked before"
-    if prepared.fused is None or prepared.fused.optimizer is not optimizer:
-        prepared.fused = FusedAdam(optimizer, prepared.parameters)
-    ready = prepared.fused.ready(gradients.held, gradients.dtype)
     divisor = None
     if gradients.dtype is torch.float32 and scale != 1.0 and 1e-30 < scale < 1e30:
         # Without a wait for the device.
         divisor = torch.full((), 1.0 / scale, dtype=torch.float32, device=gradients.locals[0].device)
-    within = divisor is not None and (ready or (gradients.whole and _takes_divisor(optimizer)))
+    within = divisor is not None and (fused is not None or (gradients.whole and _takes_divisor(optimizer)))
     if divisor is None:
         gradients.scale(scale)
     elif not within:
         torch._foreach_div_(gradients.locals, divisor)
-    if ready:
-        prepared.fused.step(gradients.locals, divisor)
+    if fused is not None:
+        fused.step(gradients.locals, divisor)
     elif not within:
         optimizer.step()
     else:

@@ -17,6 +17,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(GPUS == 0, reason="needs a CUD
 CONFIG = PROJECT / "configs" / "quickstart.yaml"
 SHORT = (
     "run.steps=20",
+    "run.threads=2",
     "model.args.context=64",
     "data.global_batch=16",
     "data.micro_batch=4",
