@@ -144,7 +144,11 @@ def _is_plain(group: dict[str, Any]) -> bool:
 
 
 def _is_state_of(row: dict[str, Tensor], parameter: Tensor) -> bool:
-    return row.keys() == set(_STATE) and all(row[name].shape == parameter.shape for name in _STATE[:2])
+    return (
+        row.keys() == set(_STATE)
+        and all(row[name].shape == parameter.shape for name in _STATE[:2])
+        and row["step"].device == parameter.device
+    )
 
 
 def _is_schedules(step: Any) -> bool:

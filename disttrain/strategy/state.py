@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.optim import Optimizer
 
 from disttrain.checkpoint import Box, Shard, whole_shard
 from disttrain.errors import CheckpointError, explain
@@ -105,7 +106,7 @@ def _tensors(prepared: Prepared, stored: Mapping[str, Any] | None) -> Iterator[t
         prefix = f"optim/{prepared.name}/{named.name}:"
         state = prepared.optimizer.state[named.parameter]
         if stored is not None:
-            _create_state(state, named.parameter, prefix, stored)
+            _create_state(prepared.optimizer, named.parameter, prefix, stored)
         yield from number_tensors(prepared, state, prefix, stored)
         for key, value in state.items():
             if isinstance(value, Tensor):
@@ -121,8 +122,9 @@ def _unique(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from ((name, buffer) for name, buffer in module.named_buffers() if name in persistent)
 
 
-def _create_state(state: dict[str, Any], parameter: nn.Parameter, prefix: str, stored: Mapping[str, Any]) -> None:
+def _create_state(optimizer: Optimizer, parameter: nn.Parameter, prefix: str, stored: Mapping[str, Any]) -> None:
     """Make room for stored state, in the parameter's own layout where the shapes agree."""
+    state = optimizer.state[parameter]
     for name, info in stored.items():
         if not name.startswith(prefix) or name.endswith(NUMBER) or name.removeprefix(prefix) in state:
             continue
@@ -130,12 +132,22 @@ def _create_state(state: dict[str, Any], parameter: nn.Parameter, prefix: str, s
         if tuple(info.shape) == tuple(parameter.shape) and parameter.dim() > 0:
             state[key] = torch.zeros_like(parameter, dtype=info.dtype, requires_grad=False)
         elif not info.shape:
-            # Where torch keeps `step`: on the host, unless the optimizer is fused or capturable on a GPU.
-            state[key] = torch.zeros((), dtype=info.dtype)
+            state[key] = torch.zeros((), dtype=info.dtype, device=home_of_scalar(optimizer, parameter, key))
         elif isinstance(parameter, DTensor):
             refuse_opaque(name, torch.empty(info.shape, device="meta"))
         else:
             state[key] = torch.zeros(info.shape, dtype=info.dtype, device=parameter.device)
+
+
+def home_of_scalar(optimizer: Optimizer, parameter: Tensor, key: str) -> torch.device:
+    """Where an optimizer keeps a 0-d tensor of a parameter's state, as torch's own `load_state_dict` has it: `step` on
+    the host, unless it is fused or capturable (torch 2.13, Optimizer._process_value_according_to_param_policy)."""
+    if key == "step":
+        groups = optimizer.param_groups  # ZeRO 3 puts a parameter into its group for a step alone
+        group = next((one for one in groups if any(own is parameter for own in one["params"])), groups[0])
+        if not (group.get("fused") or group.get("capturable")):
+            return torch.device("cpu")
+    return parameter.device
 
 
 def number_tensors(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from disttrain.checkpoint import Box, Shard, flat_range_to_boxes, whole_shard
 from disttrain.strategy.contract import Prepared
-from disttrain.strategy.state import NUMBER, number_tensors, refuse_opaque
+from disttrain.strategy.state import NUMBER, home_of_scalar, number_tensors, refuse_opaque
 from disttrain.strategy.zero_gradients import is_stage_three
 
 
@@ -150,8 +150,9 @@ def _optimizer_shards(
         if name.startswith(prefix) and not name.endswith(NUMBER) and key not in state:
             if info.shape and tuple(info.shape) != shape:
                 refuse_opaque(name, torch.empty(info.shape, device="meta"))
-            like = found.flat if info.shape else torch.zeros(())
-            state[key] = torch.zeros_like(like, dtype=info.dtype, requires_grad=False)
+            home = found.flat.device if info.shape else home_of_scalar(zero.optimizer, found.flat, key)
+            sizes = found.flat.shape if info.shape else ()
+            state[key] = torch.zeros(sizes, dtype=info.dtype, device=home)
     for name, number in number_tensors(prepared, state, prefix, stored):
         yield whole_shard(name, number, (rank, size))
     for key, value in state.items():
