@@ -46,8 +46,8 @@ def run_micro_batches(
     add_up: AddUp | None = None,
 ) -> StepSums:
     """The plain loop. The forward runs `through` a wrapper of `ObjectiveCall`, or else the objective on the model;
-    `communicating(last)` surrounds forward and backward of each micro-batch; `add_up` is begun before the last backward
-    and waited for after it."""
+    `communicating(last)` surrounds forward and backward of each micro-batch; `add_up` is called with the step's sums
+    before the last backward, and what it returns after it."""
     denominators = _agree_on_weights(world, prepared, micro_batches, objective)
     factor = prepared.loss_scale.factor(divided=denominators is not None) if world.scaled else None
     prepared.trail.begin()
@@ -158,11 +158,19 @@ def _replay(prepared: Prepared) -> Iterator[None]:
 
 @contextmanager
 def earlier_apart(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Gradients of an accumulation before, which are added up over ranks already, stand aside meanwhile."""
-    earlier = [parameter.grad for parameter in parameters]
+    """Gradients of an accumulation before, which are added up over ranks already, stand aside meanwhile.
+
+    As copies: their own memory may be where the next ones are added up. Where that fails they are all there is.
+    """
+    earlier = [None if parameter.grad is None else parameter.grad.clone() for parameter in parameters]
     for parameter in parameters:
         parameter.grad = None
-    yield
+    try:
+        yield
+    except BaseException:
+        for parameter, gradient in zip(parameters, earlier, strict=True):
+            parameter.grad = gradient
+        raise
     for parameter, gradient in zip(parameters, earlier, strict=True):
         if parameter.grad is None:
             parameter.grad = gradient
@@ -203,12 +211,6 @@ class Gradients:
         self.whole = all(kind is Tensor for kind, _, _ in kinds)
         self.held = gradients
         self.locals: list[Any] = gradients if self.whole else [local_part(gradient) for gradient in gradients]
-
-    def replace(self, gradients: Sequence[Tensor]) -> None:
-        """Take these instead, whole ones of the same shapes."""
-        self.held = self.locals = list(gradients)
-        for parameter, gradient in zip(self._parameters, gradients, strict=True):
-            parameter.grad = gradient
 
     def drop(self, *, keep: bool) -> None:
         """Forget them, as `zero_grad(set_to_none=True)` does with more ado; or `keep` their memory, as zeros."""

@@ -52,16 +52,18 @@ def _cast_inputs(dtype: torch.dtype, module: nn.Module, args: Any, kwargs: Any) 
 
 
 def check_same_everywhere(world: World, model: nn.Module, name: str) -> None:
-    """Collective; raises ConfigError on all ranks where their initial weights differ."""
-    sums = world.group.gather_all([(key, _checksum(value)) for key, value in _tensors(model)])
+    """Collective; raises ConfigError on all ranks where their initial weights differ, or which of them are frozen."""
+    sums = world.group.gather_all([(key, _checksum(value), value.requires_grad) for key, value in _tensors(model)])
     for rank, theirs in enumerate(sums):
         if theirs != sums[0]:
-            differing = [key for (key, a), (_, b) in zip(sums[0], theirs, strict=False) if a != b]
+            pairs = zip(sums[0], theirs, strict=False)
+            mine, other = next(((a, b) for a, b in pairs if a != b), (("their number", 0, False), None))
+            first = f"whether {mine[0]!r} is frozen" if other and mine[:2] == other[:2] else repr(mine[0])
             raise ConfigError(
                 explain(
                     f"The constructor of {name!r} is to give the same weights on every rank under one seed.",
-                    f"rank {rank} differs from rank 0, first in {(differing or ['their number'])[0]!r}",
-                    "draw initial weights from torch's, numpy's or Python's default generators only, in a fixed order",
+                    f"rank {rank} differs from rank 0, first in {first}",
+                    "draw what it draws from torch's, numpy's or Python's default generators only, in a fixed order",
                 )
             )
 

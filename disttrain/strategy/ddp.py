@@ -83,13 +83,13 @@ class DDP(AbstractStrategy):
         return prepared
 
     def _is_small(self, prepared: Prepared) -> bool:
-        """Whether gradients are few, added up in their own wide type, and lie as their numbers are counted."""
+        """Whether gradients are few, no more than a bucket is to hold, all of one wide type, and added up in it."""
         parameters = prepared.parameters
         return (
             sum(one.nbytes for one in parameters) <= min(_SMALL, self.options.bucket_mb * 2**20)
             and self.world.precision.reduce in ("fp32", "fp64")
             and {one.dtype for one in parameters} == {DTYPES[self.world.precision.reduce]}
-            and all(one.is_contiguous() and one.numel() for one in parameters)
+            and all(map(Tensor.numel, parameters))  # torch loses the shape of an empty one
         )
 
     @property
@@ -101,16 +101,19 @@ class DDP(AbstractStrategy):
         self, prepared: Prepared, micro_batches: Sequence[MicroBatch], objective: Objective, flags: Sequence[float] = ()
     ) -> StepSums:
         step = self.world, prepared, micro_batches, objective, flags
+        earlier = prepared.parameters if prepared.accumulations else ()
         ddp: DistributedDataParallel | None = prepared.wrapped
         if ddp is None:
-            with earlier_apart(prepared.parameters if prepared.accumulations else ()):
+            with earlier_apart(earlier):
                 return run_micro_batches(*step, add_up=lambda sums: partial(self._add_up, prepared, sums))
 
         def communicating(last: bool) -> AbstractContextManager[Any]:
             return nullcontext() if last else ddp.no_sync()
 
         self._accumulates[prepared.name] = len(micro_batches) > 1
-        return run_micro_batches(*step, through=ddp, communicating=communicating)
+        # DDP averages what earlier accumulations left with the rest, which leaves it; a sum would count it again.
+        with earlier_apart(earlier if self._reduced_apart else ()):
+            return run_micro_batches(*step, through=ddp, communicating=communicating)
 
     def step(self, prepared: Prepared, sums: StepSums, *, clip_norm: float | None, want_norm: bool) -> StepOutcome:
         if prepared.wrapped is None:
@@ -124,13 +127,12 @@ class DDP(AbstractStrategy):
     @torch.no_grad()
     def _add_up(self, prepared: Prepared, sums: Tensor) -> None:
         """Collective: gradients and the step's `sums` become those of all ranks, in one all-reduce of float64."""
-        gradients = Gradients(prepared)
-        flat: Tensor = _flatten_dense_tensors(gradients.held)  # type: ignore[no-untyped-call]
-        both = torch.cat([sums, flat])
+        gradients = Gradients(prepared).held
+        both = torch.cat([sums, _flatten_dense_tensors(gradients)])  # type: ignore[no-untyped-call]
         self.world.group.add_up(both)()
         sums.copy_(both[: len(sums)])
-        added = both[len(sums) :].to(flat.dtype)
-        gradients.replace(_unflatten_dense_tensors(added, gradients.held))  # type: ignore[no-untyped-call]
+        added = _unflatten_dense_tensors(both[len(sums) :], gradients)  # type: ignore[no-untyped-call]
+        torch._foreach_copy_(gradients, added)  # into their own memory, however that is laid out
 
     def shards(self, prepared: Prepared, stored: Mapping[str, Any] | None = None) -> list[Shard]:
         return replicated_shards(prepared, stored, replica=(self.world.group.rank, self.world.group.size))

@@ -21,7 +21,7 @@ from disttrain.strategy.contract import StepSums, World
 from disttrain.strategy.trail import Trail, other_trails
 
 AddUp = Callable[[Tensor], Callable[[], Any]]
-"""Begins to add a vector up over all ranks, in place; what comes back waits for it. Collective."""
+"""Adds a vector up over all ranks, in place, from now on or when what comes back is called. Collective."""
 
 _ROOM = 64
 """Numbers in the step's one all-reduce, whatever the objective returns: enough for most, and no slower than one."""
@@ -61,8 +61,8 @@ class Ledger:
         trail: Trail | None = None,
         add_up: AddUp | None = None,
     ) -> Callable[[], StepSums]:
-        """Collective: begin to add up what was brought so far, by `add_up` or as the group does. What comes back waits
-        for it, gives what `reduce` gives and raises what it raises; all ranks call that too."""
+        """Collective: begin to add up what was brought so far, or leave when to `add_up`. What comes back waits for it,
+        gives what `reduce` gives and raises what it raises; all ranks call that too."""
         if self._world.group.size == 1 and self._world.device.type == "cpu":  # all is here, and read
             alone = {term: float(value) for term, value in self._weights.items()}
             divisor = 1.0 if divided else next(iter(alone.values()))

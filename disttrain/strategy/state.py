@@ -132,22 +132,19 @@ def _create_state(optimizer: Optimizer, parameter: nn.Parameter, prefix: str, st
         if tuple(info.shape) == tuple(parameter.shape) and parameter.dim() > 0:
             state[key] = torch.zeros_like(parameter, dtype=info.dtype, requires_grad=False)
         elif not info.shape:
-            state[key] = torch.zeros((), dtype=info.dtype, device=home_of_scalar(optimizer, parameter, key))
+            group = next(one for one in optimizer.param_groups if any(own is parameter for own in one["params"]))
+            state[key] = torch.zeros((), dtype=info.dtype, device=home_of_scalar(group, parameter, key))
         elif isinstance(parameter, DTensor):
             refuse_opaque(name, torch.empty(info.shape, device="meta"))
         else:
             state[key] = torch.zeros(info.shape, dtype=info.dtype, device=parameter.device)
 
 
-def home_of_scalar(optimizer: Optimizer, parameter: Tensor, key: str) -> torch.device:
-    """Where an optimizer keeps a 0-d tensor of a parameter's state, as torch's own `load_state_dict` has it: `step` on
-    the host, unless it is fused or capturable (torch 2.13, Optimizer._process_value_according_to_param_policy)."""
-    if key == "step":
-        groups = optimizer.param_groups  # ZeRO 3 puts a parameter into its group for a step alone
-        group = next((one for one in groups if any(own is parameter for own in one["params"])), groups[0])
-        if not (group.get("fused") or group.get("capturable")):
-            return torch.device("cpu")
-    return parameter.device
+def home_of_scalar(group: Mapping[str, Any], parameter: Tensor, key: str) -> torch.device:
+    """Where an optimizer keeps a 0-d tensor of a parameter of a group, as torch's own `load_state_dict` has it: `step`
+    on the host, unless it is fused or capturable (torch 2.13, Optimizer._process_value_according_to_param_policy)."""
+    on_host = key == "step" and not (group.get("fused") or group.get("capturable"))
+    return torch.device("cpu") if on_host else parameter.device
 
 
 def number_tensors(

@@ -7,7 +7,7 @@ parameter into equal padded ranges. Imports no deepspeed: it reads the optimizer
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,12 +22,14 @@ from disttrain.strategy.zero_gradients import is_stage_three
 
 @dataclass(frozen=True)
 class _Range:
-    """Elements `start` to `start + count` of a flat parameter lie at `place` in the flat tensor `flat`."""
+    """Elements `start` to `start + count` of a flat parameter lie at `place` in the flat tensor `flat`, which is of the
+    optimizer's `group`-th group."""
 
     flat: Tensor
     place: int
     start: int
     count: int
+    group: int = 0
 
     def of(self, flat: Tensor) -> Tensor:
         return flat.narrow(0, self.place, self.count)
@@ -103,15 +105,16 @@ def spread_loaded(prepared: Prepared) -> None:
 
 def _range_of(zero: Any, parameter: Any, rank: int) -> _Range:
     if is_stage_three(zero):
-        group, place, _ = zero.grad_position[zero.get_param_id(parameter)]
-        return _equal_range(parameter, zero.fp32_partitioned_groups_flat[group], place, rank)
+        part, place, _ = zero.grad_position[zero.get_param_id(parameter)]
+        found = _equal_range(parameter, zero.fp32_partitioned_groups_flat[part], place, rank)
+        return replace(found, group=zero.sub_group_to_group_id[part])
     mapping = parameter._hp_mapping
     if mapping is None:
         group = next(i for i, own in enumerate(zero.bit16_groups) if any(one is parameter for one in own))
-        return _Range(zero.single_partition_of_fp32_groups[group], 0, 0, 0)
+        return _Range(zero.single_partition_of_fp32_groups[group], 0, 0, 0, group)
     held, local = mapping.lp_fragment_address, mapping.hp_fragment_address
     flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
-    return _Range(flat, local.start, held.start, held.numel)
+    return _Range(flat, local.start, held.start, held.numel, mapping.param_group_index)
 
 
 def _equal_range(parameter: Any, flat: Tensor, place: int, rank: int) -> _Range:
@@ -150,7 +153,8 @@ def _optimizer_shards(
         if name.startswith(prefix) and not name.endswith(NUMBER) and key not in state:
             if info.shape and tuple(info.shape) != shape:
                 refuse_opaque(name, torch.empty(info.shape, device="meta"))
-            home = found.flat.device if info.shape else home_of_scalar(zero.optimizer, found.flat, key)
+            group = zero.optimizer.param_groups[found.group]
+            home = found.flat.device if info.shape else home_of_scalar(group, found.flat, key)
             sizes = found.flat.shape if info.shape else ()
             state[key] = torch.zeros(sizes, dtype=info.dtype, device=home)
     for name, number in number_tensors(prepared, state, prefix, stored):

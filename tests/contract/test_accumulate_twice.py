@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from pathlib import Path
 from typing import Any
@@ -117,9 +118,61 @@ def test_two_accumulations_equal_one_backward_over_both(size: int, tmp_path: Pat
             np.testing.assert_allclose(run["last"][weight], value, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
+BF16 = {
+    "pure": ["precision.compute=bf16", "precision.master=bf16"],
+    "reduced": ["precision.reduce=bf16"],
+    "reduced in buckets": ["precision.reduce=bf16", "strategy.ddp.bucket_mb=0.00001"],
+}
+
+
+class Line(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.w).sum()
+
+
+def twice(folder: Path, cases: dict[str, list[str]]) -> dict[str, list[float]]:
+    """The weights after a step of rate 1 on two gradients of ones, and on a third whose forward fails after one."""
+    found = {}
+    for name, overrides in cases.items():
+        config = {"run": {"name": name, "dir": str(folder), "seed": SEED, "steps": 2}}
+        with disttrain.Engine(config, [*QUIET, *overrides, "checkpoint.at_end=false"]) as engine:
+            engine.prepare("model", Line, lambda parameters: torch.optim.SGD(parameters, lr=1.0))
+            mine = engine.micro_batches([torch.ones(1, 4)])
+            for objectives in ((ones, ones), (ones, failing)):
+                for objective in objectives:
+                    with contextlib.suppress(MemoryError):
+                        engine.accumulate("model", mine, objective)
+                engine.step("model")
+                engine.log()
+                found.setdefault(name, []).append(float(engine.full_weights("model")["w"].float().mean()))
+    return found
+
+
+def ones(model: Any, x: Tensor) -> Any:
+    return model(x).float(), 1.0
+
+
+def failing(model: Any, x: Tensor) -> Any:
+    raise MemoryError("on all ranks")
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_an_accumulation_is_counted_once_whatever_adds_it_up_and_stays_where_the_next_one_fails(
+    size: int, tmp_path: Path
+) -> None:
+    ddp = {f"ddp {name}": ["strategy.name=ddp", *more] for name, more in BF16.items()}
+    cases = {name: STRATEGIES[name] for name in ("ddp", "ddp-buckets", "fsdp")} | ddp
+    for name, weights in run_world(size, twice, tmp_path, cases)[0].items():
+        assert weights == [-1.0, -2.0], name
+
+
 def test_what_fsdp_holds_whole_is_added_up_once(tmp_path: Path) -> None:
     expected = plain(Scaled)
-    for name, run in run_world(3, train, tmp_path, Scaled, ["ddp", "fsdp"])[0].items():
+    for name, run in run_world(3, train, tmp_path, Scaled, ["ddp", "ddp-buckets", "fsdp"])[0].items():
         assert worst(run["norms"], expected["norms"]) < 2e-5, name
         np.testing.assert_allclose(run["last"]["gain"], expected["last"]["gain"], rtol=1e-5, err_msg=name)
 

@@ -16,7 +16,7 @@ ZERO = "strategy.name=deepspeed"
 VARIATIONS = {
     "None": ("strategy.name=none",),
     "DDP": ("strategy.name=ddp",),
-    "DDPBuckets": ("strategy.name=ddp", "strategy.ddp.bucket_mb=0.001"),
+    "DDPBuckets": ("strategy.name=ddp", "strategy.ddp.bucket_mb=0.0001"),
     "FSDP": ("strategy.name=fsdp",),
     "FSDPOffload": ("strategy.name=fsdp", "strategy.fsdp.offload=true"),
     "ZeRO1": (ZERO, "strategy.deepspeed.stage=1"),

@@ -42,7 +42,8 @@ def expected() -> tuple[list[float], list[float]]:
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_ddp_and_fsdp_as_one_group_equal_a_plain_loop(size: int, config: Path) -> None:
-    cases = {"ddp": STRATEGIES["ddp"], "fsdp": [*STRATEGIES["fsdp"], "strategy.fsdp.blocks=[]"]}
+    ddp = {name: STRATEGIES[name] for name in ("ddp", "ddp-buckets")}
+    cases = {**ddp, "fsdp": [*STRATEGIES["fsdp"], "strategy.fsdp.blocks=[]"]}
     for name, run in run_world(size, train_all, config, config.parent / "runs", cases)[0].items():
         for found, plain in zip((run["losses"], run["norms"]), expected(), strict=True):
             assert worst(found, plain) < 2e-5, name

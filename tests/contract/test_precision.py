@@ -279,12 +279,16 @@ def test_ddp_adds_gradients_up_in_the_type_that_is_stated(tmp_path: Path) -> Non
         "pure": ([*ddp, *PURE], large),
         "pure in bf16": ([*ddp, *PURE, "precision.reduce=bf16"], large),
         "wide": (ddp, fine),
+        "wide, in buckets": (STRATEGIES["ddp-buckets"], fine),
         "wide in bf16": ([*ddp, "precision.reduce=bf16"], fine),
         "fp64": ([*ddp, "precision.compute=fp64"], large),
+        "fp64, in buckets": ([*STRATEGIES["ddp-buckets"], "precision.compute=fp64"], large),
     }
     found = run_world(3, add_up, tmp_path, cases)[0]
     assert found["pure"] == [258.0] * 3
     assert found["pure in bf16"] != [258.0] * 3
-    assert found["wide"] == pytest.approx([1.001] * 3, rel=1e-7)
+    for name in ("wide", "wide, in buckets"):
+        assert found[name] == pytest.approx([1.001] * 3, rel=1e-7)
     assert found["wide in bf16"] == [1.0] * 3
-    assert found["fp64"] == pytest.approx([258.0] * 3, rel=1e-14)
+    for name in ("fp64", "fp64, in buckets"):
+        assert found[name] == pytest.approx([258.0] * 3, rel=1e-14)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -124,10 +125,20 @@ def sgd(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
 
 
-def test_fsdp_takes_parameters_of_any_layout_and_size(tmp_path: Path) -> None:
-    model = built(Odd)
-    expected = plain(model, sgd(model.parameters()))
-    found = run_world(3, train, tmp_path, "fsdp", Odd, sgd, [2, STEPS])[0]
+class Layouts(Odd):
+    """Without the empty one, for which a small model's gradients go another way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nothing.requires_grad_(False)
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+@pytest.mark.parametrize("make", [Odd, Layouts])
+def test_parameters_may_have_any_layout_and_size(make: type[nn.Module], name: str, tmp_path: Path) -> None:
+    model = built(make)
+    expected = plain(model, sgd([one for one in model.parameters() if one.requires_grad]))
+    found = run_world(3, train, tmp_path, name, make, sgd, [2, STEPS])[0]
     assert worst(found, expected) < 2e-5  # the order of float32 sums
 
 
@@ -144,6 +155,30 @@ def test_sparse_gradients_are_refused_in_words(tmp_path: Path) -> None:
         engine.accumulate("model", engine.micro_batches(batches(0)), objective)
         with pytest.raises(ConfigError, match=r"a sparse gradient of '1.weight' of 'model'"):
             engine.step("model")
+
+
+def relaid(folder: Path) -> Any:
+    """The kernel after three steps of fused Adam on a model that was laid out anew once it was prepared."""
+    config = {"run": {"name": "relaid", "dir": str(folder), "seed": SEED, "steps": 3}, "strategy": {"name": "ddp"}}
+    if int(os.environ["WORLD_SIZE"]) == 1:
+        config["strategy"] = {"name": "none"}
+    with disttrain.Engine(config, [*QUIET, "checkpoint.at_end=false"]) as engine:
+        make = lambda parameters: torch.optim.AdamW(parameters, lr=0.05, fused=True)  # noqa: E731
+        model = engine.prepare("model", lambda: nn.Conv2d(3, 4, 3), make)
+        model.to(memory_format=torch.channels_last)
+        for step in range(3):
+            images = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(step))
+            mine = engine.micro_batches([images[engine.rank :: engine.world_size]])
+            engine.accumulate("model", mine, lambda model, x: (model(x).square().sum(), len(x)))
+            engine.step("model")
+            engine.log()
+        return engine.full_weights("model")["weight"].numpy()
+
+
+def test_a_model_that_is_laid_out_anew_trains_on(tmp_path: Path) -> None:
+    (expected,) = run_world(1, relaid, tmp_path / "one")
+    found = run_world(2, relaid, tmp_path / "two")[0]
+    assert abs(found - expected).max() < 1e-5
 
 
 class Counting(nn.Module):

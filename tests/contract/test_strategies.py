@@ -42,7 +42,7 @@ FSDP = ("strategy.name=fsdp",)
 VARIATIONS = {
     "None": Variation(("strategy.name=none",), sizes=(1,)),
     "DDP": Variation(("strategy.name=ddp",)),
-    "DDPBuckets": Variation(("strategy.name=ddp", "strategy.ddp.bucket_mb=0.001")),
+    "DDPBuckets": Variation(("strategy.name=ddp", "strategy.ddp.bucket_mb=0.0001")),
     "FSDP": Variation(FSDP),
     "FSDPReplicate": Variation(FSDP, sizes=(2, 3, 4), at=mesh(2, 4, replicate=2) | mesh(3, replicate=3)),
     "FSDPTensor": Variation(FSDP, sizes=(2, 4), at=mesh(2, 4, tensor=2)),

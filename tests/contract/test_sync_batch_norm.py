@@ -93,7 +93,11 @@ def train(folder: Path, cases: dict[str, list[str]]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("size", "names"), [(2, ["ddp", "fsdp", "zero1", "zero3", "fsdp64"]), (3, ["zero2", "ddp64", "fsdp64"])]
+    ("size", "names"),
+    [
+        (2, ["ddp", "ddp-buckets", "fsdp", "zero1", "zero3", "fsdp64"]),
+        (3, ["zero2", "ddp64", "ddp-buckets64", "fsdp64"]),
+    ],
 )
 def test_all_ranks_equal_one_batch_in_one_process(size: int, names: list[str], tmp_path: Path) -> None:
     cases = {

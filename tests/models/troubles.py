@@ -110,6 +110,13 @@ class Exits(Raises):
         return model(batch[0])
 
 
+def other_frozen():
+    """One that freezes another part by the rank."""
+    model = Line()
+    model.line.bias.requires_grad_(os.environ.get("RANK") == "0")
+    return model
+
+
 def other_weights():
     """A constructor that looks at the rank."""
     model = Line()

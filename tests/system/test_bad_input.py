@@ -86,6 +86,7 @@ def first_cause(ends: list[Ended], code: int, *words: str) -> str:
         (["objective.target=troubles:Exits"], 1, ["SystemExit"]),
         (["model.args.inputs=4"], 1, ["mat1 and mat2 shapes"]),
         (["model.target=troubles:other_weights"], 2, ["same weights on every rank", "rank 1 differs", "line.weight"]),
+        (["model.target=troubles:other_frozen"], 2, ["same weights on every rank", "whether 'line.bias' is frozen"]),
         (["strategy.name=none"], 2, ["strategy.name=none", "a world of 2", "ddp"]),
         (["model.weights=runs/nowhere"], 5, ["runs/nowhere", "no such folder"]),
         (["checkpoint.resume=runs/nowhere"], 5, ["runs/nowhere", "no such folder"]),
@@ -94,7 +95,7 @@ def first_cause(ends: list[Ended], code: int, *words: str) -> str:
 )
 def test_each_ends_with_its_code_and_its_cause(overrides: list[str], code: int, words: list[str]) -> None:
     first_cause(run(*overrides), code, *words)
-    if code == 2 and "other_weights" not in overrides[0]:
+    if code == 2 and "troubles:other_" not in overrides[0]:
         assert not Path("runs").exists(), "refused before anything was made"
 
 
