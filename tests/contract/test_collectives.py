@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from world import run_world
 
 import disttrain
+from disttrain.strategy.ledger import _fetch
 
 LAYERS, WIDTH, HIDDEN, VOCAB = 3, 32, 128, 64
 BLOCK = 4 * WIDTH * WIDTH + 3 * WIDTH * HIDDEN + 2 * WIDTH
@@ -152,6 +153,23 @@ def test_fsdp_reduces_each_group_once_a_step(
     small = [size for kind, dtype, size in seen if kind == "allreduce"]
     assert small == [64] + [1] * norms
     assert len(seen) == len(scattered) + len(gathered) + len(small)
+
+
+def read_beside_a_busy_gpu(folder: Path) -> tuple[list[float], bool]:
+    """Numbers added up by NCCL, read while the GPU is kept busy for a second; whether it still was."""
+    run = {**CONFIG["run"], "dir": str(folder), "device": "cuda"}
+    with disttrain.Engine({**CONFIG, "run": run, "strategy": {"name": "ddp"}}) as engine:
+        vector = torch.arange(64, dtype=torch.float64, device="cuda")
+        read = _fetch(vector, engine.world.group.add_up(vector))
+        torch.cuda._sleep(2_000_000_000)  # cycles
+        ended = torch.cuda.current_stream().record_event()
+        return read(), not ended.query()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_steps_sums_are_read_while_a_backward_runs(tmp_path: Path) -> None:
+    assert run_world(1, read_beside_a_busy_gpu, tmp_path) == [([float(number) for number in range(64)], True)]
 
 
 def test_what_is_expected_is_the_model() -> None:
