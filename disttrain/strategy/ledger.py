@@ -144,7 +144,6 @@ def _fetch(vector: Tensor, wait: Callable[[], Any] = lambda: None) -> Callable[[
         host.copy_(vector, non_blocking=True)
         copied = stream.record_event()
     vector.record_stream(stream)
-
     return _read_after(host, copied.synchronize)
 
 

@@ -132,8 +132,8 @@ def _create_state(optimizer: Optimizer, parameter: nn.Parameter, prefix: str, st
         if tuple(info.shape) == tuple(parameter.shape) and parameter.dim() > 0:
             state[key] = torch.zeros_like(parameter, dtype=info.dtype, requires_grad=False)
         elif not info.shape:
-            group = next(one for one in optimizer.param_groups if any(own is parameter for own in one["params"]))
-            state[key] = torch.zeros((), dtype=info.dtype, device=home_of_scalar(group, parameter, key))
+            groups = (one for one in optimizer.param_groups if any(own is parameter for own in one["params"]))
+            state[key] = torch.zeros((), dtype=info.dtype, device=home_of_scalar(next(groups, {}), parameter, key))
         elif isinstance(parameter, DTensor):
             refuse_opaque(name, torch.empty(info.shape, device="meta"))
         else:
