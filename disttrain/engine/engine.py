@@ -411,6 +411,7 @@ class Engine:
             if self.was_finished:
                 self.progress.steps = int(self.record.earlier["step"])  # there may be no checkpoint of it to resume
             else:
+                self._saver.meet()
                 self.record.started(self.progress, self.total_steps, self._prepared)
 
     def load(self, path: str | Place) -> None:

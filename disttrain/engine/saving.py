@@ -75,6 +75,15 @@ class Saver:
         self._record.committed(taken.step, path)
         return path
 
+    def meet(self) -> None:
+        """Connect the ranks on the way that saves in the background take, if there will be any. Idempotent.
+
+        Before training: a rank that is killed meanwhile would be waited for until the group's timeout, where afterwards
+        its closed connection tells of it at once.
+        """
+        if self._config.background and self._beside is None:
+            self._beside = self._group.beside() if self._group.size > 1 else SoleRank()
+
     def begin(self, taken: Snapshot) -> None:
         """Copy a snapshot and write it in the background."""
         began = time.monotonic()
@@ -83,9 +92,9 @@ class Saver:
             _log.info("step %d waits to be saved: step %d is still being written", taken.step, self._running.step)
         self.wait()
         waited = time.monotonic() - began
-        if self._beside is None:
-            self._beside = self._group.beside() if self._group.size > 1 else SoleRank()
+        self.meet()
         shards = self._group.together(lambda: self._staging.copy(taken.shards), "copying what is saved")
+        assert self._beside is not None, "asked for saves in the background"
         self._running = _Background(self, replace(taken, shards=shards), self._beside)
         self._running.start()
         self.saved_at = taken.step

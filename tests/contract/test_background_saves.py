@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -13,7 +15,7 @@ import pytest
 import torch
 from contract.engine_runs import QUIET, STRATEGIES, to_numpy
 from contract.test_user_models import user_module
-from world import run_world
+from world import WorldError, run_world
 
 import disttrain
 from disttrain.checkpoint import Checkpoint, list_checkpoints
@@ -55,6 +57,27 @@ def stored(path: Path) -> dict[str, Any]:
 
 def ledger(folder: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / name / "ledger.jsonl").read_text().splitlines()]
+
+
+# ---------------------------------------------------------------------- who is there
+
+
+def killed_before_its_first_save(folder: Path) -> None:
+    """Rank 1 is killed where it would begin its first save; rank 0 notes how long it stayed."""
+    with start(folder, "killed", [*BACKGROUND, "strategy.name=ddp", "run.timeout_s=100"]) as engine:
+        if engine.rank == 1:
+            engine._saver.begin = lambda taken: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
+        began = time.monotonic()
+        try:
+            loop(engine)
+        finally:
+            (folder / f"stayed-{engine.rank}").write_text(str(time.monotonic() - began))
+
+
+def test_a_rank_that_is_killed_before_its_first_save_is_missed_at_once(tmp_path: Path) -> None:
+    with pytest.raises(WorldError, match="no word from rank"):
+        run_world(2, killed_before_its_first_save, tmp_path, timeout_s=150)
+    assert float((tmp_path / "stayed-0").read_text()) < 50, "half of run.timeout_s"
 
 
 # ---------------------------------------------------------------------- what is written
