@@ -6,6 +6,7 @@ docs/parity.md records.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -21,32 +22,50 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 OPTIONS = ("run.steps=20", "report.every=1", "report.progress=false", "eval.at_end=false", "checkpoint.at_end=false")
 
 
+Numbers = tuple[list[float], list[float]]
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Losses and gradient norms by step in float64, and how far the same loop in float32 comes from them at most.
+
+    At this rate the last of twenty steps make 1e-4 of a rounding, as chance will have it: 7e-5 or 9e-5 of the plain
+    loop's own, by its threads. One draw of it does not bound another: held is twice as much.
+    """
+
+    exact: Numbers
+    rounding: float
+
+
 @pytest.fixture(scope="module")
-def expected() -> tuple[list[float], list[float]]:
+def expected() -> Plain:
     torch.manual_seed(SEED)
     first = GPT(layers=4, width=128, heads=4, kv_heads=2, context=128, vocab=256).state_dict()
     weights = {name: value.numpy() for name, value in first.items()}
-    return reference(ByteText("python-stdlib", 128, "train"), weights, layers=4, clip=1.0, dtype=torch.float32)
+    data = ByteText("python-stdlib", 128, "train")
+    exact, single = (
+        reference(data, weights, layers=4, clip=1.0, dtype=dtype) for dtype in (torch.float64, torch.float32)
+    )
+    return Plain(exact, max(map(worst, single, exact)))
 
 
-def difference(run: Path, expected: tuple[list[float], list[float]], name: str) -> float:
-    """The largest relative difference of losses and gradient norms over the steps; printed, for docs/parity.md."""
-    loss, norm = (worst(list(column(run, key).values()), expected[k]) for k, key in enumerate(("loss", "grad_norm")))
-    print(f"{name}: loss {loss:.1e}, gradient norm {norm:.1e}")
-    return max(loss, norm)
+def is_near(run: Path, expected: Plain, name: str) -> bool:
+    """Whether losses and gradient norms are near the exact ones, for float32; printed, for docs/parity.md."""
+    found = [list(column(run, key).values()) for key in ("loss", "grad_norm")]
+    loss, norm = map(worst, found, expected.exact)
+    print(f"{name}: loss {loss:.1e}, gradient norm {norm:.1e}; the plain loop {expected.rounding:.1e}")
+    return max(loss, norm) < max(2e-5, 2 * expected.rounding)
 
 
 @pytest.mark.parametrize("micro_batch", [16, 4])
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 @pytest.mark.parametrize("name", [name for name in STRATEGIES if name != "none"])
-def test_under_torchrun(
-    name: str, size: int, micro_batch: int, expected: tuple[list[float], list[float]], tmp_path: Path
-) -> None:
+def test_under_torchrun(name: str, size: int, micro_batch: int, expected: Plain, tmp_path: Path) -> None:
     options = (*OPTIONS, *STRATEGIES[name], f"data.micro_batch={micro_batch}", f"run.dir={tmp_path}")
     torchrun(size, "configs/quickstart.yaml", *options, timeout_s=600)
-    assert difference(only_run(tmp_path), expected, f"{name} at {size} rank(s), micro-batch {micro_batch}") < 2e-5
+    assert is_near(only_run(tmp_path), expected, f"{name} at {size} rank(s), micro-batch {micro_batch}")
 
 
-def test_under_plain_python(expected: tuple[list[float], list[float]], tmp_path: Path) -> None:
+def test_under_plain_python(expected: Plain, tmp_path: Path) -> None:
     plain("configs/quickstart.yaml", *OPTIONS, "strategy.name=none", f"run.dir={tmp_path}", timeout_s=600)
-    assert difference(only_run(tmp_path), expected, "none") < 2e-5
+    assert is_near(only_run(tmp_path), expected, "none")
