@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -230,7 +231,7 @@ class Checkpoint:
         if rest:
             with self._open(file) as reader:
                 for chunk in rest:
-                    fault = reader.read(chunk, verify=True)
+                    fault = reader.check(chunk)
                     if fault is None:
                         self._checked.add((file, chunk))
                     else:
@@ -241,26 +242,18 @@ class Checkpoint:
         with self._open(file) as reader, torch.no_grad():
             for chunk, copies in _plan_copies(jobs, self._manifest.chunk_bytes):
                 known = not self._verify or (file, chunk) in self._checked
-                # Bytes that need no second look go straight to where they belong.
-                rest = [copy for copy in copies if not (known and self._read_through(reader, copy))]
-                if not rest:
-                    continue
-                fault = reader.read(chunk, verify=not known)
+                direct, through = _ways(copies, known)
+                fault = None
+                if direct:
+                    fault = reader.scatter(chunk, [(copy.first, view) for copy, view in direct], verify=not known)
+                if through and not fault:
+                    fault = reader.read(chunk, verify=not known)
                 if fault:
                     raise self._damaged([fault])
-                for copy in rest:
+                for copy, _ in direct:
+                    torch.autograd.graph.increment_version(copy.job.into)  # torch has not seen it change
+                for copy in through:
                     copy.perform(reader.buffer, reader.span(chunk)[0])
-
-    def _read_through(self, reader: ChunkReader, copy: _Copy) -> bool:
-        """Read a copy's bytes into its tensor, if they lie there as they do in the file."""
-        place = copy.bytes_in_place()
-        if place is None:
-            return False
-        fault = reader.read_into(place, copy.job.place(copy.held))
-        if fault:
-            raise self._damaged([fault])
-        torch.autograd.graph.increment_version(copy.job.into)  # torch has not seen it change
-        return True
 
     def _open(self, file: str) -> AbstractContextManager[ChunkReader]:
         return self._storage.open_chunks(self.path / file, self._manifest.files[file], self._manifest.chunk_bytes)
@@ -316,6 +309,11 @@ class _Copy:
     held: Box
     shared: Box
 
+    @property
+    def first(self) -> int:
+        """The first byte of `held` in the file."""
+        return self.job.place(self.held)
+
     def bytes_in_place(self) -> memoryview | None:
         """The tensor's own bytes, where they are those of the file one by one; None where they are not."""
         into = self.job.into[self.shared.slices(self.job.box.offsets)]
@@ -326,10 +324,22 @@ class _Copy:
 
     def perform(self, buffer: bytearray, begin: int) -> None:
         """Copy out of a buffer whose first byte is the file's byte `begin`."""
-        count, place = self.held.numel, self.job.place(self.held) - begin
+        count, place = self.held.numel, self.first - begin
         source = torch.frombuffer(buffer, dtype=self.job.dtype, count=count, offset=place).view(self.held.sizes)
         into = self.job.into[self.shared.slices(self.job.box.offsets)]
         into.copy_(source[self.shared.slices(self.held.offsets)])
+
+
+def _ways(copies: Sequence[_Copy], known: bool) -> tuple[list[tuple[_Copy, memoryview]], list[_Copy]]:
+    """The copies of a chunk that can be read straight into their tensors, with those bytes; the others.
+
+    A chunk that is not `known` to be right is summed as it is read, every byte once: all of it goes one way.
+    """
+    views = [(copy, copy.bytes_in_place()) for copy in copies]
+    direct = [(copy, view) for copy, view in views if view is not None]
+    through = [copy for copy, view in views if view is None]
+    apart = all(one.first + len(view) <= two.first for (one, view), (two, _) in pairwise(direct))
+    return (direct, through) if known or (apart and not through) else ([], list(copies))
 
 
 def _plan_copies(jobs: Sequence[_Job], chunk_bytes: int) -> Iterator[tuple[int, list[_Copy]]]:

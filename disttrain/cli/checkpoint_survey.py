@@ -74,7 +74,7 @@ class Survey:
         for name, info in files.items():
             try:
                 with open_chunks(self.path / name, info, chunk_bytes) as reader:
-                    found = (reader.read(chunk, verify=True) for chunk in range(len(info.chunks)))
+                    found = (reader.check(chunk) for chunk in range(len(info.chunks)))
                     yield from filter(None, found)
             except CheckpointError as error:
                 yield f"{name}: {finding(error)}"

@@ -183,13 +183,13 @@ def test_every_chunk_is_read_as_often_as_one_load_reads_it(tmp_path: Path, monke
     tensors = {"model/m/big": torch.arange(40_000.0), "model/m/small": torch.arange(77.0)}
     a, b = (saved(tmp_path / side, tensors, "rows", 2) for side in "ab")
     reads: list[tuple[str, int]] = []
-    plain = ChunkReader.read
+    plain = ChunkReader.scatter
 
-    def counted(self: ChunkReader, chunk: int, *, verify: bool) -> str | None:
+    def counted(self: ChunkReader, chunk: int, places: Any, *, verify: bool) -> str | None:
         reads.append((self.name, chunk))
-        return plain(self, chunk, verify=verify)
+        return plain(self, chunk, places, verify=verify)
 
-    monkeypatch.setattr(ChunkReader, "read", counted)
+    monkeypatch.setattr(ChunkReader, "scatter", counted)
     assert compare_tensors(a, b, batch_bytes=3 * 4096).same
     chunks = sum(len(info.chunks) for info in a.manifest.files.values())
     assert chunks == 40
