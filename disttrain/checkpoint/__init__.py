@@ -7,7 +7,7 @@ fit its checksums.
 
 from __future__ import annotations
 
-from disttrain.checkpoint.address import Address, Place, PlaceT, place_of, step_folder
+from disttrain.checkpoint.address import Address, Place, PlaceT, place_of, step_folder, step_of
 from disttrain.checkpoint.boxes import Box, flat_range_to_boxes, overlap, tiling_fault, whole
 from disttrain.checkpoint.disk import Disk
 from disttrain.checkpoint.fingerprint import add_up, fingerprint
@@ -63,6 +63,7 @@ __all__ = [
     "save_checkpoint",
     "set_aside",
     "step_folder",
+    "step_of",
     "storage_of",
     "tiling_fault",
     "whole",

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 
 from disttrain.checkpoint.chunks import ChunkReader, open_chunks, read_manifest_bytes, refuse_unusable
 from disttrain.checkpoint.disk import Disk, DiskFile, free_bytes
 from disttrain.checkpoint.manifest import FileInfo
+from disttrain.errors import CheckpointError
 
 STAGING = ".tmp-"
 
@@ -33,12 +36,30 @@ class LocalStorage:
     def size(self, path: Path) -> int | None:
         return path.stat().st_size if path.is_file() else None
 
+    def bytes_at(self, path: Path) -> int:
+        below = (Path(folder, name) for folder, _, names in os.walk(path) for name in names)
+        size = 0
+        for file in [path, *below]:
+            with suppress(FileNotFoundError):  # a run that goes on renames and removes
+                found = file.lstat()
+                size += found.st_size if stat.S_ISREG(found.st_mode) else 0
+        return size
+
+    def written_at(self, path: Path) -> datetime | None:
+        try:
+            return datetime.fromtimestamp(path.lstat().st_mtime, UTC)
+        except OSError:
+            return None
+
     def read_manifest(self, folder: Path) -> bytes:
         return read_manifest_bytes(folder)
 
-    def refuse_unusable(self, folder: Path, files: Mapping[str, FileInfo]) -> None:
+    def unusable(self, folder: Path, files: Mapping[str, FileInfo]) -> Iterator[tuple[str, CheckpointError]]:
         for name, info in files.items():
-            refuse_unusable(folder / name, info)
+            try:
+                refuse_unusable(folder / name, info)
+            except CheckpointError as error:
+                yield name, error
 
     def open_chunks(self, path: Path, info: FileInfo, chunk_bytes: int) -> AbstractContextManager[ChunkReader]:
         return open_chunks(path, info, chunk_bytes)

@@ -65,7 +65,8 @@ class Checkpoint:
         path = place_of(path)
         storage = storage_of(path)
         manifest = decode_manifest(storage.read_manifest(path), where=str(path / MANIFEST))
-        storage.refuse_unusable(path, manifest.files)
+        for _, error in storage.unusable(path, manifest.files):
+            raise error
         return cls(path, manifest, verify=verify)
 
     @property

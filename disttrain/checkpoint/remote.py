@@ -15,6 +15,7 @@ import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from difflib import get_close_matches
 from importlib import import_module
 from types import TracebackType
@@ -93,6 +94,23 @@ class RemoteStorage:
             raise _refused(path, error) from error
         return int(found["size"]) if found["type"] == "file" else None
 
+    def bytes_at(self, path: Address) -> int:
+        try:
+            with _reaching(path):
+                return int(self._system.du(str(path)))
+        except FileNotFoundError:
+            return 0
+        except OSError as error:
+            raise _refused(path, error) from error
+
+    def written_at(self, path: Address) -> datetime | None:
+        try:
+            with _reaching(path):
+                found: datetime = self._system.modified(str(path))
+        except (OSError, NotImplementedError):  # gone, or a driver that does not say
+            return None
+        return found if found.tzinfo else found.replace(tzinfo=UTC)
+
     def _listing(self, folder: Address) -> dict[str, int | None] | None:
         """What lies in a folder, with sizes of files; None where there is nothing of that name."""
         try:
@@ -125,13 +143,13 @@ class RemoteStorage:
         except OSError as error:
             raise unusable(folder, str(error.strerror)) from error
 
-    def refuse_unusable(self, folder: Address, files: Mapping[str, FileInfo]) -> None:
+    def unusable(self, folder: Address, files: Mapping[str, FileInfo]) -> Iterator[tuple[str, CheckpointError]]:
         found = self._listing(folder) or {}
         for name, info in files.items():
             if name not in found:
-                raise unusable(folder / name, "no such file")
-            if found[name] != info.size:
-                raise unusable(folder / name, f"{found[name]} bytes instead of {info.size}")
+                yield name, unusable(folder / name, "no such file")
+            elif found[name] != info.size:
+                yield name, unusable(folder / name, f"{found[name]} bytes instead of {info.size}")
 
     @contextmanager
     def open_chunks(self, path: Address, info: FileInfo, chunk_bytes: int) -> Iterator[ChunkReader]:

@@ -6,8 +6,9 @@ without a manifest is no checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from datetime import datetime
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -17,6 +18,7 @@ from disttrain.checkpoint.disk import Disk
 from disttrain.checkpoint.local import LocalStorage
 from disttrain.checkpoint.manifest import FileInfo
 from disttrain.checkpoint.remote import RemoteStorage
+from disttrain.errors import CheckpointError
 
 
 class NewFile(Protocol):
@@ -52,14 +54,22 @@ class Storage(Protocol[PlaceT]):
         """A file's bytes; None where there is no such file."""
         ...
 
+    def bytes_at(self, path: PlaceT) -> int:
+        """Of a file, or of all files below a folder, as far as they are still there."""
+        ...
+
+    def written_at(self, path: PlaceT) -> datetime | None:
+        """When a file was last written, as the storage has it; None where it is gone or nobody knows."""
+        ...
+
     # ------------------------------------------------------------------ reading; CheckpointError says what is wrong
 
     def read_manifest(self, folder: PlaceT) -> bytes:
         """What the folder's manifest holds; an error that says what is there instead."""
         ...
 
-    def refuse_unusable(self, folder: PlaceT, files: Mapping[str, FileInfo]) -> None:
-        """Raise unless all these files are there with their sizes."""
+    def unusable(self, folder: PlaceT, files: Mapping[str, FileInfo]) -> Iterator[tuple[str, CheckpointError]]:
+        """Those of the files that are not there with their sizes, each with what is there instead."""
         ...
 
     def open_chunks(self, path: PlaceT, info: FileInfo, chunk_bytes: int) -> AbstractContextManager[ChunkReader]:

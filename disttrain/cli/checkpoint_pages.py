@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from disttrain.checkpoint.manifest import Manifest, TensorInfo
-from disttrain.cli.checkpoint_survey import Listing, Survey, size_on_disk, surveys
+from disttrain.checkpoint import Manifest, TensorInfo, storage_of
+from disttrain.cli.checkpoint_survey import Listing, Survey, surveys
 from disttrain.errors import ConfigError, explain
 
 _RANK = re.compile(r"rank-(\d+)\.safetensors")
@@ -26,7 +25,7 @@ def describe_all(listing: Listing) -> dict[str, Any]:
             "path": str(one.path),
             "step": one.step,
             "when": one.when,
-            "bytes": size_on_disk(one.path),
+            "bytes": storage_of(one.path).bytes_at(one.path),
             "tensors": len(one.manifest.tensors) if one.manifest else None,
             **_writer(one.manifest),
             "whole": not one.faults,
@@ -36,9 +35,9 @@ def describe_all(listing: Listing) -> dict[str, Any]:
         for one in surveys(listing)
     ]
     others = [
-        {"name": one.name, "what": what, "bytes": size_on_disk(one)}
+        {"name": one.name, "what": what, "bytes": storage_of(one).bytes_at(one)}
         for one, what in listing.others
-        if os.path.lexists(one)
+        if storage_of(one).taken(one)
     ]
     return {"path": str(listing.path), "checkpoints": rows, "others": others}
 
@@ -175,14 +174,13 @@ def verify_all(listing: Listing) -> Iterator[dict[str, Any]]:
     """A verdict on each checkpoint as it is read; none on those that a run removes meanwhile. Local."""
     for one in surveys(listing):
         found = verify_checkpoint(one)
-        if found["whole"] or one.path.exists():
+        if found["whole"] or storage_of(one.path).taken(one.path):
             yield found
 
 
 def verify_checkpoint(one: Survey) -> dict[str, Any]:
     """One checkpoint with every fault of manifest, sizes and content. Reads all its bytes, a chunk at a time."""
-    content = [fault for fault in one.content_faults() if fault not in one.faults]  # a missing file is named once
-    faults = [*one.faults, *content]
+    faults = [*one.faults, *one.content_faults()]
     return {
         "name": one.path.name,
         "path": str(one.path),

@@ -2,21 +2,21 @@
 
 Nothing goes before all that is to stay was read and found whole; which those are is `choose_kept`'s word, as in a run.
 What is found damaged on the way is neither counted nor removed; what nobody wishes to keep is not read. Only one
-process at a time writes to a run's folder: refused while a run holds its lock.
+process at a time writes to a run's folder: refused while a run holds its lock. The address of a store has none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from disttrain.checkpoint import Best, prune
+from disttrain.checkpoint import Best, Place, prune, storage_of
 from disttrain.checkpoint.retention import choose_kept
 from disttrain.cli.checkpoint_pages import size_text
-from disttrain.cli.checkpoint_survey import Survey, find_checkpoints, size_on_disk, surveys
+from disttrain.cli.checkpoint_survey import Listing, Survey, find_checkpoints, surveys
 from disttrain.errors import CheckpointError, ConfigError, explain
 from disttrain.report import RunFolder
 
@@ -42,7 +42,7 @@ class Wish:
 def plan_prune(found: Sequence[Survey], wish: Wish) -> Plan:
     """Divide the checkpoints, given oldest first, by what is wished. Reads every chunk of what is to be kept. Local."""
     left = {one.path: one.faults[0] for one in found if one.faults}
-    verified: set[Path] = set()
+    verified: set[Place] = set()
     while True:
         there = {one.required().step: one for one in found if one.path not in left}
         scores = {step: _score(one, wish.best) for step, one in there.items()}
@@ -76,7 +76,7 @@ def prune_run(path: str, wish: Wish, *, dry_run: bool) -> dict[str, Any]:
     if listing.root is None:
         do = "name the run's folder"
         raise CheckpointError(explain(f"{path} is to be pruned.", "one checkpoint, not the checkpoints of a run", do))
-    with _sole_writer(listing.root, asked=f"{path} is to be pruned.", needed=not dry_run):
+    with _sole_writer(listing, asked=f"{path} is to be pruned.", needed=not dry_run):
         found = list(surveys(find_checkpoints(path)))  # once more: what lies there now that nobody else writes
         if wish.best is not None:
             _refuse_unknown_metric(found, wish.best)
@@ -84,7 +84,7 @@ def prune_run(path: str, wish: Wish, *, dry_run: bool) -> dict[str, Any]:
         if not plan.kept:
             faults = "; ".join(f"{one.path.name}: {fault}" for one, fault in plan.left[:3])
             raise CheckpointError(explain(f"{path} is to be pruned.", f"none is whole: {faults}", "mend one first"))
-        freed = sum(size_on_disk(one.path) for one in plan.gone)
+        freed = sum(storage_of(one.path).bytes_at(one.path) for one in plan.gone)
         if plan.gone and not dry_run:
             _remove(listing.root, plan)
     return {
@@ -115,7 +115,7 @@ def render_pruning(found: dict[str, Any]) -> str:
     return "\n".join([*lines, f"{verb} {len(found['removed'])}, {size_text(found['bytes'])}"])
 
 
-def _remove(root: Path, plan: Plan) -> None:
+def _remove(root: Place, plan: Plan) -> None:
     """Through the room that owns the order of it: a rename first, so that a kill leaves no half checkpoint."""
     staying = [*(one.path for one in plan.kept), *(one.path for one, _ in plan.left)]
     asked = f"{len(plan.gone)} checkpoints in {root} are to be removed."
@@ -125,24 +125,31 @@ def _remove(root: Path, plan: Plan) -> None:
         raise CheckpointError(
             explain(asked, f"{error.strerror} ({error.filename})", "allow writing there; what is left is whole")
         ) from error
-    still = [one.path.name for one in plan.gone if one.path.exists()]
+    still = [one.path.name for one in plan.gone if storage_of(one.path).taken(one.path)]
     if still:
         raise CheckpointError(explain(asked, f"{', '.join(still)} still there", "see the warnings above"))
 
 
 @contextmanager
-def _sole_writer(root: Path, *, asked: str, needed: bool) -> Iterator[None]:
-    """Hold the run's lock. A folder of another name than a run's `checkpoints/` is nobody's to write to."""
-    own = root.resolve()
-    run = RunFolder(own.parent)
-    if not needed or own.name != run.checkpoints.name:
+def _sole_writer(listing: Listing, *, asked: str, needed: bool) -> Iterator[None]:
+    """Hold the locks that a run there would hold: its folder's, and that of a storage which is a folder."""
+    with ExitStack() as held:
+        for folder in _locked_by_runs(listing) if needed else ():
+            try:
+                folder.lock(wait_s=0.0)
+            except CheckpointError as error:
+                raise CheckpointError(f"{asked}\n  {error}") from error
+            held.callback(folder.unlock)
         yield
-        return
-    try:
-        run.lock(wait_s=0.0)
-    except CheckpointError as error:
-        raise CheckpointError(f"{asked}\n  {error}") from error
-    try:
-        yield
-    finally:
-        run.unlock()
+
+
+def _locked_by_runs(listing: Listing) -> Iterator[RunFolder]:
+    """Not the folder of checkpoints that no run has ever written to: it is nobody's, and stays as it is."""
+    root = listing.root
+    if isinstance(root, Path):
+        own = root.resolve()
+        folder = RunFolder(own.parent if own.name == RunFolder(own).checkpoints.name else own)
+        if own != folder.path or folder.lock_file.exists():
+            yield folder
+    if isinstance(listing.path, Path) and listing.path != root and RunFolder(listing.path).checkpoints != root:
+        yield RunFolder(listing.path)  # its checkpoints are in a storage

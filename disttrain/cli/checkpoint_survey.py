@@ -6,33 +6,32 @@ no checkpoint; a checkpoint that is not whole is a finding, with every fault.
 
 from __future__ import annotations
 
-import os
-import re
-import stat
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC
 from pathlib import Path
 
-from disttrain.checkpoint import step_folder
-from disttrain.checkpoint.chunks import open_chunks, read_manifest_bytes, refuse_unusable
+from disttrain.checkpoint import Manifest, Place, place_of, step_folder, step_of, storage_of
 from disttrain.checkpoint.folder import STAGING
-from disttrain.checkpoint.manifest import MANIFEST, Manifest, decode_manifest
+from disttrain.checkpoint.manifest import MANIFEST, decode_manifest
+from disttrain.engine.places import checkpoints_in
 from disttrain.errors import CheckpointError, explain
 from disttrain.report import RunFolder
 
-_STEP = re.compile(r"step-(\d{8,})")
 _ASIDE = "rejected-"
 
 
 @dataclass(frozen=True)
 class Survey:
-    """One checkpoint's folder: `manifest` is None where it cannot be used, `faults` are in words, content unread."""
+    """One checkpoint's folder: `manifest` is None where it cannot be used, `faults` are in words, content unread.
 
-    path: Path
+    `unusable` are the files that are not there with their sizes.
+    """
+
+    path: Place
     manifest: Manifest | None
     faults: tuple[str, ...]
+    unusable: frozenset[str] = frozenset()
     refusal: CheckpointError | None = None
 
     @property
@@ -42,25 +41,20 @@ class Survey:
             return []
         known = {MANIFEST, *self.manifest.files}
         try:
-            return sorted(one.name for one in self.path.iterdir() if one.name not in known)
+            return [name for name in storage_of(self.path).names(self.path) if name not in known]
         except FileNotFoundError:  # a run removed it meanwhile
             return []
 
     @property
     def step(self) -> int | None:
         """The step by the manifest, else by the folder's name."""
-        match = _STEP.fullmatch(self.path.name)
-        named = int(match.group(1)) if match else None
-        return self.manifest.step if self.manifest else named
+        return self.manifest.step if self.manifest else step_of(self.path.name)
 
     @property
     def when(self) -> str | None:
-        """When its manifest, the last file, was written (UTC): by the file system, a copy may have another time."""
-        try:
-            written = (self.path / MANIFEST).lstat().st_mtime
-        except OSError:
-            return None
-        return datetime.fromtimestamp(written, UTC).isoformat(timespec="seconds")
+        """When its manifest, the last file, was written (UTC): by the storage, a copy may have another time."""
+        written = storage_of(self.path).written_at(self.path / MANIFEST)
+        return written.astimezone(UTC).isoformat(timespec="seconds") if written else None
 
     def required(self) -> Manifest:
         """The manifest; raises why there is none to use."""
@@ -69,11 +63,13 @@ class Survey:
         return self.manifest
 
     def content_faults(self) -> Iterator[str]:
-        """Read every chunk of every file; what does not fit its checksum. Holds one chunk."""
+        """Read every chunk of every file that can be used; what does not fit its checksum. Holds one chunk."""
         files, chunk_bytes = (self.manifest.files, self.manifest.chunk_bytes) if self.manifest else ({}, 0)
         for name, info in files.items():
+            if name in self.unusable:
+                continue
             try:
-                with open_chunks(self.path / name, info, chunk_bytes) as reader:
+                with storage_of(self.path).open_chunks(self.path / name, info, chunk_bytes) as reader:
                     found = (reader.check(chunk) for chunk in range(len(info.chunks)))
                     yield from filter(None, found)
             except CheckpointError as error:
@@ -87,19 +83,16 @@ class Listing:
     `others` are the names in `root` that are no checkpoints, each with what it is.
     """
 
-    path: Path
-    root: Path | None
-    checkpoints: tuple[Path, ...]
-    others: tuple[tuple[Path, str], ...] = ()
+    path: Place
+    root: Place | None
+    checkpoints: tuple[Place, ...]
+    others: tuple[tuple[Place, str], ...] = ()
 
 
 def find_checkpoints(path: str) -> Listing:
-    """A run's folder, its `checkpoints/`, or one checkpoint. Local. CheckpointError for whatever is none of them."""
-    if "://" in path:
-        do = "copy the folder here first; resume and disttrain.load read the store itself"
-        raise CheckpointError(explain(f"{path} is to be read.", "the address of a store, not a local folder", do))
+    """A run's folder, its `checkpoints/` or storage, or one checkpoint. Local. CheckpointError for all else."""
     try:
-        return _find(Path(path))
+        return _find(place_of(path))
     except OSError as error:
         do = "name a run's folder DIR/NAME or a checkpoint in it that you may read"
         raise CheckpointError(explain(f"{path} is to be read.", f"{error.filename}: {error.strerror}", do)) from error
@@ -122,36 +115,23 @@ def surveys(listing: Listing, *, newest_first: bool = False) -> Iterator[Survey]
     """A survey of each checkpoint; those that a run removes meanwhile are passed over. Local."""
     for path in reversed(listing.checkpoints) if newest_first else listing.checkpoints:
         found = survey(path)
-        if not found.faults or os.path.lexists(path):
+        if not found.faults or storage_of(path).taken(path):
             yield found
 
 
-def survey(path: Path) -> Survey:
+def survey(path: Place) -> Survey:
     """What the manifest and the files' sizes say; not a chunk is read. Local."""
+    storage = storage_of(path)
     try:
-        manifest = decode_manifest(read_manifest_bytes(path), where=str(path / MANIFEST))
+        manifest = decode_manifest(storage.read_manifest(path), where=str(path / MANIFEST))
     except CheckpointError as error:
-        return Survey(path, None, (f"{MANIFEST}: {finding(error, advice=True)}",), error)
+        return Survey(path, None, (f"{MANIFEST}: {finding(error, advice=True)}",), refusal=error)
     faults = []
-    if _STEP.fullmatch(path.name) and path.name != step_folder(manifest.step):
+    if step_of(path.name) is not None and path.name != step_folder(manifest.step):
         faults.append(f"the folder of another step holds step {manifest.step}: rename it back")
-    for name, info in manifest.files.items():
-        try:
-            refuse_unusable(path / name, info)
-        except CheckpointError as error:
-            faults.append(f"{name}: {finding(error)}")
-    return Survey(path, manifest, tuple(faults))
-
-
-def size_on_disk(path: Path) -> int:
-    """Bytes of the regular files at and below a path, as far as they are still there. Local."""
-    below = (Path(folder, name) for folder, _, names in os.walk(path) for name in names)
-    size = 0
-    for file in [path, *below]:
-        with suppress(FileNotFoundError):  # a run that goes on renames and removes
-            found = file.lstat()
-            size += found.st_size if stat.S_ISREG(found.st_mode) else 0
-    return size
+    unusable = dict(storage.unusable(path, manifest.files))
+    faults += [f"{name}: {finding(error)}" for name, error in unusable.items()]
+    return Survey(path, manifest, tuple(faults), frozenset(unusable))
 
 
 def finding(error: CheckpointError, *, advice: bool = False) -> str:
@@ -163,30 +143,34 @@ def finding(error: CheckpointError, *, advice: bool = False) -> str:
     return f"{found} ({do})" if advice else found
 
 
-def _find(path: Path) -> Listing:
-    if not path.is_dir():
-        read_manifest_bytes(path)  # raises, with what is there
-    own = path.resolve().name
-    if _STEP.fullmatch(own) or any(one.name == MANIFEST for one in path.iterdir()):
+def _find(path: Place) -> Listing:
+    storage = storage_of(path)
+    if not storage.taken(path) or (isinstance(path, Path) and not path.is_dir()):
+        storage.read_manifest(path)  # raises, with what is there
+    if step_of(path.resolve().name) is not None or MANIFEST in storage.names(path):
         return Listing(path, None, (path,))
-    run = RunFolder(path)
-    root = run.checkpoints if run.checkpoints.is_dir() else path
-    inside = sorted(root.iterdir())
-    steps = sorted((int(match.group(1)), one) for one in inside if (match := _STEP.fullmatch(one.name)))
+    root = checkpoints_in(path) or path
+    inside = [root / name for name in storage_of(root).names(root)]
+    steps = sorted((step, one) for one in inside if (step := step_of(one.name)) is not None)
     if steps:
         found = tuple(one for _, one in steps)
         return Listing(path, root, found, tuple((one, _what(one.name)) for one in inside if one not in found))
-    if root != path or run.config.exists() or own == run.checkpoints.name:
-        among = f"only {', '.join(one.name for one in inside[:5])}" if inside else "an empty folder"
-        do = "let the run come to its first checkpoint (checkpoint.every); those in a store are to be copied here first"
-        found_none = f"no step-NNNNNNNN in {root}: {among}"
-        raise CheckpointError(explain(f"{path} is to hold checkpoints.", found_none, do))
-    runs = [one.name for one in inside if RunFolder(one).checkpoints.is_dir()]
-    if runs:
-        found_runs = f"a folder of runs: {', '.join(runs[:8])}"
-        raise CheckpointError(explain(f"{path} is to hold checkpoints.", found_runs, "name one of them"))
-    read_manifest_bytes(path)  # raises, with whose folder it is
+    _refuse_run(path, root, [one.name for one in inside])
+    storage.read_manifest(path)  # raises, with whose folder it is
     raise CheckpointError(explain(f"{path} is to hold checkpoints.", "a folder that changes meanwhile", "try again"))
+
+
+def _refuse_run(path: Place, root: Place, inside: Sequence[str]) -> None:
+    """CheckpointError where it is a run that has saved nothing yet, or a folder of runs."""
+    asked = f"{path} is to hold checkpoints."
+    run = RunFolder(path) if isinstance(path, Path) else None
+    if root != path or (run and (run.config.exists() or path.resolve().name == run.checkpoints.name)):
+        among = f"only {', '.join(inside[:5])}" if inside else "an empty folder"
+        do = "let the run come to its first checkpoint (checkpoint.every)"
+        raise CheckpointError(explain(asked, f"no step-NNNNNNNN in {root}: {among}", do))
+    runs = [name for name in inside if checkpoints_in(path / name) is not None]
+    if runs:
+        raise CheckpointError(explain(asked, f"a folder of runs: {', '.join(runs[:8])}", "name one of them"))
 
 
 def _what(name: str) -> str:

@@ -1,4 +1,4 @@
-"""`disttrain ckpt`: the commands around checkpoints in local folders, on one process, without a GPU.
+"""`disttrain ckpt`: the commands around checkpoints, in folders and stores, on one process, without a GPU.
 
 Owns the options and exit codes. What a command does lies in a module of its own, which is loaded with torch when the
 command is given; a further command is one more function here.
@@ -24,7 +24,7 @@ DIFFER = 1
 """Exit code of `diff` where something differs, as diff(1) has it."""
 
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-_Path = Annotated[str, typer.Argument(metavar="PATH", help="A run DIR/NAME, its checkpoints/, or one step-NNNNNNNN.")]
+_Path = Annotated[str, typer.Argument(metavar="PATH", help="A run DIR/NAME, its checkpoints/, or one step-NNNNNNNN; or an address.")]
 _Name = Annotated[str | None, typer.Option("--name", metavar="PATTERN", help="Only tensors so named: 'model/*'.")]
 
 

@@ -37,6 +37,7 @@ class RunFolder:
         self.tensorboard = self.path / "tensorboard"
         self.incidents = self.path / "incidents"
         self.loss_png = self.path / "loss.png"
+        self.lock_file = self.path / ".lock"
 
         self._lock: int | None = None
 
@@ -47,7 +48,7 @@ class RunFolder:
 
         Waits for one that is just ending, as after a restart. Raises CheckpointError where another run goes on in it.
         """
-        file = self.path / ".lock"
+        file = self.lock_file
         with _writing(file):
             descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         deadline = time.monotonic() + wait_s

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -328,6 +329,32 @@ def test_a_run_goes_on_from_the_store_alone_with_the_numbers_of_one_that_never_s
     assert list(losses(folder)) == [6, 7, 8]
     never = [*stored, "checkpoint.resume=never", "run.dir=elsewhere"]
     assert run_world(1, train, endpoint, str(folder), never) == [5]
+
+
+def test_the_commands_read_and_prune_a_bucket(bucket: Any) -> None:
+    """By the console program, in processes of its own, which know the server by their environment alone."""
+    for step in (1, 2, 3):
+        save(step)
+    damaged = "models/team/run/step-00000003/rank-00000.safetensors"
+    bucket.pipe_file(damaged, bucket.cat_file(damaged)[:-1] + b"!")
+
+    def ckpt(*words: str) -> tuple[int, Any]:
+        command = [sys.executable, "-m", "disttrain.cli", "ckpt", *words, "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        return done.returncode, json.loads(done.stdout) if done.stdout else done.stderr
+
+    code, found = ckpt("ls", str(ROOT))
+    assert code == 0 and [(one["step"], one["whole"]) for one in found["checkpoints"]] == [(1, 1), (2, 1), (3, 1)]
+    assert all(one["when"].endswith("+00:00") and one["bytes"] > 6000 for one in found["checkpoints"])
+    code, found = ckpt("verify", str(ROOT))
+    assert code == 5 and [one["whole"] for one in found["checkpoints"]] == [True, True, False]
+    assert "rank-00000.safetensors, bytes 4096 to" in found["checkpoints"][2]["faults"][0]
+    code, found = ckpt("diff", f"{ROOT}/step-00000001", f"{ROOT}/step-00000002")
+    assert code == 1 and not found["differences"] and [one["key"] for one in found["state"]] == ["step"]
+    code, found = ckpt("prune", str(ROOT), "--keep-last", "1")
+    assert (found["kept"], found["removed"]) == (["step-00000002"], ["step-00000001"])
+    assert [one["name"] for one in found["left"]] == ["step-00000003"], "damaged: neither counted nor removed"
+    assert {key.split("/")[3] for key in bucket.find("models/team/run")} == {"step-00000002", "step-00000003"}
 
 
 def test_a_storage_that_cannot_be_used_ends_a_run_before_its_first_step(

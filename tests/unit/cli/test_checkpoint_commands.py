@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import fsspec
 import pytest
 import torch
 
@@ -21,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "checkpoint"))  # the simulat
 
 from checkpoint_world import LAYOUTS, on_ranks, seal, some_tensors
 
-from disttrain.checkpoint import save_checkpoint
+from disttrain.checkpoint import Address, save_checkpoint
 from disttrain.cli import main as cli_main
 from disttrain.cli.checkpoint_survey import Survey
 from disttrain.engine.random_state import random_shards
@@ -492,6 +493,143 @@ def test_prune_takes_no_single_checkpoint(tmp_path: Path, ckpt: Callable[..., Do
     assert done.code == 5 and "one checkpoint, not the checkpoints of a run" in done.err
 
 
+# ---------------------------------------------------------------------- in a store
+
+
+@pytest.fixture
+def store() -> Iterator[Any]:
+    """A store in this process's memory, empty before and after: keys to files."""
+    system = fsspec.filesystem("memory")
+    system.store.clear()
+    system.pseudo_dirs[:] = [""]
+    yield system.store
+    system.store.clear()
+    system.pseudo_dirs[:] = [""]
+
+
+def save_in(root: Any, step: int, ranks: int = 2, layout: str = "rows", **more: Any) -> Any:
+    found = on_ranks(
+        ranks,
+        lambda own: save_checkpoint(
+            root, step, LAYOUTS[layout](some_tensors(), own.rank, ranks), document(step, **more), own, chunk_bytes=4096
+        ),
+    )
+    return found[0]
+
+
+def test_a_store_is_read_as_a_folder_is(tmp_path: Path, ckpt: Callable[..., Done], store: Any) -> None:
+    """All that the commands say of three checkpoints on a disk, they say of the same three in a store."""
+    there = "memory://bucket/one"
+    for step in (100, 200, 300):
+        save(tmp_path / "one", step, 2)
+        save_in(Address(there), step, 2)
+    here = tmp_path / "one" / "checkpoints"
+    missing, damaged = "step-00000200/rank-00001.safetensors", "step-00000300/rank-00000.safetensors"
+    (here / missing).unlink()
+    del store[f"/bucket/one/{missing}"]
+    flipped = bytearray((here / damaged).read_bytes())
+    flipped[-1] ^= 1
+    for file, content in ((damaged, bytes(flipped)), ("step-00000300/notes.txt", b"mine")):
+        (here / file).write_bytes(content)
+        fsspec.filesystem("memory").pipe_file(f"{there}/{file}", content)
+
+    for words in (["ls"], ["verify"], ["inspect", "--name", "model/*", "--boxes"]):
+        told = []
+        for path in (str(here), there):
+            done = ckpt(words[0], path, *words[1:], "--json")
+            text = done.out.replace("No such file or directory", "no such file")  # in the words of each
+            text = text.replace(str(here), "ROOT").replace(there, "ROOT")
+            told.append((done.code, re.sub(r'("when": )"[^"]*"', r"\1WHEN", text)))
+            assert ("WHEN" in told[-1][1]) == (words[0] != "verify"), "a store says when too"
+        assert told[0] == told[1], words
+    assert "rank-00000.safetensors, bytes" in ckpt("verify", there).out
+    assert ckpt("diff", f"{there}/step-00000100", here / "step-00000100").code == 0
+    assert ckpt("diff", f"{there}/step-00000100", f"{there}/step-00000300").code == 5, "damaged bytes"
+
+
+def test_a_run_is_found_in_the_storage_that_its_config_names(
+    tmp_path: Path, ckpt: Callable[..., Done], store: Any
+) -> None:
+    folder = tmp_path / "runs" / "afar"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("run: {name: afar}\ncheckpoint: {storage: 'memory://bucket/team'}\n")
+    done = ckpt("ls", folder)
+    assert done.code == 5 and "no step-NNNNNNNN in memory://bucket/team/afar: an empty folder" in done.err
+    for step in (1, 2, 3):
+        save_in(Address("memory://bucket/team/afar"), step)
+    assert [one["step"] for one in ckpt("ls", folder, "--json").json["checkpoints"]] == [1, 2, 3]
+    assert ckpt("inspect", folder, "--json").json["path"] == "memory://bucket/team/afar/step-00000003"
+    sizes = {key: len(file.getvalue()) for key, file in store.items()}
+    assert ckpt("prune", folder, "--keep-last", "1", "--dry-run").code == 0
+    assert set(store) == set(sizes)
+    own = RunFolder(folder)
+    own.lock()
+    try:
+        with subprocess.Popen([sys.executable, "-c", PRUNE, folder], stderr=subprocess.PIPE, text=True) as other:
+            assert "another process that holds .lock" in other.communicate()[1]  # asked before the store is reached
+    finally:
+        own.unlock()
+    done = ckpt("prune", folder, "--keep-last", "1", "--json")
+    assert (done.json["kept"], done.json["removed"]) == (["step-00000003"], ["step-00000001", "step-00000002"])
+    assert {key.split("/")[4] for key in store} == {"step-00000003"}
+    assert done.json["bytes"] == sum(size for key, size in sizes.items() if key not in store)
+
+
+PRUNE = """
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from disttrain.checkpoint import Address
+from disttrain.cli.checkpoint_pruning import _sole_writer
+from disttrain.cli.checkpoint_survey import Listing
+folder = Path(sys.argv[1])
+with _sole_writer(Listing(folder, Address("memory://bucket/team/afar"), ()), asked="prune", needed=True):
+    pass
+"""
+
+
+def test_a_storage_that_is_a_folder_is_not_pruned_while_a_run_writes_to_it(
+    tmp_path: Path, ckpt: Callable[..., Done]
+) -> None:
+    storage = tmp_path / "fast" / "one"
+    for step in (1, 2):
+        save_in(storage, step)
+    before = contents(tmp_path)
+    holder = "import sys; from pathlib import Path; from disttrain.report import RunFolder\n"
+    holder += "RunFolder(Path(sys.argv[1])).lock(); print('held', flush=True); sys.stdin.readline()"
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", holder, storage], **pipes) as process:
+        try:
+            assert process.stdout.readline() == "held\n"
+            done = ckpt("prune", storage, "--keep-last", "1")
+            assert done.code == 5 and "another process that holds .lock" in done.err
+        finally:
+            process.communicate("\n")
+    assert {path: held for path, held in contents(tmp_path).items() if not path.endswith(".lock")} == before
+    assert ckpt("prune", storage, "--keep-last", "1").code == 0
+    assert sorted(path.name for path in storage.iterdir()) == [".lock", "step-00000002"]
+
+
+@pytest.mark.parametrize(
+    ("path", "found"),
+    [
+        ("memory://bucket/nowhere", "no such folder"),
+        ("memory://bucket/others", "no manifest.json among weights.bin"),
+        ("memory://bucket/runs", "a folder of runs: one"),
+        ("s4://bucket/run", "Protocol not known"),
+        ("simplecache::memory://bucket/run", "a chain of file systems"),
+    ],
+)
+def test_an_address_without_a_checkpoint_is_refused_with_what_is_there(
+    ckpt: Callable[..., Done], store: Any, path: str, found: str
+) -> None:
+    fsspec.filesystem("memory").pipe_file("memory://bucket/others/weights.bin", b"x")
+    save_in(Address("memory://bucket/runs/one"), 1)
+    for words in (["ls"], ["inspect"], ["verify"], ["prune", "--keep-last", "1"]):
+        done = ckpt(words[0], path, *words[1:])
+        assert (done.code, done.out) == (5, "") and found in done.err and "  to do: " in done.err, done.err
+
+
 # ---------------------------------------------------------------------- bad input
 
 
@@ -538,12 +676,6 @@ def test_a_path_without_a_checkpoint_is_refused_with_what_is_there(
             assert found_line.startswith("  found: ") and found in found_line, (case, found_line)
             assert do_line.startswith("  to do: "), case
         assert contents(tmp_path) == before
-
-
-def test_the_address_of_a_store_is_told_from_a_folder(ckpt: Callable[..., Done]) -> None:
-    done = ckpt("ls", "s3://bucket/runs/one")
-    assert (done.code, done.out) == (5, "")
-    assert "s3://bucket/runs/one is to be read.\n  found: the address of a store" in done.err
 
 
 def test_a_newer_format_is_told_with_what_to_do(tmp_path: Path, ckpt: Callable[..., Done]) -> None:
