@@ -24,7 +24,7 @@ DIFFER = 1
 """Exit code of `diff` where something differs, as diff(1) has it."""
 
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-_Path = Annotated[str, typer.Argument(metavar="PATH", help="A run DIR/NAME, its checkpoints/, or one step-NNNNNNNN; or an address.")]
+_Path = Annotated[str, typer.Argument(metavar="PATH", help="A run DIR/NAME, one step-NNNNNNNN, or an address.")]
 _Name = Annotated[str | None, typer.Option("--name", metavar="PATTERN", help="Only tensors so named: 'model/*'.")]
 
 
