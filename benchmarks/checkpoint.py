@@ -315,7 +315,7 @@ def stall(mib: int, rounds: int, folder: str) -> dict[str, list[float]]:
         def save_beside() -> list[float]:
             """Steps while a save is under way on all ranks; the last one sees its end."""
             times = [timed(step)]
-            while agree(engine._saver.under_way):
+            while agree(engine._state.saver.under_way):
                 times.append(timed(step))
             return times
 
@@ -327,9 +327,9 @@ def stall(mib: int, rounds: int, folder: str) -> dict[str, list[float]]:
                 if name == "copy":
                     times[name] = timed(lambda: [a.copy_(b) for a, b in zip(kept, live, strict=True)])
                 elif name == "disttrain":
-                    times[name] = timed(lambda: engine._saver.begin(engine._snapshot()))
+                    times[name] = timed(lambda: engine._state.saver.begin(engine._state.snapshot()))
                     beside = save_beside()
-                    engine._saver.wait()
+                    engine._state.saver.wait()
                 else:
                     state = {"model": model.state_dict(), "optim": _named(model, optimizer)}
                     where, pending = Path(folder) / f"dcp-{turn}", []

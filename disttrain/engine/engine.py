@@ -18,19 +18,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from disttrain.checkpoint import Checkpoint, Differences, Place
+from disttrain.checkpoint import Differences, Place
 from disttrain.config import Config, load_config
 from disttrain.data import Batches, MicroBatch, StepBatch, align_batches
-from disttrain.engine import build, snapshot
-from disttrain.engine.base import Base
+from disttrain.engine import build
 from disttrain.engine.buffers import share_buffers
 from disttrain.engine.datasets import Datasets
 from disttrain.engine.evaluation import evaluate_set
 from disttrain.engine.objectives import Objectives
-from disttrain.engine.random_state import OWNER
 from disttrain.engine.record import Record
-from disttrain.engine.saving import Saver
-from disttrain.engine.snapshot import Parts, Progress, Snapshot, Tracked
+from disttrain.engine.run_state import RunState
+from disttrain.engine.snapshot import Progress
 from disttrain.engine.transfer import to_device
 from disttrain.errors import ConfigError, explain
 from disttrain.launch.accelerate import settle_strategy
@@ -64,23 +62,17 @@ class Engine:
             self._interrupts.__exit__(None, None, None)
             self.world.group.close()
             raise
-        self.progress = Progress()
         self._prepared: dict[str, Prepared] = {}
         self._objectives = Objectives(self.config, self.world)
         self._used: dict[str, Objective] = {}
         self._pending: dict[str, StepSums] = {}
-        self._tracked: dict[str, Tracked] = {}
         self._datasets = Datasets(self.config, self.world)
         self._clip_norm = self.config.clip_norm
         evaluated = self.config.eval.every if self.config.eval else None
         self._every = {"eval": evaluated, "checkpoint": self.config.checkpoint.every}
-        self._saver = Saver(self.config.checkpoint, self.record, self.world.group)
-        self._base = Base()
+        self._state = RunState(self.config, self.world, self.strategy, self.record, self._datasets, self._prepared)
         self._stopped = False
-        self._begun = False
-        self._unlogged = False
         self._taken: list[tuple[str, dict[str, Any], int, int]] = []
-        self._ended: str | None = None
 
     # ------------------------------------------------------------------ who and where
 
@@ -103,6 +95,11 @@ class Engine:
     def folder(self) -> Path:
         """The run's folder. Local."""
         return self.record.folder.path
+
+    @property
+    def progress(self) -> Progress:
+        """Where the run stands. Local."""
+        return self._state.progress
 
     @property
     def total_steps(self) -> int | None:
@@ -204,7 +201,7 @@ class Engine:
                     key = derive_seed(self.world.seed, "loop", self.progress.steps, self.world.mesh.part[0])
                     seed_all(key, self.device)
                 yield step
-                if self._unlogged:
+                if self._state.within_step:
                     raise ConfigError(
                         explain("The loop takes its next batch.", "engine.step, and no engine.log after it", "call it")
                     )
@@ -240,7 +237,7 @@ class Engine:
             found = ", ".join(sorted({type(micro).__name__ for micro in micro_batches})) or "an empty list"
             do = f"take it from engine.batches(), or pass engine.micro_batches([...]) to accumulate({name!r}, ...)"
             raise ConfigError(explain("A step's list of micro-batches.", found, do))
-        flags = (1.0 if self._interrupts.requested else 0.0, 1.0 if self._saver.failed else 0.0)
+        flags = (1.0 if self._interrupts.requested else 0.0, 1.0 if self._state.saver.failed else 0.0)
         used = self._objectives.find(name, objective)
         with self._others_frozen(name):
             try:
@@ -251,7 +248,7 @@ class Engine:
         self._used[name] = used
         self._stopped = self._stopped or sums.flags[0] > 0
         if sums.flags[1]:
-            self._saver.wait()
+            self._state.saver.wait()
         self._pending[name] = sums if name not in self._pending else self._pending[name].plus(sums)
         return sums
 
@@ -275,7 +272,7 @@ class Engine:
         if not outcome.applied:
             self.progress.skipped += 1
         self.record.stepped(name, sums, outcome, prepared, self._used[name])
-        self._unlogged = True
+        self._state.within_step = True
         return outcome
 
     def log(self, **values: float) -> None:
@@ -283,14 +280,15 @@ class Engine:
 
         Local, and free of device syncs on steps that are not reported.
         """
+        progress = self._state.progress
         for name, position, samples, tokens in self._taken:
-            self.progress.positions[name] = position
-            self.progress.samples += samples
-            self.progress.tokens += tokens
+            progress.positions[name] = position
+            progress.samples += samples
+            progress.tokens += tokens
         self._taken.clear()
-        self.progress.steps += 1
-        self._unlogged = False
-        self.record.ended(self.progress, self.total_steps, values)
+        progress.steps += 1
+        self._state.within_step = False
+        self.record.ended(progress, self.total_steps, values)
 
     def due(self, what: str) -> bool:
         """Whether `eval` or `checkpoint` falls on the step that just ended. Local."""
@@ -305,22 +303,19 @@ class Engine:
 
         With `checkpoint.background` it returns when what is saved was copied, and the copy is written meanwhile.
         """
-        self._saver.settle()
+        self._state.saver.settle()
         if self.due("checkpoint"):
-            if self.config.checkpoint.background and self._unsaved():
-                self._saver.begin(self._snapshot())
-            else:
-                self.save()
+            self._state.save_due()
         return self._stopped or self.finished()
 
     def finished(self) -> bool:
         """Whether the run's steps are done. Local."""
-        return self.total_steps is not None and self.progress.steps >= self.total_steps
+        return self._state.finished
 
     @property
     def was_finished(self) -> bool:
         """Whether this run had come to its end before this process began. Local."""
-        return self._begun and self.record.was_finished(self.total_steps)
+        return self._state.was_finished
 
     @property
     def interrupted(self) -> bool:
@@ -369,9 +364,7 @@ class Engine:
         Its state is the same on all ranks, or `per_rank` each one's own: then a rank gets back what it saved, and one
         that was not there keeps what it has. DTensors are saved by each rank's part.
         """
-        if name == OWNER:
-            raise ConfigError(explain(f"track({name!r})", "a name that the engine uses itself", "take another"))
-        self._tracked[name] = Tracked(thing, per_rank)
+        self._state.track(name, thing, per_rank=per_rank)
 
     def save(self) -> Place | None:
         """Write a checkpoint of this step, unless this step has one; returns when it is durable.
@@ -380,53 +373,21 @@ class Engine:
         taken and not yet logged is taken again after a resume. Waits for a save in the background. None too where the
         save failed and `on_failure` is go_on.
         """
-        self._refuse_within_step()
-        self._saver.wait()
-        return self._saver.save(self._snapshot()) if self._unsaved() else None
-
-    def _refuse_within_step(self) -> None:
-        if self._unlogged:
-            found = "engine.step, and no engine.log after it"
-            raise ConfigError(explain("A checkpoint is to be saved.", found, "call it"))
-
-    def _unsaved(self) -> bool:
-        return self.progress.steps not in (0, self._saver.saved_at)
-
-    def _snapshot(self) -> Snapshot:
-        return snapshot.take(self._parts(), self.progress, self.record.evaluation_of(self.progress.steps))
+        return self._state.save()
 
     def resume(self) -> None:
         """Begin: continue from the run's own newest whole checkpoint, else from `checkpoint.resume`'s path.
 
         The first batch does it where a script did not; prepare and track before it. Idempotent.
         """
-        if not self._begun:
-            found = self.record.find_checkpoint()
-            if found is not None:
-                self.progress = snapshot.restore(self._parts(), found)
-                self._note_own(found)
-                self.record.resumed(self.progress, found.path)
-            self._begun = True
+        if not self._state.begun:
+            self._state.resume()
             atexit.register(self._leave)
-            if self.was_finished:
-                self.progress.steps = int(self.record.earlier["step"])  # there may be no checkpoint of it to resume
-            else:
-                self._saver.meet()
-                self.record.started(self.progress, self.total_steps, self._prepared)
+            self._state.begin()
 
     def load(self, path: str | Place) -> None:
         """Everything from a run's newest whole checkpoint, or from the one named; before the loop begins."""
-        if self._begun:
-            raise ConfigError(
-                explain(f"load({str(path)!r})", "a loop that has begun", "load before the first batch, in a new Engine")
-            )
-        found = self.record.open_checkpoint(path)
-        self.progress = snapshot.restore(self._parts(), found)
-        self._note_own(found)
-
-    def _note_own(self, found: Checkpoint) -> None:
-        if found.path.parent.resolve() == self.record.checkpoints.resolve():
-            self._saver.found(self.progress.steps, found.path)
+        self._state.load(path)
 
     def load_weights(
         self,
@@ -442,13 +403,11 @@ class Engine:
         `only` are glob patterns of the model's names: others keep their values. `rename` makes the model's name of a
         stored one. Without `strict`, missing and unexpected names are logged and returned, not refused.
         """
-        found = snapshot.load_weights(self._parts(), name, path, strict=strict, only=only, rename=rename)
-        self.record.weights_loaded(path, found)
-        return found
+        return self._state.load_weights(name, path, strict=strict, only=only, rename=rename)
 
     def load_for_evaluation(self, name: str, path: str | Place) -> None:
         """What an evaluation of one model needs: its weights, its objective's, and where its draws stand."""
-        snapshot.load_for_evaluation(self._parts(), name, self.record.open_checkpoint(path))
+        self._state.load_for_evaluation(name, path)
 
     def full_weights(self, name: str = "model") -> dict[str, Tensor]:
         """Every parameter and persistent buffer whole, on the CPU of every rank."""
@@ -459,16 +418,7 @@ class Engine:
 
         Leaving the engine's `with` block does it where a script did not.
         """
-        if self._ended is None:
-            if self.was_finished:
-                self._ended = self.record.finished_before()
-            else:
-                self._saver.wait()
-                if (self.config.checkpoint.at_end or self._stopped) and self._unsaved():
-                    self._refuse_within_step()
-                    self._saver.save(self._snapshot(), last=True)
-                self._ended = self.record.finished(self.progress, interrupted=self._stopped and not self.finished())
-        return self._ended
+        return self._state.finish(stopped=self._stopped)
 
     def fail(self, error: BaseException) -> None:
         """Leave the first cause where the other ranks and people find it, and on the error itself. Local."""
@@ -478,7 +428,7 @@ class Engine:
         """Let go of the process group, signal handlers and files."""
         atexit.unregister(self._leave)
         self._interrupts.__exit__(None, None, None)
-        self._saver.close()
+        self._state.saver.close()
         self.record.close()
         self.strategy.close()
         self.world.group.close()
@@ -490,7 +440,7 @@ class Engine:
         try:
             if error is not None:
                 self.fail(error)
-            elif self._begun:
+            elif self._state.begun:
                 self._finish_or_fail()
         finally:
             self.close()
@@ -499,7 +449,7 @@ class Engine:
 
     def _leave(self) -> None:
         """The interpreter ends, and nobody closed this engine: a script without `with`, or one that failed."""
-        error = getattr(sys, "last_value", None) if self._ended is None else None
+        error = getattr(sys, "last_value", None) if self._state.ended is None else None
         self.__exit__(None, error, None)
         if error is not None:
             leave_in_time()
@@ -510,9 +460,6 @@ class Engine:
         except BaseException as error:
             self.fail(error)
             raise
-
-    def _parts(self) -> Parts:
-        return Parts(self.config, self.world, self.strategy, self._prepared, self._tracked, self._base)
 
     def _find(self, name: str) -> Prepared:
         if name not in self._prepared:

@@ -66,7 +66,7 @@ def killed_before_its_first_save(folder: Path) -> None:
     """Rank 1 is killed where it would begin its first save; rank 0 notes how long it stayed."""
     with start(folder, "killed", [*BACKGROUND, "strategy.name=ddp", "run.timeout_s=100"]) as engine:
         if engine.rank == 1:
-            engine._saver.begin = lambda taken: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
+            engine._state.saver.begin = lambda taken: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
         began = time.monotonic()
         try:
             loop(engine)
