@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from disttrain.data import MicroBatch
 from disttrain.errors import ConfigError, TrainingError, explain
@@ -176,6 +177,20 @@ def earlier_apart(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
             parameter.grad = gradient
         elif gradient is not None:
             parameter.grad.add_(gradient)
+
+
+@torch.no_grad()
+def add_up_together(tensors: Sequence[Tensor], add_up: Callable[[Tensor], Any]) -> None:
+    """Collective: each becomes the sum over ranks, in its own memory, however that is laid out.
+
+    All travel in one vector of the widest type, which `add_up` adds up in place.
+    """
+    held = list(filter(Tensor.numel, tensors))  # torch loses the shape of an empty one
+    if not held:
+        return
+    flat = _flatten_dense_tensors(held)  # type: ignore[no-untyped-call]
+    add_up(flat)
+    torch._foreach_copy_(held, _unflatten_dense_tensors(flat, held))  # type: ignore[no-untyped-call]
 
 
 def refuse_non_finite(found: str) -> None:

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.nn.parallel import DistributedDataParallel
 
 from disttrain.checkpoint import Shard
@@ -24,7 +23,7 @@ from disttrain.config.schema import PrecisionConfig
 from disttrain.data import MicroBatch
 from disttrain.objective import Objective
 from disttrain.runtime import Device, MeshSizes
-from disttrain.strategy.arithmetic import Gradients, earlier_apart, run_micro_batches
+from disttrain.strategy.arithmetic import Gradients, add_up_together, earlier_apart, run_micro_batches
 from disttrain.strategy.call import ObjectiveCall
 from disttrain.strategy.construction import build_on_host, equip, name_parameters
 from disttrain.strategy.contract import (
@@ -89,7 +88,6 @@ class DDP(AbstractStrategy):
             sum(one.nbytes for one in parameters) <= min(_SMALL, self.options.bucket_mb * 2**20)
             and self.world.precision.reduce in ("fp32", "fp64")
             and {one.dtype for one in parameters} == {DTYPES[self.world.precision.reduce]}
-            and all(map(Tensor.numel, parameters))  # torch loses the shape of an empty one
         )
 
     @property
@@ -127,12 +125,7 @@ class DDP(AbstractStrategy):
     @torch.no_grad()
     def _add_up(self, prepared: Prepared, sums: Tensor) -> None:
         """Collective: gradients and the step's `sums` become those of all ranks, in one all-reduce of float64."""
-        gradients = Gradients(prepared).held
-        both = torch.cat([sums, _flatten_dense_tensors(gradients)])  # type: ignore[no-untyped-call]
-        self.world.group.add_up(both)()
-        sums.copy_(both[: len(sums)])
-        added = _unflatten_dense_tensors(both[len(sums) :], gradients)  # type: ignore[no-untyped-call]
-        torch._foreach_copy_(gradients, added)  # into their own memory, however that is laid out
+        add_up_together([sums, *Gradients(prepared).held], lambda vector: self.world.group.add_up(vector)())
 
     def shards(self, prepared: Prepared, stored: Mapping[str, Any] | None = None) -> list[Shard]:
         return replicated_shards(prepared, stored, replica=(self.world.group.rank, self.world.group.size))

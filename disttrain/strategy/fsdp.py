@@ -33,7 +33,7 @@ from disttrain.optim.several import factories_of
 from disttrain.optim.trials import is_exact_on_shards, kind_of
 from disttrain.runtime import Device, Mesh, MeshSizes
 from disttrain.runtime.seeds import generators_for
-from disttrain.strategy.arithmetic import Gradients, earlier_apart, run_micro_batches
+from disttrain.strategy.arithmetic import Gradients, add_up_together, earlier_apart, run_micro_batches
 from disttrain.strategy.construction import build_on_host, equip, name_parameters, settle
 from disttrain.strategy.contract import (
     AbstractStrategy,
@@ -216,12 +216,7 @@ class FSDP(AbstractStrategy):
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
             gradients = [parameter.grad for parameter in whole if parameter.grad is not None]
-            flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-            dist.all_reduce(flat, group=self.world.mesh.data_group)
-            at = 0
-            for gradient in gradients:
-                gradient.copy_(flat[at : at + gradient.numel()].view_as(gradient))
-                at += gradient.numel()
+            add_up_together(gradients, partial(dist.all_reduce, group=self.world.mesh.data_group))
 
     def step(self, prepared: Prepared, sums: StepSums, *, clip_norm: float | None, want_norm: bool) -> StepOutcome:
         sharded: _Sharded = prepared.wrapped
