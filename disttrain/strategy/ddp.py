@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from disttrain.checkpoint import Shard
@@ -116,6 +116,7 @@ class DDP(AbstractStrategy):
     def step(self, prepared: Prepared, sums: StepSums, *, clip_norm: float | None, want_norm: bool) -> StepOutcome:
         if prepared.wrapped is None:
             return torch_step(prepared, sums, clip_norm=clip_norm, want_norm=want_norm)
+        _lay_out(prepared.parameters)
         # DDP divides by the world size, where its own reduction is used; the sum is what the arithmetic wants.
         factor = 1.0 if self._reduced_apart else float(self.world.group.size)
         # Several micro-batches add up in the buckets: new gradients would lie beside them until the last backward.
@@ -132,6 +133,17 @@ class DDP(AbstractStrategy):
 
     def whole(self, prepared: Prepared) -> Iterator[tuple[str, Tensor]]:
         return whole_tensors(prepared.model)
+
+
+def _lay_out(parameters: Sequence[nn.Parameter]) -> None:
+    """Gradients as their parameters: buckets keep the layout that was wrapped, and torch's fused optimizers step by
+    place in memory. A model may be laid out anew (channels_last) once it is prepared."""
+    held = [parameter for parameter in parameters if parameter.grad is not None]
+    gradients: list[Any] = [parameter.grad for parameter in held]
+    if list(map(Tensor.stride, gradients)) != list(map(Tensor.stride, held)):
+        for parameter, gradient in zip(held, gradients, strict=True):
+            if gradient.stride() != parameter.stride():
+                parameter.grad = torch.empty_like(parameter).copy_(gradient)
 
 
 def add_up_in(dtype: torch.dtype, bucket: Any) -> torch.futures.Future[Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -157,27 +156,27 @@ def test_sparse_gradients_are_refused_in_words(tmp_path: Path) -> None:
             engine.step("model")
 
 
-def relaid(folder: Path) -> Any:
+def relaid(folder: Path, strategy: Sequence[str], accumulated: int) -> Any:
     """The kernel after three steps of fused Adam on a model that was laid out anew once it was prepared."""
-    config = {"run": {"name": "relaid", "dir": str(folder), "seed": SEED, "steps": 3}, "strategy": {"name": "ddp"}}
-    if int(os.environ["WORLD_SIZE"]) == 1:
-        config["strategy"] = {"name": "none"}
-    with disttrain.Engine(config, [*QUIET, "checkpoint.at_end=false"]) as engine:
+    config = {"run": {"name": "relaid", "dir": str(folder), "seed": SEED, "steps": 3}}
+    with disttrain.Engine(config, [*QUIET, "checkpoint.at_end=false", *strategy]) as engine:
         make = lambda parameters: torch.optim.AdamW(parameters, lr=0.05, fused=True)  # noqa: E731
         model = engine.prepare("model", lambda: nn.Conv2d(3, 4, 3), make)
         model.to(memory_format=torch.channels_last)
         for step in range(3):
             images = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(step))
-            mine = engine.micro_batches([images[engine.rank :: engine.world_size]])
+            mine = engine.micro_batches(list(images[engine.rank :: engine.world_size].chunk(accumulated)))
             engine.accumulate("model", mine, lambda model, x: (model(x).square().sum(), len(x)))
             engine.step("model")
             engine.log()
         return engine.full_weights("model")["weight"].numpy()
 
 
-def test_a_model_that_is_laid_out_anew_trains_on(tmp_path: Path) -> None:
-    (expected,) = run_world(1, relaid, tmp_path / "one")
-    found = run_world(2, relaid, tmp_path / "two")[0]
+@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize("name", ["ddp", "ddp-buckets"])
+def test_a_model_that_is_laid_out_anew_trains_on(name: str, accumulated: int, tmp_path: Path) -> None:
+    (expected,) = run_world(1, relaid, tmp_path / "one", STRATEGIES["none"], 1)
+    found = run_world(2, relaid, tmp_path / "two", STRATEGIES[name], accumulated)[0]
     assert abs(found - expected).max() < 1e-5
 
 
