@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import pickle
 import resource
 import shutil
 import statistics
@@ -396,13 +397,14 @@ def resident() -> float:
 
 
 def manifest(tensors: int = 1000) -> Iterator[str]:
-    """Rows: ranks, the manifest's KiB, seconds of rank 0 to judge all plans, to encode, and of a reader to decode."""
+    """Rows: ranks, the manifest's KiB, seconds of rank 0 to unpickle and judge all plans, to encode, and of a reader to
+    decode; and of rank 0 at the next save, for its own digest and all ranks'."""
     import torch
 
-    from disttrain.checkpoint import Box, Manifest
+    from disttrain.checkpoint import Box, Manifest, Shard
     from disttrain.checkpoint.layout import Entry
     from disttrain.checkpoint.manifest import FileInfo, decode_manifest, encode_manifest
-    from disttrain.checkpoint.save import judge_tensors
+    from disttrain.checkpoint.save import PlanMemory, judge_tensors, plan_digest
 
     for layout in ("each tensor cut over all ranks", "each tensor on one rank"):
         for ranks in (1, 8, 64, 512, 1024):
@@ -415,14 +417,24 @@ def manifest(tensors: int = 1000) -> Iterator[str]:
                 else:
                     plans[number % ranks].append(Entry(name, (1024, 256), torch.float32, Box((0, 0), (1024, 256))))
             files = {f"rank-{rank:05d}.safetensors": FileInfo(1, (0,)) for rank in range(ranks) if plans[rank]}
+            told = [pickle.dumps(plan) for plan in plans]
             began = time.perf_counter()
+            plans = [pickle.loads(one) for one in told]
+            read = time.perf_counter()
             infos = judge_tensors([], plans)
             judged = time.perf_counter()
             raw = encode_manifest(Manifest(1, 2**24, infos, files, {}))
             encoded = time.perf_counter()
             decode_manifest(raw, where="bench")
-            took = judged - began, encoded - judged, time.perf_counter() - encoded
-            yield f"| {layout} | {ranks} | {len(raw) / 1024:.0f} | " + " | ".join(f"{one:.2f}" for one in took) + " |"
+            decoded = time.perf_counter()
+            own = [Shard(e.name, e.shape, e.box, torch.empty(0)) for e in plans[0]]
+            memory, digests = PlanMemory(), [bytes(32)] * ranks
+            memory.keep([pickle.loads(pickle.dumps(one)) for one in digests], infos)
+            again = time.perf_counter()
+            plan_digest(own, 0)
+            assert memory.recall(digests) is not None
+            took = read - began, judged - read, encoded - judged, decoded - encoded, time.perf_counter() - again
+            yield f"| {layout} | {ranks} | {len(raw) / 1024:.0f} | " + " | ".join(f"{one:.3f}" for one in took) + " |"
 
 
 def _rows(rank: int, ranks: int) -> Any:
@@ -474,7 +486,8 @@ def main() -> None:
                 for rank, one in enumerate(run_ranks(given.ranks, memory, given.mib, folder)):
                     print(f"| {rank} | {one['state']:.0f} | {one['above it']:.1f} |")
             else:
-                print("\n| | ranks | KiB | judge, s | encode, s | decode, s |\n|---|---:|---:|---:|---:|---:|")
+                print("\n| | ranks | KiB | unpickle, s | judge, s | encode, s | decode, s | next save, s |")
+                print("|---|---:|---:|---:|---:|---:|---:|---:|")
                 for row in manifest():
                     print(row, flush=True)
 

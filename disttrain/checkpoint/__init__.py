@@ -24,7 +24,7 @@ from disttrain.checkpoint.manifest import Manifest, StoredBox, TensorInfo
 from disttrain.checkpoint.reader import Checkpoint, Differences, PlacedBox
 from disttrain.checkpoint.remote import address_fault
 from disttrain.checkpoint.retention import Best, Retention
-from disttrain.checkpoint.save import save_checkpoint
+from disttrain.checkpoint.save import PlanMemory, save_checkpoint
 from disttrain.checkpoint.shards import KINDS, Ranks, Shard, SoleRank, whole_shard
 from disttrain.checkpoint.staging import StagingBuffer
 from disttrain.checkpoint.storage import storage_of
@@ -41,6 +41,7 @@ __all__ = [
     "Place",
     "PlaceT",
     "PlacedBox",
+    "PlanMemory",
     "Ranks",
     "Retention",
     "Shard",

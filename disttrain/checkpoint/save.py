@@ -1,14 +1,16 @@
 """Writing a checkpoint: each rank its own file, the manifest last, one commit.
 
-Two meetings of the ranks: all plans are judged before a byte is written, all files before the commit. Holds one
-piece of one tensor at a time beyond the state itself. Refuses an existing name; leaves nothing behind when it fails.
+The ranks meet to say whether they are cut as at the save before, to have all plans judged before a byte is written,
+and all files before the commit. Holds one piece of one tensor at a time beyond the state itself. Refuses an existing
+name; leaves nothing behind when it fails.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from typing import Any, cast
 
 import torch
@@ -46,14 +48,17 @@ def save_checkpoint(
     *,
     disk: Disk | None = None,
     chunk_bytes: int = CHUNK_BYTES,
+    plans: PlanMemory | None = None,
 ) -> PlaceT:
     """Save all ranks' shards and rank 0's document as `root/step-NNNNNNNN`; returns that place. Collective.
 
     When it returns, the checkpoint is whole and durable; when it raises CheckpointError (on every rank, with the
     first cause), nothing of it is left, unless only the sync after the commit failed. `document` is a JSON object;
-    tuples in it come back as lists.
+    tuples in it come back as lists. `plans`, given to one save after the other, spares all but the first what
+    grows with ranks times tensors.
     """
-    save = _Save(storage_of(cast(Place, root), disk), root / step_folder(step), step, tuple(shards), ranks, chunk_bytes)
+    storage, target = storage_of(cast(Place, root), disk), root / step_folder(step)
+    save = _Save(storage, target, step, tuple(shards), ranks, chunk_bytes, plans or PlanMemory())
     asked = f"The checkpoint of step {step} could not be saved to {save.target}."
     head, entries, staging, tensors = save.agree_on_plan(document, asked)
     try:
@@ -70,12 +75,32 @@ def save_checkpoint(
     return below(root, save.target.name)
 
 
+class PlanMemory:
+    """What rank 0 made of all ranks' plans, and by which digests it knows them again. Empty on the other ranks."""
+
+    def __init__(self) -> None:
+        self._digests: list[bytes] = []
+        self._tensors: Mapping[str, TensorInfo] = {}
+
+    def recall(self, digests: list[bytes]) -> Mapping[str, TensorInfo] | None:
+        """All tensors, if every rank's plan is what it was; None if not."""
+        return self._tensors if digests == self._digests else None
+
+    def keep(self, digests: list[bytes], tensors: Mapping[str, TensorInfo]) -> None:
+        """Know these again."""
+        self._digests, self._tensors = digests, tensors
+
+
 @dataclass(frozen=True)
 class _Plan:
-    """What one rank means to write: `entries` (empty boxes: only named), `size` its file's bytes, 0 for no file."""
+    """What one rank means to write: `entries` (empty boxes: only named), `size` its file's bytes, 0 for no file.
+
+    `digest` is that of all it is made from.
+    """
 
     entries: tuple[Entry, ...]
     size: int
+    digest: bytes
 
 
 @dataclass(frozen=True)
@@ -93,6 +118,7 @@ class _Save:
     shards: tuple[Shard, ...]
     ranks: Ranks
     chunk_bytes: int
+    plans: PlanMemory
     committed: list[bool] = field(default_factory=list)
 
     def agree_on_plan(
@@ -102,21 +128,28 @@ class _Save:
 
         Collective.
         """
-        mine: list[tuple[bytes, list[Entry]]] = []
+        mine: list[tuple[bytes, list[Entry], _Plan]] = []
         tensors: dict[str, TensorInfo] = {}
+        digests: list[bytes] = []
 
-        def plan() -> _Plan:
+        def plan() -> bytes:
             refuse_bad_shards(self.shards)
-            chosen = choose_shards(self.shards)
-            entries = [Entry(s.name, s.shape, s.tensor.dtype, s.box) for s in chosen]
+            entries = [Entry(s.name, s.shape, s.tensor.dtype, s.box) for s in choose_shards(self.shards)]
             metadata = {"format": "pt", "disttrain": f"step {self.step}, rank {self.ranks.rank} of {self.ranks.size}"}
             head, placed = plan_file([entry for entry in entries if entry.box.numel], metadata)
-            mine.append((head, placed))
-            empty = [entry for entry in entries if not entry.box.numel]
-            return _Plan((*placed, *empty), placed[-1].stop if placed else 0)
+            every = (*placed, *(entry for entry in entries if not entry.box.numel))
+            digest = plan_digest(self.shards, len(head))
+            mine.append((head, placed, _Plan(every, placed[-1].stop if placed else 0, digest)))
+            return digest
+
+        def recall(found: list[bytes]) -> bool:
+            digests.extend(found)
+            return self.plans.recall(found) is not None
 
         def judge(plans: list[_Plan]) -> _Staging:
-            tensors.update(judge_tensors(self.shards, [plan.entries for plan in plans]))
+            known = self.plans.recall(digests)
+            tensors.update(judge_tensors(self.shards, [plan.entries for plan in plans]) if known is None else known)
+            self.plans.keep(digests, tensors)
             checked_document(document)
             needed, free = sum(plan.size for plan in plans), self.storage.free_bytes(self.target.parent)
             try:
@@ -127,8 +160,10 @@ class _Save:
             except OSError as error:
                 raise self._refusal(error, _Staging(self.target.parent, needed, free)) from error
 
-        staging = take_step(self.ranks, plan, judge, asked=asked)
-        return *mine[0], staging, tensors
+        known = take_step(self.ranks, plan, recall, asked=asked)
+        head, placed, own = mine[0]
+        brought = replace(own, entries=()) if known else own
+        return head, placed, take_step(self.ranks, lambda: brought, judge, asked=asked), tensors
 
     def write(self, staging: _Staging, head: bytes, entries: Sequence[Entry]) -> FileInfo | None:
         """This rank's file, synced; its size and checksums, None where it writes nothing. Local."""
@@ -219,6 +254,12 @@ def choose_shards(shards: Sequence[Shard]) -> list[Shard]:
             if writer == shard.replica[0]:
                 chosen.append(shard)
     return chosen
+
+
+def plan_digest(shards: Sequence[Shard], head_bytes: int) -> bytes:
+    """Of all that a rank's plan, and what rank 0 makes of it, come from. Pure."""
+    told = [(s.name, s.shape, s.tensor.dtype, s.box.offsets, s.box.sizes, s.replica) for s in shards]
+    return sha256(repr((told, head_bytes)).encode()).digest()
 
 
 def judge_tensors(shards: Sequence[Shard], plans: Sequence[Sequence[Entry]]) -> dict[str, TensorInfo]:

@@ -13,7 +13,7 @@ import threading
 import time
 from dataclasses import replace
 
-from disttrain.checkpoint import Best, Place, Ranks, Retention, SoleRank, StagingBuffer
+from disttrain.checkpoint import Best, Place, PlanMemory, Ranks, Retention, SoleRank, StagingBuffer
 from disttrain.config.schema import CheckpointConfig
 from disttrain.engine import snapshot
 from disttrain.engine.record import Record
@@ -39,6 +39,7 @@ class Saver:
         best = Best(**vars(config.best)) if config.best is not None else None
         self._retention = Retention(record.checkpoints, config.keep_last, config.keep_every, best)
         self._staging = StagingBuffer()
+        self._plans = PlanMemory()
         self._beside: Ranks | None = None
         self._running: _Background | None = None
         self.saved_at = -1
@@ -138,7 +139,7 @@ class Saver:
         root, first = self._record.checkpoints, None
         for tried in range(1, _TRIES + 1):
             try:
-                path = snapshot.commit(taken, root, ranks)
+                path = snapshot.commit(taken, root, ranks, self._plans)
                 break
             except CheckpointError as error:
                 first = first or error

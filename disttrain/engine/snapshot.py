@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from disttrain.checkpoint import Checkpoint, Differences, Place, PlaceT, Ranks, Shard, save_checkpoint
+from disttrain.checkpoint import Checkpoint, Differences, Place, PlaceT, PlanMemory, Ranks, Shard, save_checkpoint
 from disttrain.checkpoint.formats import Rename, load_weights_into
 from disttrain.config import Config
 from disttrain.engine.base import Base, base_of, refuse_other_base
@@ -98,7 +98,7 @@ def take(parts: Parts, progress: Progress, evaluation: Mapping[str, float]) -> S
     return Snapshot(progress.steps, shards, document, frozenset(_trained(parts.prepared)))
 
 
-def commit(snapshot: Snapshot, root: PlaceT, ranks: Ranks) -> PlaceT:
+def commit(snapshot: Snapshot, root: PlaceT, ranks: Ranks, plans: PlanMemory | None = None) -> PlaceT:
     """Write a snapshot as a checkpoint; returns its folder. Collective over `ranks`; any thread may do it.
 
     Raises TrainingError on every rank where weights are not finite: such a checkpoint would end every resume.
@@ -118,7 +118,7 @@ def commit(snapshot: Snapshot, root: PlaceT, ranks: Ranks) -> PlaceT:
                 "or set report.every=1, which looks at every step's gradient before it is applied",
             )
         )
-    return save_checkpoint(root, snapshot.step, snapshot.shards, snapshot.document, ranks)
+    return save_checkpoint(root, snapshot.step, snapshot.shards, snapshot.document, ranks, plans=plans)
 
 
 def _is_finite(tensor: Tensor) -> bool:
