@@ -15,6 +15,7 @@ import logging
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -49,6 +50,7 @@ from disttrain.strategy.state import replicated_shards
 from disttrain.strategy.zero_config import bound_gathered, engine_config
 from disttrain.strategy.zero_construction import cut_whole, fill_cut, largest_module, with_whole_shape
 from disttrain.strategy.zero_gradients import discard_step, forget_step
+from disttrain.strategy.zero_order import CallOrder
 from disttrain.strategy.zero_partitions import partition_shards, share_masters, spread_loaded
 
 _log = room_logger("strategy")
@@ -103,6 +105,7 @@ class DeepSpeed(AbstractStrategy):
     def __init__(self, options: Any, world: World) -> None:
         super().__init__(options, world)
         self._deepspeed = _import_deepspeed(world.device)
+        self._orders: dict[str, CallOrder] = {}
         self._config = engine_config(options, world.precision, world.device.type)
         if clip_left_out(options.native):
             _log.info(
@@ -131,6 +134,8 @@ class DeepSpeed(AbstractStrategy):
             )
         share_masters(engine.optimizer)
         prepared.wrapped = engine
+        if self.options.stage == 3 and self.world.group.size > 1:
+            self._orders[prepared.name] = CallOrder(engine.module)
         return prepared
 
     def _build(self, ingredients: Ingredients) -> nn.Module:
@@ -159,6 +164,7 @@ class DeepSpeed(AbstractStrategy):
         self, prepared: Prepared, micro_batches: Sequence[MicroBatch], objective: Objective, flags: Sequence[float] = ()
     ) -> StepSums:
         engine = prepared.wrapped
+        order = self._orders.get(prepared.name)
         world_size = self.world.group.size
 
         def backward(total: Tensor) -> None:
@@ -168,7 +174,7 @@ class DeepSpeed(AbstractStrategy):
 
         def through(*call: Any) -> Any:
             # DeepSpeed ends an autocast that it did not enter, with a warning; `_Call` enters it inside.
-            with torch.autocast(self.world.device.type, enabled=False):
+            with torch.autocast(self.world.device.type, enabled=False), order.watched() if order else nullcontext():
                 return engine(*call)
 
         step = self.world, prepared, micro_batches, objective, flags

@@ -9,28 +9,17 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from disttrain.errors import TrainingError
 from disttrain.optim.named import NamedParameter
-from disttrain.strategy.trail import other_trails
+from disttrain.strategy.trail import agree_on_way
 
 
 def agree_on_reached(total: Tensor, named: Sequence[NamedParameter]) -> None:
     """Collective, one small all-reduce. Raises TrainingError on every rank where they reach other parameters."""
     found = reached(total)
     names = [one.name for one in named if id(one.parameter) in found]
-    digest = zlib.crc32(repr(names).encode())
-    ends = torch.tensor([digest, -digest])  # on the host: the device is not waited for
-    dist.all_reduce(ends, dist.ReduceOp.MAX)
-    if ends[0] == -ends[1]:
-        return
-    everyone: list[list[str]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(everyone, names)
-    rank = next(rank for rank, other in enumerate(everyone) if other != everyone[0])
-    raise TrainingError(other_trails(everyone[0], rank, everyone[rank]))
+    agree_on_way(zlib.crc32(repr(names).encode()), names)
 
 
 def reached(total: Tensor) -> set[int]:

@@ -9,7 +9,10 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 
-from disttrain.errors import explain
+import torch
+import torch.distributed as dist
+
+from disttrain.errors import TrainingError, explain
 
 
 class Trail:
@@ -28,6 +31,18 @@ class Trail:
         """This rank goes through `name` now."""
         self.digest = zlib.crc32(name.encode(), self.digest)
         self.seen.add(name)
+
+
+def agree_on_way(digest: int, names: Sequence[str]) -> None:
+    """Collective, one small all-reduce. Raises TrainingError on every rank where digests differ, with their names."""
+    ends = torch.tensor([digest, -digest])  # on the host: the device is not waited for
+    dist.all_reduce(ends, dist.ReduceOp.MAX)
+    if ends[0] == -ends[1]:
+        return
+    everyone: list[tuple[int, Sequence[str]]] = [(0, [])] * dist.get_world_size()
+    dist.all_gather_object(everyone, (digest, names))
+    rank = next(rank for rank, (other, _) in enumerate(everyone) if other != everyone[0][0])
+    raise TrainingError(other_trails(everyone[0][1], rank, everyone[rank][1]))
 
 
 def other_trails(first: Sequence[str], rank: int, other: Sequence[str]) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from disttrain.strategy import zero_order
 from disttrain.strategy.reached import reached
 from disttrain.strategy.trail import Trail, other_trails
 
@@ -35,6 +37,23 @@ def test_it_begins_anew() -> None:
 def test_the_message_names_what_each_alone_went_through() -> None:
     assert "rank 0 alone a, rank 3 alone c, d" in other_trails(["a", "b"], 3, ["b", "c", "d"])
     assert "another order" in other_trails(["a", "b"], 1, ["b", "a"])
+
+
+def test_the_order_of_calls_is_agreed_on_in_the_first_forwards_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, list[str]]] = []
+    monkeypatch.setattr(zero_order, "agree_on_way", lambda digest, names: asked.append((digest, names)))
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Sequential(nn.Linear(2, 2)))
+    order = zero_order.CallOrder(model, forwards=2)
+    model(torch.ones(2))
+    assert not asked, "an evaluation's forward is not watched"
+    for forward in range(1, 4):
+        with order.watched():
+            model(torch.ones(2))
+        assert len(asked) == 3 * min(forward, 2)
+    end = "the end of the forward"
+    assert [names for _, names in asked[:3]] == [["0"], ["0", "2.0"], ["0", "2.0", end]]
+    assert asked[:3] == asked[3:] and len({digest for digest, _ in asked[:3]}) == 3
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 class Branches(nn.Module):
