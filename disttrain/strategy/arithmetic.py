@@ -44,11 +44,12 @@ def run_micro_batches(
     through: Wrapper | None = None,
     backward: Backward = Tensor.backward,
     communicating: Last = lambda last: _NOTHING,
+    watched: Callable[[], AbstractContextManager[Any]] = lambda: _NOTHING,
     add_up: AddUp | None = None,
 ) -> StepSums:
     """The plain loop. The forward runs `through` a wrapper of `ObjectiveCall`, or else the objective on the model;
-    `communicating(last)` surrounds forward and backward of each micro-batch; `add_up` is called with the step's sums
-    before the last backward, and what it returns after it."""
+    `communicating(last)` surrounds a micro-batch's forward and backward, `watched()` its forward; `add_up` is called
+    with the step's sums before the last backward, and what it returns after it."""
     denominators = _agree_on_weights(world, prepared, micro_batches, objective)
     factor = prepared.loss_scale.factor(divided=denominators is not None) if world.scaled else None
     prepared.trail.begin()
@@ -57,7 +58,7 @@ def run_micro_batches(
         context = seed_micro_batch(world, prepared, micro)
         replay = _NOTHING if micro.real else _replay(prepared)
         with communicating(place == len(micro_batches) - 1), replay:
-            with world.computing():
+            with world.computing(), watched():
                 if through is None:
                     loss = objective(prepared.model, micro.batch, context)
                 else:

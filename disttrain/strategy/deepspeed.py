@@ -35,6 +35,7 @@ from disttrain.optim.trials import is_elementwise, kind_of
 from disttrain.runtime import Device, Mesh, MeshSizes, export_for_libraries, read_launch
 from disttrain.strategy.arithmetic import refuse_non_finite, run_micro_batches
 from disttrain.strategy.call import ObjectiveCall
+from disttrain.strategy.call_order import CallOrder
 from disttrain.strategy.construction import build_on_host, equip, name_parameters, settle
 from disttrain.strategy.contract import (
     AbstractStrategy,
@@ -50,7 +51,6 @@ from disttrain.strategy.state import replicated_shards
 from disttrain.strategy.zero_config import bound_gathered, engine_config
 from disttrain.strategy.zero_construction import cut_whole, fill_cut, largest_module, with_whole_shape
 from disttrain.strategy.zero_gradients import discard_step, forget_step
-from disttrain.strategy.zero_order import CallOrder
 from disttrain.strategy.zero_partitions import partition_shards, share_masters, spread_loaded
 
 _log = room_logger("strategy")
@@ -135,7 +135,12 @@ class DeepSpeed(AbstractStrategy):
         share_masters(engine.optimizer)
         prepared.wrapped = engine
         if self.options.stage == 3 and self.world.group.size > 1:
-            self._orders[prepared.name] = CallOrder(engine.module)
+            cut = [
+                (name, one)
+                for name, one in engine.module.named_modules()
+                if next(one.parameters(recurse=False), None) is not None
+            ]
+            self._orders[prepared.name] = CallOrder(cut)
         return prepared
 
     def _build(self, ingredients: Ingredients) -> nn.Module:
@@ -164,7 +169,6 @@ class DeepSpeed(AbstractStrategy):
         self, prepared: Prepared, micro_batches: Sequence[MicroBatch], objective: Objective, flags: Sequence[float] = ()
     ) -> StepSums:
         engine = prepared.wrapped
-        order = self._orders.get(prepared.name)
         world_size = self.world.group.size
 
         def backward(total: Tensor) -> None:
@@ -174,11 +178,13 @@ class DeepSpeed(AbstractStrategy):
 
         def through(*call: Any) -> Any:
             # DeepSpeed ends an autocast that it did not enter, with a warning; `_Call` enters it inside.
-            with torch.autocast(self.world.device.type, enabled=False), order.watched() if order else nullcontext():
+            with torch.autocast(self.world.device.type, enabled=False):
                 return engine(*call)
 
+        order = self._orders.get(prepared.name)
+        watched = order.watched if order is not None else nullcontext
         step = self.world, prepared, micro_batches, objective, flags
-        return run_micro_batches(*step, through=through, backward=backward)
+        return run_micro_batches(*step, through=through, backward=backward, watched=watched)
 
     def step(self, prepared: Prepared, sums: StepSums, *, clip_norm: float | None, want_norm: bool) -> StepOutcome:
         engine = prepared.wrapped

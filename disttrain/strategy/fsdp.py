@@ -34,6 +34,7 @@ from disttrain.optim.trials import is_exact_on_shards, kind_of
 from disttrain.runtime import Device, Mesh, MeshSizes
 from disttrain.runtime.seeds import generators_for
 from disttrain.strategy.arithmetic import Gradients, add_up_together, earlier_apart, run_micro_batches
+from disttrain.strategy.call_order import CallOrder
 from disttrain.strategy.construction import build_on_host, equip, name_parameters, settle
 from disttrain.strategy.contract import (
     AbstractStrategy,
@@ -64,9 +65,10 @@ Muon trains differ by 4e-3 after five steps at two ranks."""
 class _Sharded:
     """How a prepared model is cut: its groups, its tensor plan if it has one, and whether gradients are reduced at
     `every` micro-batch, not in the last one's backward alone. Of the trained parameters, by place in `named`: `parts`
-    are cut and counted in this rank's part of the norm, `whole` are held by every rank."""
+    are cut and counted in this rank's part of the norm, `whole` are held by every rank. `order` watches the blocks."""
 
     groups: Groups
+    order: CallOrder
     tensor: TensorParallel | None
     every: bool
     parts: tuple[int, ...]
@@ -150,6 +152,7 @@ class FSDP(AbstractStrategy):
         places = [(place, named.parameter) for place, named in enumerate(prepared.named)]
         prepared.wrapped = _Sharded(
             Groups(model),
+            CallOrder(blocks if self.world.group.size > 1 else ()),
             tensor,
             every=reduces_every(model, self.options, self.world),
             # What no tensor plan cuts is the same on all ranks of the axis: one of them brings it.
@@ -194,13 +197,14 @@ class FSDP(AbstractStrategy):
             return nullcontext()
 
         step = self.world, prepared, micro_batches, objective, flags
+        around: Any = {"communicating": communicating, "watched": sharded.order.watched}
         tensor = sharded.tensor
         if tensor is None:
             with self._whole_reduced(prepared):
-                return run_micro_batches(*step, communicating=communicating)
+                return run_micro_batches(*step, **around)
         through = partial(tensor.through, model=prepared.model)
         with self._whole_reduced(prepared):
-            sums = run_micro_batches(*step, through=through, backward=tensor.backward, communicating=communicating)
+            sums = run_micro_batches(*step, through=through, backward=tensor.backward, **around)
         tensor.check_alike(prepared.named)
         return sums
 

@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from contract.engine_runs import STRATEGIES, train_all, worst
+from contract.engine_runs import QUIET, STRATEGIES, train_all, worst
 from contract.test_user_models import BATCH, SEED, SOURCE, STEPS, YAML, user_module
 from plain import plain_loop
+from torch import Tensor, nn
 from torch.utils.data import default_collate
 from world import run_world
 
+import disttrain
 from disttrain.data import Order
 from disttrain.errors import TrainingError
 
@@ -70,3 +72,42 @@ def test_others_refuse_before_a_weight_changes(name: str, part: str, config: Pat
     assert part in told[0] or "another order" in told[0]
     metrics = next((config.parent / "runs").glob("*/metrics.jsonl"), None)
     assert metrics is None or len(metrics.read_text().splitlines()) < STEPS
+
+
+class Uneven(nn.Module):
+    """Experts of three sizes, of which a call takes one by its first number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(4, 128), nn.Linear(128, 1)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(128, n), nn.ReLU(), nn.Linear(n, 128)) for n in (96, 256))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.stem(x)
+        return self.head(hidden + self.experts[int(x[0, 0] > 0)](hidden))
+
+
+def part_ways(folder: Path, name: str, at: int) -> tuple[int, str]:
+    """Steps done until the ranks part ways at step `at`, and what was raised."""
+    config = {"run": {"name": "uneven", "dir": str(folder), "seed": SEED, "steps": 3, "timeout_s": 60}}
+    try:
+        with disttrain.Engine(config, [*QUIET, *STRATEGIES[name]]) as engine:
+            engine.prepare("model", Uneven, lambda parameters: torch.optim.AdamW(parameters))
+            for step in range(3):
+                x = torch.ones(2, 4) * (-1 if step >= at and engine.rank else 1)
+                batches = engine.micro_batches([torch.ones(2, 4), x])
+                engine.accumulate("model", batches, lambda model, x: (model(x).square().sum(), len(x)))
+                engine.step("model")
+                engine.log()
+    except TrainingError as error:
+        return engine.progress.steps, str(error)
+    return 3, "nothing raised"
+
+
+@pytest.mark.parametrize("at", [0, 2])
+@pytest.mark.parametrize("name", ["fsdp", "zero3"])
+def test_modules_of_other_sizes_are_not_gathered_as_one(name: str, at: int, tmp_path: Path) -> None:
+    """Which gloo answers with SIGABRT, or not at all: 24,800 elements and 65,920, too many for ZeRO 3 to keep whole."""
+    told: list[Any] = run_world(2, part_ways, tmp_path, name, at)
+    assert told[0] == told[1] and told[0][0] == at
+    assert "go through the same parts" in told[0][1] and "experts.1" in told[0][1] and "experts.0" in told[0][1]

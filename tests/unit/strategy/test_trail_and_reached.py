@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from disttrain.strategy import zero_order
+from disttrain.strategy import call_order
 from disttrain.strategy.reached import reached
 from disttrain.strategy.trail import Trail, other_trails
 
@@ -39,20 +39,35 @@ def test_the_message_names_what_each_alone_went_through() -> None:
     assert "another order" in other_trails(["a", "b"], 1, ["b", "a"])
 
 
-def test_the_order_of_calls_is_agreed_on_in_the_first_forwards_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+class Chosen(nn.Module):
+    """Calls the first of its layers, and the second where it is asked to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(2, 2), nn.Linear(2, 2)
+
+    def forward(self, x: torch.Tensor, *, both: bool) -> torch.Tensor:
+        return self.second(self.first(x)) if both else self.first(x)
+
+
+@pytest.mark.parametrize(("begins_with_both", "watched"), [(True, 1), (False, 3)])
+def test_calls_are_agreed_on_until_a_forward_calls_all_or_long_enough(
+    begins_with_both: bool, watched: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[tuple[int, list[str]]] = []
-    monkeypatch.setattr(zero_order, "agree_on_way", lambda digest, names: asked.append((digest, names)))
-    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Sequential(nn.Linear(2, 2)))
-    order = zero_order.CallOrder(model, forwards=2)
-    model(torch.ones(2))
+    monkeypatch.setattr(call_order, "agree_on_way", lambda digest, names: asked.append((digest, names)))
+    model = Chosen()
+    order = call_order.CallOrder(model.named_children(), forwards=3)
+    model(torch.ones(2), both=True)
     assert not asked, "an evaluation's forward is not watched"
-    for forward in range(1, 4):
+    for _ in range(5):
         with order.watched():
-            model(torch.ones(2))
-        assert len(asked) == 3 * min(forward, 2)
+            model(torch.ones(2), both=begins_with_both)
     end = "the end of the forward"
-    assert [names for _, names in asked[:3]] == [["0"], ["0", "2.0"], ["0", "2.0", end]]
-    assert asked[:3] == asked[3:] and len({digest for digest, _ in asked[:3]}) == 3
+    way = [["first"], ["first", "second"]] if begins_with_both else [["first"]]
+    way.append([*way[-1], end])
+    assert [names for _, names in asked] == way * watched
+    assert len({digest for digest, _ in asked}) == len(way)
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
