@@ -30,13 +30,15 @@ fifth of reading it, where after 16 MiB it costs as much again."""
 class ChunkReader:
     """One open file of a checkpoint. Made by a storage's `open_chunks`.
 
-    What is summed is read by `piece_bytes`; what is not, by whole chunks.
+    What is summed is read by `piece_bytes`; without, and what is not summed, by whole chunks: each time that a store is
+    asked costs.
     """
 
-    def __init__(self, fill: Fill, name: str, info: FileInfo, chunk_bytes: int, piece_bytes: int) -> None:
+    def __init__(self, fill: Fill, name: str, info: FileInfo, chunk_bytes: int, piece_bytes: int | None = None) -> None:
         self.name = name
+        self.asks_cost = piece_bytes is None
         self._fill, self._info, self._chunk_bytes = fill, info, chunk_bytes
-        self._piece_bytes = min(piece_bytes, chunk_bytes)
+        self._piece_bytes = min(piece_bytes or chunk_bytes, chunk_bytes)
 
     @cached_property
     def buffer(self) -> bytearray:
@@ -83,7 +85,7 @@ class ChunkReader:
         """The places and what lies around them, all of the chunk in order, by pieces."""
         at, end = self.span(chunk)
         size = self._piece_bytes
-        for begin, view in [*places, (end, self._scrap[:0])]:
+        for begin, view in [*places, (end, memoryview(b""))]:
             yield from ((start, self._scrap[: begin - start]) for start in range(at, begin, size))
             yield from ((begin + done, view[done : done + size]) for done in range(0, len(view), size))
             at = begin + len(view)

@@ -1,7 +1,8 @@
 """Reading a checkpoint: its manifest first, then only the chunks that hold what is asked for, each checked.
 
 `Checkpoint` is local: no rank waits for another. Holds one chunk in memory beyond the tensors it fills. Refuses links,
-paths that leave the folder, and every byte whose checksum does not fit.
+paths that leave the folder, and every byte whose checksum does not fit: before a tensor is touched, unless all ranks
+have just read everything together (`trust`); what goes bad after that is an error while tensors are filled.
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ class Checkpoint:
     def open(cls, path: str | Place, *, verify: bool = True) -> Checkpoint:
         """Read and check the manifest, and that every file is there with its size; tensors stay there. Local.
 
-        With `verify`, every chunk read later is checked against its checksum before its bytes are used. Raises
-        CheckpointError for whatever is not a whole checkpoint.
+        With `verify`, every chunk read later is held against its checksum. Raises CheckpointError for whatever is no
+        whole checkpoint.
         """
         path = place_of(path)
         storage = storage_of(path)
@@ -104,7 +105,8 @@ class Checkpoint:
     def load_into(self, shards: Sequence[Shard], *, strict: bool = True, ignore: Collection[str] = ()) -> Differences:
         """Copy what is stored into the shards' tensors, whatever boxes it was saved in. Local; two passes.
 
-        Nothing is written before all names and shapes fit and (with `verify`) every chunk needed was read and checked.
+        Nothing is written before all names and shapes fit and (with `verify`, unless after `trust`) every chunk needed
+        was read and checked.
         `strict` refuses missing names, and stored ones that no shard asks for, but for those in `ignore`. Floating
         dtypes are converted to the shard's; any other change of dtype is refused. Raises CheckpointError with all
         missing, unexpected and misshapen names.
@@ -130,7 +132,8 @@ class Checkpoint:
     def trust(self) -> None:
         """All ranks together have just read every chunk whole: `load_into` then reads what it needs once.
 
-        What this process has not read itself is checked on the way, so that damage done meanwhile is an error.
+        What this process has not read itself is checked on the way, so that damage done meanwhile is an error; what the
+        tensors hold then is not to be used.
         """
         self._trusted = True
 
@@ -244,17 +247,20 @@ class Checkpoint:
             for chunk, copies in _plan_copies(jobs, self._manifest.chunk_bytes):
                 known = not self._verify or (file, chunk) in self._checked
                 direct, through = _ways(copies, known)
+                begin, end = reader.span(chunk)
+                if reader.asks_cost and [len(view) for _, view in direct] != [end - begin]:
+                    direct, through = [], copies  # one that is a whole chunk goes straight, else the chunk is asked for
                 fault = None
                 if direct:
                     fault = reader.scatter(chunk, [(copy.first, view) for copy, view in direct], verify=not known)
                 if through and not fault:
                     fault = reader.read(chunk, verify=not known)
-                if fault:
-                    raise self._damaged([fault])
                 for copy, _ in direct:
                     torch.autograd.graph.increment_version(copy.job.into)  # torch has not seen it change
+                if fault:
+                    raise self._damaged([fault])
                 for copy in through:
-                    copy.perform(reader.buffer, reader.span(chunk)[0])
+                    copy.perform(reader.buffer, begin)
 
     def _open(self, file: str) -> AbstractContextManager[ChunkReader]:
         return self._storage.open_chunks(self.path / file, self._manifest.files[file], self._manifest.chunk_bytes)

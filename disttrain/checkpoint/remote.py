@@ -159,7 +159,7 @@ class RemoteStorage:
             view[: len(content)] = content
             return len(content)
 
-        yield ChunkReader(fill, path.name, info, chunk_bytes, chunk_bytes)
+        yield ChunkReader(fill, path.name, info, chunk_bytes)
 
     # ------------------------------------------------------------------ writing one checkpoint
 

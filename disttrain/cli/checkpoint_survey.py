@@ -9,16 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC
+from itertools import islice
 from pathlib import Path
 
 from disttrain.checkpoint import Manifest, Place, place_of, step_folder, step_of, storage_of
-from disttrain.checkpoint.folder import STAGING
 from disttrain.checkpoint.manifest import MANIFEST, decode_manifest
 from disttrain.engine.places import checkpoints_in
 from disttrain.errors import CheckpointError, explain
 from disttrain.report import RunFolder
 
 _ASIDE = "rejected-"
+_UNFINISHED = "staging: being written or removed, or left by a killed process; the run's next start clears it"
+_LOOKED_INTO = 100
+"""Names in a folder of runs: each costs a store a listing."""
 
 
 @dataclass(frozen=True)
@@ -151,10 +154,12 @@ def _find(path: Place) -> Listing:
         return Listing(path, None, (path,))
     root = checkpoints_in(path) or path
     inside = [root / name for name in storage_of(root).names(root)]
-    steps = sorted((step, one) for one in inside if (step := step_of(one.name)) is not None)
+    unfinished = storage_of(root).unfinished(root)  # in a store a save under way has a checkpoint's name
+    steps = sorted((step, one) for one in inside if (step := step_of(one.name)) is not None and one not in unfinished)
     if steps:
         found = tuple(one for _, one in steps)
-        return Listing(path, root, found, tuple((one, _what(one.name)) for one in inside if one not in found))
+        others = [(one, _UNFINISHED if one in unfinished else _what(one.name)) for one in inside if one not in found]
+        return Listing(path, root, found, tuple(others))
     _refuse_run(path, root, [one.name for one in inside])
     storage.read_manifest(path)  # raises, with whose folder it is
     raise CheckpointError(explain(f"{path} is to hold checkpoints.", "a folder that changes meanwhile", "try again"))
@@ -168,14 +173,13 @@ def _refuse_run(path: Place, root: Place, inside: Sequence[str]) -> None:
         among = f"only {', '.join(inside[:5])}" if inside else "an empty folder"
         do = "let the run come to its first checkpoint (checkpoint.every)"
         raise CheckpointError(explain(asked, f"no step-NNNNNNNN in {root}: {among}", do))
-    runs = [name for name in inside if checkpoints_in(path / name) is not None]
+    among_them = (name for name in inside[:_LOOKED_INTO] if checkpoints_in(path / name) is not None)
+    runs = list(islice(among_them, 8))
     if runs:
-        raise CheckpointError(explain(asked, f"a folder of runs: {', '.join(runs[:8])}", "name one of them"))
+        raise CheckpointError(explain(asked, f"a folder of runs: {', '.join(runs)}", "name one of them"))
 
 
 def _what(name: str) -> str:
-    if name.startswith(STAGING):
-        return "staging: being written or removed, or left by a killed process; the run's next start clears it"
     if name == ".lock":
         return "what a run locks the folder with"
     return "set aside: a resume found it not whole" if name.startswith(_ASIDE) else "stray: not disttrain's"

@@ -44,8 +44,10 @@ def checkpoints_in(place: Place) -> Place | None:
         config = parse_value(folder.config.read_text(encoding="utf-8"))
     except (OSError, ValueError, YAMLError):  # no run's folder: what it is, its reader will say
         return None
-    storage = _storage_in(config) if isinstance(config, Mapping) else None
-    return place_of(storage) / config["run"]["name"] if storage else None
+    if not isinstance(config, Mapping):
+        return None
+    storage, name = _text_in(config, "checkpoint", "storage"), _text_in(config, "run", "name")
+    return place_of(storage) / name if storage and name else None
 
 
 def refuse_moved(folder: RunFolder, theirs: Mapping[str, Any], config: Config) -> None:
@@ -53,7 +55,7 @@ def refuse_moved(folder: RunFolder, theirs: Mapping[str, Any], config: Config) -
 
     The run would find none, and begin anew over what the folder tells of it.
     """
-    before, now = _storage_in(theirs), config.checkpoint.storage
+    before, now = _text_in(theirs, "checkpoint", "storage"), config.checkpoint.storage
     if before != now:
         raise CheckpointError(
             explain(
@@ -64,7 +66,8 @@ def refuse_moved(folder: RunFolder, theirs: Mapping[str, Any], config: Config) -
         )
 
 
-def _storage_in(config: Mapping[str, Any]) -> str | None:
-    section = config.get("checkpoint")
-    storage = section.get("storage") if isinstance(section, Mapping) else None
-    return storage if isinstance(storage, str) else None
+def _text_in(config: Mapping[str, Any], section: str, key: str) -> str | None:
+    """What a config found somewhere says there, be it whose it may."""
+    held = config.get(section)
+    found = held.get(key) if isinstance(held, Mapping) else None
+    return found if isinstance(found, str) else None

@@ -142,7 +142,7 @@ def _lay_out(parameters: Sequence[nn.Parameter]) -> None:
     gradients: list[Any] = [parameter.grad for parameter in held]
     if list(map(Tensor.stride, gradients)) != list(map(Tensor.stride, held)):
         for parameter, gradient in zip(held, gradients, strict=True):
-            if gradient.stride() != parameter.stride():
+            if gradient.stride() != parameter.stride() and not gradient.is_sparse:  # those are refused in words
                 parameter.grad = torch.empty_like(parameter).copy_(gradient)
 
 

@@ -77,6 +77,24 @@ def test_a_loop_that_forgets_to_log_is_told(tmp_path: Path) -> None:
             engine.step("model")
 
 
+@pytest.mark.parametrize("background", ["false", "true"])
+def test_nothing_is_saved_between_a_step_and_its_log(background: str, tmp_path: Path) -> None:
+    """The weights are those of a step that is not counted yet."""
+    background = f"checkpoint.background={background}"
+    engine, batches, objective = prepared_in(tmp_path, "checkpoint.every=1", background, steps=4)
+    with engine:
+        for number in range(2):
+            engine.accumulate("model", next(batches), objective)
+            engine.step("model")
+            for act in (engine.save, engine.should_stop) if number else ():
+                with pytest.raises(ConfigError, match=r"no engine\.log"):
+                    act()
+            engine.log()
+        assert not list(tmp_path.rglob("step-*"))
+        engine.should_stop()
+    assert [path.name for path in tmp_path.rglob("step-*")] == ["step-00000002"]
+
+
 def test_a_frozen_model_is_not_accumulated_into(tmp_path: Path) -> None:
     user = user_module()
     with engine_in(tmp_path, steps=2) as engine:

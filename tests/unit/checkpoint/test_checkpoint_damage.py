@@ -19,8 +19,10 @@ import torch
 from checkpoint_world import LAYOUTS, blank, on_ranks, same_bits, seal, some_tensors
 
 from disttrain.checkpoint import (
+    Box,
     Checkpoint,
     Disk,
+    Shard,
     SoleRank,
     list_checkpoints,
     newest_whole,
@@ -149,6 +151,50 @@ def test_damage_names_the_file_and_nothing_is_copied_before_it_is_found(tmp_path
     with pytest.raises(CheckpointError, match=r"rank-00001\.safetensors, bytes \d+ to \d+: checksum"):
         Checkpoint.open(path).load_into(shards)
     assert all(same_bits(shard.tensor, torch.zeros_like(shard.tensor)) for shard in shards)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["straight", "through the buffer"])
+def test_damage_done_after_all_was_verified_is_found_while_tensors_are_filled(tmp_path: Path, dtype: Any) -> None:
+    """In the bytes asked for, between them, in the header: in every chunk that this process reads for the first time."""
+    tensors = {f"model/m/{name}": torch.arange(float(size)) for name, size in (("a", 300), ("b", 2500), ("c", 40))}
+    path = save_checkpoint(
+        tmp_path, 1, [whole_shard(*item) for item in tensors.items()], {}, SoleRank(), chunk_bytes=4096
+    )
+    file = path / "rank-00000.safetensors"
+    found = Checkpoint.open(path)
+    starts = {name: found.located(name)[0].start for name in tensors}
+    a, b = starts["model/m/a"], starts["model/m/b"]
+    assert a < b < 4096 < b + 4 * 2500 - 4096 < starts["model/m/c"], "three chunks: b begins in the first"
+
+    def load(*names: str) -> list[torch.Tensor]:
+        checkpoint = Checkpoint.open(path)
+        checkpoint.trust()  # as after `newest_whole`: other ranks have read it
+        into = [torch.zeros(tensors[name].shape, dtype=dtype) for name in names]
+        checkpoint.load_into([whole_shard(*item) for item in zip(names, into, strict=True)], strict=False)
+        return into
+
+    assert torch.equal(load("model/m/b")[0], tensors["model/m/b"].to(dtype))
+    whole = file.read_bytes()
+    for place in (9, a, a + 1199, b, 4095, 4096, 4097, b + 4 * 2500 - 1, len(whole) - 1):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(CheckpointError, match=r"rank-00000\.safetensors, bytes \d+ to \d+: checksum"):
+            load("model/m/b", "model/m/c")
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert torch.equal(load("model/m/a")[0], tensors["model/m/a"].to(dtype)), "what is not read is not missed"
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_shards_may_ask_for_the_same_bytes_and_in_any_order(tmp_path: Path, trusted: bool) -> None:
+    rows = torch.arange(120.0).view(30, 4)
+    path = save_checkpoint(tmp_path, 1, [whole_shard("model/m/w", rows)], {}, SoleRank(), chunk_bytes=4096)
+    boxes = [Box((first, 0), (count, 4)) for first, count in ((20, 10), (0, 20), (10, 15), (0, 30), (29, 1))]
+    for chosen in (boxes, boxes[::-1], boxes[:2], boxes[1::-1]):
+        checkpoint = Checkpoint.open(path)
+        if trusted:
+            checkpoint.trust()
+        shards = [Shard("model/m/w", (30, 4), box, torch.zeros(box.sizes)) for box in chosen]
+        checkpoint.load_into(shards)
+        assert all(torch.equal(shard.tensor, rows[shard.box.slices()]) for shard in shards)
 
 
 def test_resuming_goes_on_from_the_newest_whole_one_and_says_what_was_wrong(tmp_path: Path) -> None:

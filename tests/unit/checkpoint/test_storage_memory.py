@@ -194,6 +194,34 @@ def test_one_flipped_byte_is_found_and_the_run_goes_on_from_the_one_before(store
     assert all(same_bits(shard.tensor, torch.zeros_like(shard.tensor)) for shard in shards)
 
 
+@pytest.mark.parametrize("trusted", [False, True])
+def test_a_store_is_asked_once_for_a_chunk_however_many_tensors_are_in_it(
+    store: Any, trusted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = {f"model/m/small{number:03d}": torch.full((64,), float(number)) for number in range(100)}
+    tensors["model/m/zz_large"] = torch.arange(5000.0)
+    path = save_checkpoint(ROOT, 1, [whole_shard(*item) for item in tensors.items()], {}, SoleRank(), chunk_bytes=4096)
+    chunks = sum(len(info.chunks) for info in Checkpoint.open(path).manifest.files.values())
+    asked: list[tuple[int, int]] = []
+    system = type(fsspec.filesystem("memory"))
+    plain = system.cat_file
+
+    def counted(self: Any, where: str, start: int | None = None, end: int | None = None, **more: Any) -> bytes:
+        if start is not None and end is not None:
+            asked.append((start, end))
+        return plain(self, where, start=start, end=end, **more)
+
+    monkeypatch.setattr(system, "cat_file", counted)
+    into = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    checkpoint = Checkpoint.open(path)
+    if trusted:
+        checkpoint.trust()
+    checkpoint.load_into([whole_shard(*item) for item in into.items()])
+    assert all(torch.equal(into[name], tensor) for name, tensor in tensors.items())
+    headers = -(-asked[0][1] // 4096) + 2
+    assert len(asked) <= (1 if trusted else 2) * chunks + headers, "to check it and to fill, or once"
+
+
 def test_a_missing_or_shortened_file_is_named(store: Any) -> None:
     path = save(100)
     name = "/bucket/run/step-00000100/rank-00001.safetensors"

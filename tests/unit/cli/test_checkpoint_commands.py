@@ -610,6 +610,21 @@ def test_a_storage_that_is_a_folder_is_not_pruned_while_a_run_writes_to_it(
     assert sorted(path.name for path in storage.iterdir()) == [".lock", "step-00000002"]
 
 
+def test_a_save_under_way_in_a_store_is_no_damage(ckpt: Callable[..., Done], store: Any) -> None:
+    there = "memory://bucket/one"
+    save_in(Address(there), 1)
+    save_in(Address(there), 2)
+    del store["/bucket/one/step-00000002/manifest.json"]  # it would be put last
+    done = ckpt("verify", there, "--json")
+    assert (done.code, [one["step"] for one in done.json["checkpoints"]]) == (0, [1])
+    assert [(one["name"], one["what"].partition(":")[0]) for one in done.json["others"]] == [
+        ("step-00000002", "staging")
+    ]
+    del store["/bucket/one/step-00000001/manifest.json"]
+    done = ckpt("ls", there)
+    assert done.code == 5 and "no manifest.json among step-00000001, step-00000002" in done.err
+
+
 @pytest.mark.parametrize(
     ("path", "found"),
     [
@@ -642,7 +657,13 @@ def make_foreign(tmp_path: Path) -> dict[str, tuple[Path, str]]:
     (tmp_path / "fresh" / "config.yaml").write_text("version: 1\n")
     (tmp_path / "files" / "checkpoints" / "model.ckpt").write_bytes(b"x")
     (tmp_path / "file").write_bytes(b"x")
+    odd = {"no-run": "", "null-run": "run:\n", "number": "run: {name: 7}\n", "list": "run: [1]\n", "yaml": "run: {"}
+    for name, run in odd.items():
+        (tmp_path / "odd" / name).mkdir(parents=True)
+        (tmp_path / "odd" / name / "config.yaml").write_text(f"checkpoint: {{storage: elsewhere}}\n{run}")
     return {
+        **{name: (tmp_path / "odd" / name, "only config.yaml") for name in odd},
+        "folder of odd ones": (tmp_path / "odd", "no manifest.json among"),
         "nowhere": (tmp_path / "nowhere", "no such folder"),
         "empty": (tmp_path / "empty", "an empty folder"),
         "dcp": (tmp_path / "dcp", "a torch distributed checkpoint"),
