@@ -155,7 +155,7 @@ def test_damage_names_the_file_and_nothing_is_copied_before_it_is_found(tmp_path
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["straight", "through the buffer"])
 def test_damage_done_after_all_was_verified_is_found_while_tensors_are_filled(tmp_path: Path, dtype: Any) -> None:
-    """In the bytes asked for, between them, in the header: in every chunk that this process reads for the first time."""
+    """In the bytes asked for, between them, in the header: in every chunk that this process has not read before."""
     tensors = {f"model/m/{name}": torch.arange(float(size)) for name, size in (("a", 300), ("b", 2500), ("c", 40))}
     path = save_checkpoint(
         tmp_path, 1, [whole_shard(*item) for item in tensors.items()], {}, SoleRank(), chunk_bytes=4096
@@ -187,14 +187,19 @@ def test_damage_done_after_all_was_verified_is_found_while_tensors_are_filled(tm
 def test_shards_may_ask_for_the_same_bytes_and_in_any_order(tmp_path: Path, trusted: bool) -> None:
     rows = torch.arange(120.0).view(30, 4)
     path = save_checkpoint(tmp_path, 1, [whole_shard("model/m/w", rows)], {}, SoleRank(), chunk_bytes=4096)
+    line = torch.arange(4000.0)
+    other = save_checkpoint(tmp_path, 2, [whole_shard("model/m/w", line)], {}, SoleRank(), chunk_bytes=4096)
     boxes = [Box((first, 0), (count, 4)) for first, count in ((20, 10), (0, 20), (10, 15), (0, 30), (29, 1))]
-    for chosen in (boxes, boxes[::-1], boxes[:2], boxes[1::-1]):
-        checkpoint = Checkpoint.open(path)
+    second = (4096 - Checkpoint.open(other).located("model/m/w")[0].start) // 4  # the second chunk's first element
+    parts = [Box((0,), (4000,)), Box((second,), (1024,)), Box((second + 1024,), (100,))]
+    cases = [(path, rows, boxes), (path, rows, boxes[:2]), (other, line, parts), (other, line, parts[:2])]
+    for where, tensor, chosen in [*cases, *((where, tensor, chosen[::-1]) for where, tensor, chosen in cases)]:
+        checkpoint = Checkpoint.open(where)
         if trusted:
             checkpoint.trust()
-        shards = [Shard("model/m/w", (30, 4), box, torch.zeros(box.sizes)) for box in chosen]
+        shards = [Shard("model/m/w", tuple(tensor.shape), box, torch.zeros(box.sizes)) for box in chosen]
         checkpoint.load_into(shards)
-        assert all(torch.equal(shard.tensor, rows[shard.box.slices()]) for shard in shards)
+        assert all(torch.equal(shard.tensor, tensor[shard.box.slices()]) for shard in shards)
 
 
 def test_resuming_goes_on_from_the_newest_whole_one_and_says_what_was_wrong(tmp_path: Path) -> None:
