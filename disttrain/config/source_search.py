@@ -34,7 +34,8 @@ def find_faults(values: Mapping[str, Any], sources: Mapping[str, str], folder: P
     for path, target, args in targets_in(values):
         section = section_of(path)
         try:
-            wrong = _look(import_path(target, section), folder, args, section)
+            collates = section == "data" and path[-2] == "collate"  # may be the function itself, not what makes one
+            wrong = _look(import_path(target, section), folder, args, "objective" if collates else section)
         except ConfigError:
             continue
         if wrong is not None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
 from disttrain.config import check_arguments
 from disttrain.errors import ConfigError, explain
@@ -131,6 +131,10 @@ def schedule_factory(make: Callable[..., Any], args: Mapping[str, Any], *, total
         if not isinstance(schedule, LRScheduler):
             found = f"a {type(schedule).__qualname__}"
             raise ConfigError(explain("schedule.target makes a torch LRScheduler.", found, "name one"))
+        if isinstance(schedule, OneCycleLR) and schedule.total_steps < total_steps:
+            found = f"total_steps={schedule.total_steps}, of a run of {total_steps}: torch fails after its last"
+            do = "leave the length out of schedule.args: it is the run's then"
+            raise ConfigError(explain("OneCycleLR is to last as long as the run.", found, do))
         return schedule
 
     return build

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 from torch.utils._pytree import tree_map_only
 
-from disttrain.errors import ConfigError, explain
+from disttrain.errors import ConfigError, TrainingError, explain
 from disttrain.model import build_model
 from disttrain.optim.named import NamedParameter
 from disttrain.strategy.contract import Ingredients, Prepared, World
@@ -32,8 +33,31 @@ def build_on_host(world: World, ingredients: Ingredients) -> nn.Module:
 def settle(world: World, model: nn.Module) -> None:
     """What every strategy does to a model that was just built, on the host or the meta device, before it wraps or cuts:
     the world's dtype, and its memory savers. Local; raises ConfigError."""
+    _refuse_unready(world, model)
     cast(model, world.dtype)
     save_memory(model, world.memory)
+
+
+def _refuse_unready(world: World, model: nn.Module) -> None:
+    """Raise ConfigError for parameters without a shape, and for tables whose rows a forward changes: each rank would
+    change those that it looks up, and ranks come to hold other tables."""
+    lazy = [name for name, parameter in model.named_parameters() if isinstance(parameter, UninitializedParameter)]
+    if lazy:
+        do = "let the model's constructor call it once on a small batch"
+        raise ConfigError(explain("A model's parameters are to have shapes.", f"lazy ones: {', '.join(lazy[:5])}", do))
+    renormed = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm and module.weight.requires_grad
+    ]
+    if renormed and world.group.size > 1:
+        raise ConfigError(
+            explain(
+                "Every rank is to hold the same weights.",
+                f"max_norm of {', '.join(renormed[:5])}: a forward changes the rows that its own rank looks up",
+                "leave max_norm out, and scale what is looked up in the model's forward",
+            )
+        )
 
 
 def cast(module: nn.Module, dtype: torch.dtype) -> None:
@@ -105,6 +129,17 @@ def refuse_unfrozen(prepared: Prepared) -> None:
                 "save, and go on from the weights (model.weights, load_weights) in an engine that prepares it unfrozen",
             )
         )
+
+
+def refuse_changed(names: Sequence[str], when: str, strategy: str) -> None:
+    """Raise TrainingError for weights that user code changed where no rank's part of them learns of it."""
+    raise TrainingError(
+        explain(
+            f"Under {strategy} weights are changed by the optimizer's step alone.",
+            f"{', '.join(names[:5])}{', ...' if names[5:] else ''}, changed by hand {when}, which would be lost",
+            "use torch.nn.utils.parametrize, or strategy ddp; fsdp takes changes between steps",
+        )
+    )
 
 
 def equip(prepared: Prepared, ingredients: Ingredients, named: Sequence[NamedParameter]) -> None:

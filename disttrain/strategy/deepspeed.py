@@ -36,7 +36,7 @@ from disttrain.runtime import Device, Mesh, MeshSizes, export_for_libraries, rea
 from disttrain.strategy.arithmetic import refuse_non_finite, run_micro_batches
 from disttrain.strategy.call import ObjectiveCall
 from disttrain.strategy.call_order import CallOrder
-from disttrain.strategy.construction import build_on_host, equip, name_parameters, settle
+from disttrain.strategy.construction import build_on_host, equip, name_parameters, refuse_changed, settle
 from disttrain.strategy.contract import (
     AbstractStrategy,
     Ingredients,
@@ -106,6 +106,7 @@ class DeepSpeed(AbstractStrategy):
         super().__init__(options, world)
         self._deepspeed = _import_deepspeed(world.device)
         self._orders: dict[str, CallOrder] = {}
+        self._versions: dict[str, list[int]] = {}
         self._config = engine_config(options, world.precision, world.device.type)
         if clip_left_out(options.native):
             _log.info(
@@ -149,6 +150,9 @@ class DeepSpeed(AbstractStrategy):
         if not cuts or not says_how(ingredients.make_model):
             model = build_on_host(self.world, ingredients)
             _refuse_parameters(model)
+            for parameter in model.parameters():
+                # DeepSpeed looks at rows of bytes; another layout (channels_last) changes no value.
+                parameter.data = parameter.data.contiguous()
             if not cuts:
                 return model.to(device)
             cut_whole(model, device, self._cutting())
@@ -181,10 +185,24 @@ class DeepSpeed(AbstractStrategy):
             with torch.autocast(self.world.device.type, enabled=False):
                 return engine(*call)
 
+        if self.options.stage == 3:
+            self._refuse_changed(prepared, "between steps")
         order = self._orders.get(prepared.name)
         watched = order.watched if order is not None else nullcontext
         step = self.world, prepared, micro_batches, objective, flags
-        return run_micro_batches(*step, through=through, backward=backward, watched=watched)
+        sums = run_micro_batches(*step, through=through, backward=backward, watched=watched)
+        if self.options.stage == 3:
+            self._refuse_changed(prepared, "in the forward")
+        return sums
+
+    def _refuse_changed(self, prepared: Prepared, when: str) -> None:
+        """TrainingError for parameters that torch has seen written into since the last time: where stage 3 has cut one, or
+        will cut it again, that is lost. DeepSpeed's own writes torch does not see."""
+        versions = [parameter._version for parameter in prepared.parameters]
+        before = self._versions.setdefault(prepared.name, versions)
+        if versions != before:
+            pairs = zip(prepared.named, versions, before, strict=True)
+            refuse_changed([one.name for one, now, then in pairs if now != then], when, "deepspeed stage 3")
 
     def step(self, prepared: Prepared, sums: StepSums, *, clip_norm: float | None, want_norm: bool) -> StepOutcome:
         engine = prepared.wrapped
@@ -225,6 +243,7 @@ class DeepSpeed(AbstractStrategy):
         super().loaded(prepared)
         if prepared.wrapped is not None:
             spread_loaded(prepared)
+            self._versions.pop(prepared.name, None)
 
     def close(self) -> None:
         """Make DeepSpeed forget the process group, so that a later engine in this process starts afresh."""
@@ -262,16 +281,19 @@ class _Call(ObjectiveCall):
 
 
 def _refuse_parameters(model: nn.Module) -> None:
-    """DeepSpeed 0.19 looks at every parameter as bytes, which torch cannot do with 0 dimensions, and drops the
-    imaginary part of a complex one without a word."""
+    """DeepSpeed 0.19 looks at every parameter as bytes, which torch cannot do with 0 dimensions, drops the imaginary
+    part of a complex one without a word, and works in one type."""
+    kinds = {parameter.dtype: name for name, parameter in model.named_parameters() if parameter.is_floating_point()}
+    several = [f"{name} of {str(dtype).removeprefix('torch.')}" for dtype, name in kinds.items()]
     for what, names in (
+        ("several types of", several if len(several) > 1 else []),
         ("0-d", [name for name, parameter in model.named_parameters() if parameter.dim() == 0]),
         ("complex", [name for name, parameter in model.named_parameters() if parameter.is_complex()]),
     ):
         if names:
             raise ConfigError(
                 explain(
-                    "strategy.name=deepspeed trains real parameters of at least one dimension.",
+                    "strategy.name=deepspeed trains real parameters of one type and at least one dimension.",
                     f"{what} parameters {', '.join(names)}",
                     "use strategy ddp or fsdp, which take them as they are, or give them another shape or type",
                 )

@@ -35,7 +35,7 @@ from disttrain.runtime import Device, Mesh, MeshSizes
 from disttrain.runtime.seeds import generators_for
 from disttrain.strategy.arithmetic import Gradients, add_up_together, earlier_apart, run_micro_batches
 from disttrain.strategy.call_order import CallOrder
-from disttrain.strategy.construction import build_on_host, equip, name_parameters, settle
+from disttrain.strategy.construction import build_on_host, equip, name_parameters, refuse_changed, settle
 from disttrain.strategy.contract import (
     AbstractStrategy,
     Ingredients,
@@ -199,13 +199,16 @@ class FSDP(AbstractStrategy):
         step = self.world, prepared, micro_batches, objective, flags
         around: Any = {"communicating": communicating, "watched": sharded.order.watched}
         tensor = sharded.tensor
-        if tensor is None:
-            with self._whole_reduced(prepared):
-                return run_micro_batches(*step, **around)
-        through = partial(tensor.through, model=prepared.model)
+        if tensor is not None:
+            around |= {"through": partial(tensor.through, model=prepared.model), "backward": tensor.backward}
         with self._whole_reduced(prepared):
-            sums = run_micro_batches(*step, through=through, backward=tensor.backward, **around)
-        tensor.check_alike(prepared.named)
+            sums = run_micro_batches(*step, **around)
+        if changed := set(map(id, sharded.groups.changed())):
+            sharded.groups.free_whole()  # the parameters are the cut ones then
+            names = [name for name, one in prepared.model.named_parameters() if id(one) in changed]
+            refuse_changed(names, "in the forward", "fsdp")
+        if tensor is not None:
+            tensor.check_alike(prepared.named)
         return sums
 
     @contextmanager

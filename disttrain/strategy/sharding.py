@@ -1,13 +1,14 @@
 """How FSDP2 cuts a model: its blocks each as a group, the rest as one, and what travels when, and where parts live.
 
-Gradients are added up, never averaged, over shards and replicas. Refuses nothing: what can be wrong is found before.
+Gradients are added up, never averaged, over shards and replicas. Refuses groups of several types of parameters.
 Enters: strategy fsdp.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from disttrain.config.strategies import FSDPOptions
+from disttrain.errors import ConfigError, explain
 from disttrain.logs import room_logger
 from disttrain.strategy.blocks import choose_blocks
 from disttrain.strategy.contract import DTYPES, World
@@ -63,9 +65,24 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, options: FSDPOptions, world:
             module.set_force_sum_reduction_for_comms(True)
     if hasattr(root, "set_reduce_scatter_unused_params"):
         root.set_reduce_scatter_unused_params(True)
+    _refuse_mixed(model)
     _prefetch([block for _, block in blocks], options)
     _log.info("fsdp: %d block(s) sharded each on its own, the rest as one group", len(blocks))
     return blocks
+
+
+def _refuse_mixed(model: nn.Module) -> None:
+    """Raise ConfigError for a group that would travel in several types, which torch asserts in the first forward."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for parameters in Groups(model).parameters():
+        kinds: dict[torch.dtype, str] = {}
+        for one in parameters:
+            if one.sharded_param.requires_grad:
+                kinds.setdefault(one.sharded_param.dtype, names[id(one.sharded_param)])
+        if len(kinds) > 1:
+            found = ", ".join(f"{name} of {str(dtype).removeprefix('torch.')}" for dtype, name in kinds.items())
+            do = "use strategy ddp, give them one type, or name in strategy.fsdp.blocks a module for those of the other"
+            raise ConfigError(explain("fsdp gathers the trained parameters of a group as one type.", found, do))
 
 
 def _prefetch(blocks: Sequence[nn.Module], options: FSDPOptions) -> None:
@@ -109,6 +126,21 @@ class Groups:
         self._said: tuple[bool, bool] | None = None
         self._holding = False
 
+    def parameters(self) -> Iterator[list[Any]]:
+        """Torch's own records of the parameters of each group."""
+        for module in self._modules:
+            group = module._get_fsdp_state()._fsdp_param_group
+            if group is not None:
+                yield group.fsdp_params
+
+    def changed(self) -> list[Tensor]:
+        """Parameters that were changed while they were gathered, which the next gather knows nothing of. Local. Torch's
+        own writes leave the versions of whole ones as they are; those made in inference mode have none."""
+        whole = [(one, getattr(one, "_unsharded_param", None)) for own in self.parameters() for one in own]
+        return [
+            one.sharded_param for one, held in whole if held is not None and not held.is_inference() and held._version
+        ]
+
     def communicate(self, *, reduce: bool, last: bool) -> None:
         """Whether the next backward reduces over shards, and over replicas as the step's `last` does. Local."""
         if (reduce, last) != self._said:
@@ -132,9 +164,7 @@ class Groups:
         Torch 2.13 adds these up in the type of reductions, and refuses beside them a gradient that is new, or never
         comes, in the type of computation.
         """
-        for module in self._modules:
-            group = module._get_fsdp_state()._fsdp_param_group
-            parameters = group.fsdp_params if group is not None else []
+        for parameters in self.parameters():
             if all(one.unsharded_accumulated_grad is None for one in parameters):
                 continue
             for one in parameters:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from world import run_world
 
 import disttrain
-from disttrain.errors import CheckpointError, ConfigError
+from disttrain.errors import CheckpointError, ConfigError, TrainingError
 
 SEED, STEPS, RATE = 3, 6, 0.1
 
@@ -129,6 +129,129 @@ def test_parameters_may_have_any_layout_and_size(name: str, tmp_path: Path) -> N
     model = built(Odd)
     expected = plain(model, sgd(model.parameters()))
     found = run_world(3, train, tmp_path, name, Odd, sgd, [2, STEPS])[0]
+    assert worst(found, expected) < 2e-5  # the order of float32 sums
+
+
+class Clamped(nn.Module):
+    """Changes a weight in its forward, as weight clipping was once written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 120), nn.Linear(120, 1)  # above what ZeRO 3 keeps whole, and below
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.last.weight.clamp_(-0.05, 0.05)
+        return self.last(self.first(x))
+
+
+class Clipped(nn.Module):
+    """Its weights are changed by the loop, between steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 120), nn.Linear(120, 120)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x)).mean(1, keepdim=True)
+
+
+def clip_by_hand(folder: Path, strategy: Sequence[str], make: type[nn.Module], by_hand: bool) -> list[float] | str:
+    """Losses of four steps; or what was raised."""
+    config = {"run": {"name": "clip", "dir": str(folder), "seed": SEED, "steps": 4}}
+    losses = []
+    try:
+        with disttrain.Engine(config, [*QUIET, "checkpoint.at_end=false", *strategy]) as engine:
+            model = engine.prepare("model", make, lambda own: torch.optim.SGD(own, lr=0.05))
+            for step in range(4):
+                mine = engine.micro_batches(batches(step)[engine.rank :: engine.world_size])
+                sums = engine.accumulate("model", mine, lambda model, x: ((model(x) - 1).square().sum(), len(x)))
+                losses.append(sums.loss)
+                engine.step("model")
+                engine.log()
+                with torch.no_grad():
+                    for parameter in model.parameters() if by_hand else ():
+                        parameter.clamp_(-0.05, 0.05)
+    except TrainingError as error:
+        return str(error)
+    return losses
+
+
+@pytest.mark.parametrize("make", [Clamped, Clipped])
+@pytest.mark.parametrize("name", ["ddp", "ddp-buckets", "fsdp", "zero1", "zero3"])
+def test_weights_changed_by_hand_are_kept_or_refused(name: str, make: type[nn.Module], tmp_path: Path) -> None:
+    """Where they are cut a change would be lost without a word: in the forward, and under ZeRO 3 at any time."""
+    by_hand = make is Clipped
+    (expected,) = run_world(1, clip_by_hand, tmp_path / "one", STRATEGIES["none"], make, by_hand)
+    (other,) = run_world(1, clip_by_hand, tmp_path / "other", STRATEGIES["none"], make, False)
+    assert not by_hand or worst(expected, other) > 1e-3
+    found = run_world(2, clip_by_hand, tmp_path / "two", STRATEGIES[name], make, by_hand)
+    if name == "zero3" or (name == "fsdp" and not by_hand):
+        assert found[0] == found[1]
+        assert ("between steps" if by_hand else "in the forward") in found[0] and "last.weight" in found[0]
+    else:
+        assert worst(found[0], expected) < 2e-5  # the order of float32 sums
+
+
+def prepare_alone(folder: Path, strategy: Sequence[str], make: Any) -> str:
+    config = {"run": {"name": "refused", "dir": str(folder), "steps": 1}}
+    try:
+        with disttrain.Engine(config, [*QUIET, *strategy]) as engine:
+            engine.prepare("model", make, sgd)
+    except ConfigError as error:
+        return str(error)
+    return "nothing raised"
+
+
+def renormed() -> nn.Module:
+    return nn.Sequential(nn.Embedding(5, 4, max_norm=1.0), nn.Linear(4, 1))
+
+
+def lazy() -> nn.Module:
+    return nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 1))
+
+
+def of_two_types() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 4).double(), nn.Linear(4, 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "found"),
+    [
+        ("ddp", renormed, "max_norm of 0:"),
+        ("fsdp", renormed, "max_norm of 0:"),
+        ("ddp", lazy, "lazy ones: 0.weight, 0.bias"),
+        ("zero3", lazy, "lazy ones: 0.weight, 0.bias"),
+        ("fsdp", of_two_types, "0.weight of float64, 1.weight of float32"),
+        ("zero1", of_two_types, "0.bias of float64, 1.bias of float32"),
+        ("zero3", of_two_types, "0.bias of float64, 1.bias of float32"),
+    ],
+)
+def test_models_that_cannot_be_held_alike_or_cut_are_refused_by_name(
+    name: str, make: Any, found: str, tmp_path: Path
+) -> None:
+    told = run_world(2, prepare_alone, tmp_path, STRATEGIES[name], make)
+    assert told[0] == told[1] and found in told[0], told
+
+
+class ChannelsLast(nn.Module):
+    """A convolution whose kernel is laid out channels last, and a transposed weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Conv2d(3, 40, 3).to(memory_format=torch.channels_last)
+        self.mix = nn.Parameter(torch.randn(300, 40).t() / 20)  # 12,000 elements, which ZeRO 3 cuts
+
+    def forward(self, x: Tensor) -> Tensor:
+        image = x[:, :3, None, None].expand(-1, -1, 3, 3)
+        return (self.kernel(image)[:, :, 0, 0] @ self.mix).mean(1, keepdim=True)
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3"])
+def test_deepspeed_takes_any_layout(name: str, tmp_path: Path) -> None:
+    model = built(ChannelsLast)
+    expected = plain(model, sgd(model.parameters()))
+    found = run_world(3, train, tmp_path, name, ChannelsLast, sgd, [2, STEPS])[0]
     assert worst(found, expected) < 2e-5  # the order of float32 sums
 
 

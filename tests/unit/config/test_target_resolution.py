@@ -22,6 +22,7 @@ from disttrain.config import (
     resolve_target,
 )
 from disttrain.config.source_search import find_faults
+from disttrain.engine.build import build_callable
 from disttrain.errors import ConfigError
 
 PLACES = ("folder", "working", "installed")
@@ -191,6 +192,24 @@ def test_a_misspelt_argument_of_an_installed_class_is_seen_through_its_packages_
     assert "did you mean 'weight_decay'?" in fault.do or "did you mean 'lr'?" in fault.do
     good = {"optim": {"target": "torch.optim.AdamW", "args": {"lr": 0.1, "betas": [0.9, 0.95], "fused": True}}}
     assert find_faults(good, {}, Path.cwd()) == []
+
+
+def test_a_collate_function_may_be_named_itself(places: Callable[[str], Path]) -> None:
+    """Not what makes it: its items are no argument that a config could give."""
+    source = "def pad(items, *, length=3):\n    return items[:length]\ndef make(length):\n    return pad\n"
+    (places("folder") / "tagging.py").write_text(source)
+    folder = places("folder")
+
+    def faults(target: str, **args: Any) -> list[Fault]:
+        return find_faults({"data": {"collate": {"target": target, "args": args}}}, {}, folder)
+
+    assert faults("tagging:pad") == faults("tagging:pad", length=2) == faults("tagging:make", length=2) == []
+    assert "no argument 'lenght'" in faults("tagging:pad", lenght=2)[0].found
+    assert build_callable(Target(target="tagging:pad"), "data", folder, takes=1)([1, 2, 3, 4]) == [1, 2, 3]
+    assert build_callable(Target(target="tagging:pad", args={"length": 2}), "data", folder, takes=1)([1, 2, 3]) == [
+        1,
+        2,
+    ]
 
 
 def test_reexports_that_go_in_a_circle_are_not_followed_for_ever(places: Callable[[str], Path]) -> None:

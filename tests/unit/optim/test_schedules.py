@@ -245,6 +245,12 @@ def test_a_schedule_that_cannot_be_called_is_refused_before_there_is_an_optimize
     [
         (torch.optim.lr_scheduler.LambdaLR, {"lr_lambda": 3}, ConfigError, r"not callable \(lr_lambda=3\)"),
         (torch.optim.lr_scheduler.OneCycleLR, {"max_lr": "x"}, ConfigError, "max_lr='x'"),
+        (
+            torch.optim.lr_scheduler.OneCycleLR,
+            {"max_lr": 1.0, "total_steps": 4},
+            ConfigError,
+            "total_steps=4, of a run of 5",
+        ),
         (lambda optimizer: 3, {}, ConfigError, "found: a int"),
         (lambda optimizer: int("x"), {}, ValueError, "invalid literal"),  # a user's own bug stays what it is
     ],
