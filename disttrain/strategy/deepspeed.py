@@ -196,8 +196,8 @@ class DeepSpeed(AbstractStrategy):
         return sums
 
     def _refuse_changed(self, prepared: Prepared, when: str) -> None:
-        """TrainingError for parameters that torch has seen written into since the last time: where stage 3 has cut one, or
-        will cut it again, that is lost. DeepSpeed's own writes torch does not see."""
+        """TrainingError for parameters that torch has seen written into since the last time: where stage 3 has cut one,
+        or will cut it again, that is lost. DeepSpeed's own writes torch does not see."""
         versions = [parameter._version for parameter in prepared.parameters]
         before = self._versions.setdefault(prepared.name, versions)
         if versions != before:
