@@ -107,8 +107,12 @@ class RemoteStorage:
         try:
             with _reaching(path):
                 found: datetime = self._system.modified(str(path))
-        except (OSError, NotImplementedError):  # gone, or a driver that does not say
+        except FileNotFoundError:
             return None
+        except OSError as error:
+            if isinstance(error.__cause__, NotImplementedError):  # a driver that does not say
+                return None
+            raise _refused(path, error) from error
         return found if found.tzinfo else found.replace(tzinfo=UTC)
 
     def _listing(self, folder: Address) -> dict[str, int | None] | None:

@@ -60,6 +60,13 @@ def _refuse_unready(world: World, model: nn.Module) -> None:
         )
 
 
+def lay_out_rows(model: nn.Module) -> None:
+    """Parameters contiguous, for strategies that cut them or look at their rows: another layout (channels_last, a
+    transposed tensor) changes no value. Local."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.contiguous()
+
+
 def cast(module: nn.Module, dtype: torch.dtype) -> None:
     """Cast floating parameters and buffers where a dtype other than the constructor's is asked for, and from then on
     the floating tensors that its forward is called with."""

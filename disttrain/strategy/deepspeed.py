@@ -36,7 +36,7 @@ from disttrain.runtime import Device, Mesh, MeshSizes, export_for_libraries, rea
 from disttrain.strategy.arithmetic import refuse_non_finite, run_micro_batches
 from disttrain.strategy.call import ObjectiveCall
 from disttrain.strategy.call_order import CallOrder
-from disttrain.strategy.construction import build_on_host, equip, name_parameters, refuse_changed, settle
+from disttrain.strategy.construction import build_on_host, equip, lay_out_rows, name_parameters, refuse_changed, settle
 from disttrain.strategy.contract import (
     AbstractStrategy,
     Ingredients,
@@ -150,9 +150,7 @@ class DeepSpeed(AbstractStrategy):
         if not cuts or not says_how(ingredients.make_model):
             model = build_on_host(self.world, ingredients)
             _refuse_parameters(model)
-            for parameter in model.parameters():
-                # DeepSpeed looks at rows of bytes; another layout (channels_last) changes no value.
-                parameter.data = parameter.data.contiguous()
+            lay_out_rows(model)
             if not cuts:
                 return model.to(device)
             cut_whole(model, device, self._cutting())
@@ -295,7 +293,7 @@ def _refuse_parameters(model: nn.Module) -> None:
                 explain(
                     "strategy.name=deepspeed trains real parameters of one type and at least one dimension.",
                     f"{what} parameters {', '.join(names)}",
-                    "use strategy ddp or fsdp, which take them as they are, or give them another shape or type",
+                    "use strategy ddp, which takes them as they are, or give them another shape or type",
                 )
             )
 

@@ -21,6 +21,7 @@ from disttrain.config.strategies import FSDPOptions
 from disttrain.errors import ConfigError, explain
 from disttrain.logs import room_logger
 from disttrain.strategy.blocks import choose_blocks
+from disttrain.strategy.construction import lay_out_rows
 from disttrain.strategy.contract import DTYPES, World
 
 _log = room_logger("strategy")
@@ -32,9 +33,7 @@ _SHARE_OF_FREE = 4
 def shard_model(model: nn.Module, mesh: DeviceMesh, options: FSDPOptions, world: World) -> list[tuple[str, nn.Module]]:
     """Shard in place over `mesh` (shards, or replicas of shards); returns the blocks that became groups of their own.
     Collective where `options.reshard` is a number: torch makes groups for it."""
-    for parameter in model.parameters():
-        # FSDP2 refuses other layouts (channels_last, a transposed tensor), which change no value.
-        parameter.data = parameter.data.contiguous()
+    lay_out_rows(model)
     uncut = {parameter for parameter in model.parameters() if parameter.dim() == 0 or parameter.numel() == 0}
     blocks = choose_blocks(model, options.blocks)
     pinned = world.device.type == "cuda"

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import torch
 from torch import Tensor
 
@@ -40,6 +42,19 @@ class ThreadRanks:
         found = self._slots[0]
         self.barrier()
         return found
+
+
+@contextmanager
+def empty_store() -> Iterator[Any]:
+    """fsspec's store in this process's memory, empty before and after: keys to files."""
+    system = fsspec.filesystem("memory")
+    system.store.clear()
+    system.pseudo_dirs[:] = [""]
+    try:
+        yield system.store
+    finally:
+        system.store.clear()
+        system.pseudo_dirs[:] = [""]
 
 
 def on_ranks(size: int, act: Callable[[ThreadRanks], Any]) -> list[Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import fsspec
 import pytest
 import torch
-from checkpoint_world import LAYOUTS, blank, on_ranks, same_bits, some_tensors
+from checkpoint_world import LAYOUTS, blank, empty_store, on_ranks, same_bits, some_tensors
 
 from disttrain.checkpoint import (
     Address,
@@ -27,6 +27,7 @@ from disttrain.checkpoint import (
     remove_stale_staging,
     save_checkpoint,
     set_aside,
+    storage_of,
     whole_shard,
 )
 from disttrain.errors import CheckpointError
@@ -38,12 +39,8 @@ W = "model/m/w"
 @pytest.fixture(autouse=True)
 def store() -> Iterator[Any]:
     """The store's content, by key; empty before and after."""
-    system = fsspec.filesystem("memory")
-    system.store.clear()
-    system.pseudo_dirs[:] = [""]
-    yield system.store
-    system.store.clear()
-    system.pseudo_dirs[:] = [""]
+    with empty_store() as held:
+        yield held
 
 
 def save(step: int, ranks: int = 2, value: float | None = None, root: Address = ROOT) -> Address:
@@ -220,6 +217,25 @@ def test_a_store_is_asked_once_for_a_chunk_however_many_tensors_are_in_it(
     assert all(torch.equal(into[name], tensor) for name, tensor in tensors.items())
     headers = -(-asked[0][1] // 4096) + 2
     assert len(asked) <= (1 if trusted else 2) * chunks + headers, "to check it and to fill, or once"
+
+
+def test_when_a_file_was_written_is_told_unknown_or_refused(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(1) / "manifest.json"
+    told = storage_of(path).written_at(path)
+    assert told is not None and told.tzinfo is not None
+    assert storage_of(path).written_at(path.with_name("gone")) is None
+
+    def fail(error: Exception) -> None:
+        def modified(self: Any, where: str) -> None:
+            raise error
+
+        monkeypatch.setattr(type(fsspec.filesystem("memory")), "modified", modified)
+
+    fail(NotImplementedError())
+    assert storage_of(path).written_at(path) is None, "a driver that does not say"
+    fail(PermissionError(errno.EACCES, "not yours"))
+    with pytest.raises(CheckpointError, match="the store refused: not yours"):
+        storage_of(path).written_at(path)
 
 
 def test_a_missing_or_shortened_file_is_named(store: Any) -> None:

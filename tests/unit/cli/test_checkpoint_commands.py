@@ -20,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "checkpoint"))  # the simulated worlds of that room's tests
 
-from checkpoint_world import LAYOUTS, on_ranks, seal, some_tensors
+from checkpoint_world import LAYOUTS, empty_store, on_ranks, seal, some_tensors
 
 from disttrain.checkpoint import Address, save_checkpoint
 from disttrain.cli import main as cli_main
@@ -499,12 +499,8 @@ def test_prune_takes_no_single_checkpoint(tmp_path: Path, ckpt: Callable[..., Do
 @pytest.fixture
 def store() -> Iterator[Any]:
     """A store in this process's memory, empty before and after: keys to files."""
-    system = fsspec.filesystem("memory")
-    system.store.clear()
-    system.pseudo_dirs[:] = [""]
-    yield system.store
-    system.store.clear()
-    system.pseudo_dirs[:] = [""]
+    with empty_store() as held:
+        yield held
 
 
 def save_in(root: Any, step: int, ranks: int = 2, layout: str = "rows", **more: Any) -> Any:
