@@ -41,6 +41,10 @@ class CheckpointError(DisttrainError):
     exit_code = 5
 
 
+class DamagedError(CheckpointError):
+    """A checkpoint with bytes that are missing or do not fit its checksums: a run goes on from an older one."""
+
+
 class UnreadableError(CheckpointError):
     """A checkpoint that may well be whole, and that this program or this user cannot read: no reason to go on from an
     older one."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from disttrain.checkpoint.address import Place
 from disttrain.checkpoint.checksum import crc32
 from disttrain.checkpoint.manifest import MANIFEST, FileInfo
-from disttrain.errors import CheckpointError, UnreadableError, explain
+from disttrain.errors import DamagedError, UnreadableError, explain
 
 Fill = Callable[[memoryview, int], int]
 """Reads a file's bytes from a place on into a view; returns how many came, 0 at the end. OSError where it cannot."""
@@ -106,7 +106,7 @@ class ChunkReader:
 
 @contextmanager
 def open_chunks(path: Path, info: FileInfo, chunk_bytes: int) -> Iterator[ChunkReader]:
-    """The file open for reading, if it is a regular one of the right size; CheckpointError if not."""
+    """The file open for reading, if it is a regular one of the right size; DamagedError if not."""
     descriptor = _open_plain(path, info.size)
     try:
         yield ChunkReader(lambda view, at: os.preadv(descriptor, [view], at), path.name, info, chunk_bytes, _PIECE)
@@ -115,12 +115,12 @@ def open_chunks(path: Path, info: FileInfo, chunk_bytes: int) -> Iterator[ChunkR
 
 
 def refuse_unusable(path: Path, info: FileInfo) -> None:
-    """CheckpointError unless there is a regular file of that size that can be opened."""
+    """DamagedError unless there is a regular file of that size that can be opened."""
     os.close(_open_plain(path, info.size))
 
 
 def read_manifest_bytes(folder: Path) -> bytes:
-    """What the folder's manifest holds; CheckpointError that says what is there instead."""
+    """What the folder's manifest holds; DamagedError that says what is there instead."""
     try:
         if not folder.is_dir():
             raise unusable(folder, "a file" if folder.exists() else "no such folder")
@@ -162,13 +162,13 @@ def _open_plain(path: Path, size: int | None) -> int:
     return descriptor
 
 
-def _refused(path: Place, error: OSError) -> CheckpointError:
+def _refused(path: Place, error: OSError) -> DamagedError | UnreadableError:
     found = unusable(path, str(error.strerror))
     return UnreadableError(str(found)) if isinstance(error, PermissionError) else found
 
 
-def unusable(path: Place, found: str) -> CheckpointError:
+def unusable(path: Place, found: str) -> DamagedError:
     """The error for a folder or file that is not what a checkpoint has."""
-    return CheckpointError(
+    return DamagedError(
         explain(f"{path} is not (part of) a whole checkpoint.", found, "name a whole folder step-NNNNNNNN of a run")
     )

@@ -6,7 +6,7 @@ names are the list. However they are removed or set aside, a kill leaves no half
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from disttrain.checkpoint.address import Place, PlaceT, below, beside, step_folder, step_of
 from disttrain.checkpoint.disk import Disk
@@ -14,6 +14,7 @@ from disttrain.checkpoint.local import STAGING
 from disttrain.checkpoint.manifest import MANIFEST
 from disttrain.checkpoint.reader import Checkpoint
 from disttrain.checkpoint.shards import Ranks, take_step
+from disttrain.checkpoint.shares import ChunkRun, share_unread
 from disttrain.checkpoint.storage import storage_of
 from disttrain.errors import CheckpointError, UnreadableError, explain
 from disttrain.logs import room_logger
@@ -36,38 +37,53 @@ def _candidates(root: PlaceT) -> list[PlaceT]:
     return [path for path in reversed(_step_folders(root)) if path not in unfinished]
 
 
-def newest_whole(root: PlaceT, ranks: Ranks, verify: bool = True) -> tuple[Checkpoint | None, list[tuple[PlaceT, str]]]:
+def newest_whole(
+    root: PlaceT, ranks: Ranks, fill: Callable[[Checkpoint], None] | None = None
+) -> tuple[Checkpoint | None, list[tuple[PlaceT, str]]]:
     """The newest checkpoint that every rank can read, and the newer ones rejected with the reason. Collective.
 
-    Rank 0 lists; all ranks open. With `verify` every byte is read once, each rank reading its part. Raises
-    UnreadableError for one that may be whole and that a rank cannot read: of a newer format, or without permission.
+    Rank 0 lists; all ranks open; every byte is read, each by at least one rank, and checked. With `fill`, which is
+    local, a rank reads what it needs of each candidate first, once (`Checkpoint.check_on_the_way`): what it fills holds
+    no state before this returns. What `fill` raises rejects the candidate. Raises UnreadableError for one that may be
+    whole and that a rank cannot read: of a newer format, or without permission.
     """
     candidates = take_step(ranks, lambda: None, lambda _: _candidates(root), asked=f"{root} cannot be listed.")
     rejected: list[tuple[PlaceT, str]] = []
     for path in candidates:
-        opened: list[Checkpoint] = []
-
-        def inspect(path: PlaceT = path, opened: list[Checkpoint] = opened) -> str | None:
-            try:
-                opened.append(_open_own_step(path, verify=verify))
-            except UnreadableError as error:
-                return str(error)
-            faults = opened[0].faults((ranks.rank, ranks.size)) if verify else []
-            if faults:
-                raise CheckpointError("; ".join(faults[:5]))
-            return None
-
         try:
-            unreadable = take_step(ranks, inspect, _first_word, asked=f"{path.name} was rejected:")
+            return _open_whole(path, ranks, fill), rejected
+        except UnreadableError:
+            raise
         except CheckpointError as error:
             rejected.append((path, str(error)))
-        else:
-            if unreadable is not None:
-                raise UnreadableError(unreadable)
-            if verify:
-                opened[0].trust()
-            return opened[0], rejected
     return None, rejected
+
+
+def _open_whole(path: Place, ranks: Ranks, fill: Callable[[Checkpoint], None] | None) -> Checkpoint:
+    """The checkpoint, of which every byte was found right. CheckpointError on every rank if one was not."""
+    asked = f"{path.name} was rejected:"
+    opened: list[Checkpoint] = []
+
+    def open_it() -> str | None:
+        try:
+            opened.append(_open_own_step(path, verify=True))
+        except UnreadableError as error:
+            return str(error)
+        return None
+
+    def read() -> list[ChunkRun]:
+        if fill is not None:
+            fill(opened[0])
+        return opened[0].checked
+
+    unreadable = take_step(ranks, open_it, _first_word, asked=asked)
+    if unreadable is not None:
+        raise UnreadableError(unreadable)
+    checkpoint, files = opened[0], opened[0].manifest.files
+    checkpoint.check_on_the_way()
+    shares = take_step(ranks, read, lambda everyones: share_unread(files, everyones, ranks.size), asked=asked)
+    take_step(ranks, lambda: checkpoint.verify(shares[ranks.rank]), lambda _: None, asked=asked)
+    return checkpoint
 
 
 def _first_word(told: list[str | None]) -> str | None:

@@ -1,8 +1,8 @@
 """Reading a checkpoint: its manifest first, then only the chunks that hold what is asked for, each checked.
 
 `Checkpoint` is local: no rank waits for another. Holds one chunk in memory beyond the tensors it fills. Refuses links,
-paths that leave the folder, and every byte whose checksum does not fit: before a tensor is touched, unless all ranks
-have just read everything together (`trust`); what goes bad after that is an error while tensors are filled.
+paths that leave the folder, and every byte whose checksum does not fit: before a tensor is touched, or, where its owner
+says so, while tensors are filled (`check_on_the_way`).
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from disttrain.checkpoint.chunks import ChunkReader
 from disttrain.checkpoint.layout import Header, raw_bytes
 from disttrain.checkpoint.manifest import MANIFEST, Manifest, StoredBox, TensorInfo, decode_manifest
 from disttrain.checkpoint.shards import Shard, refuse_bad_shards
+from disttrain.checkpoint.shares import ChunkRun, every_chunk, runs_of
 from disttrain.checkpoint.storage import Storage, storage_of
-from disttrain.errors import CheckpointError, explain
+from disttrain.errors import CheckpointError, DamagedError, explain
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,7 @@ class Checkpoint:
         self._manifest = manifest
         self._verify = verify
         self._checked: set[tuple[str, int]] = set()
-        self._trusted = False
+        self._on_the_way = False
         self._headers: dict[str, Header] = {}
 
     @classmethod
@@ -105,16 +106,16 @@ class Checkpoint:
     def load_into(self, shards: Sequence[Shard], *, strict: bool = True, ignore: Collection[str] = ()) -> Differences:
         """Copy what is stored into the shards' tensors, whatever boxes it was saved in. Local; two passes.
 
-        Nothing is written before all names and shapes fit and (with `verify`, unless after `trust`) every chunk needed
-        was read and checked.
+        Nothing is written before all names and shapes fit and (with `verify`, unless after `check_on_the_way`) every
+        chunk needed was read and checked.
         `strict` refuses missing names, and stored ones that no shard asks for, but for those in `ignore`. Floating
         dtypes are converted to the shard's; any other change of dtype is refused. Raises CheckpointError with all
-        missing, unexpected and misshapen names.
+        missing, unexpected and misshapen names, DamagedError for bytes that do not fit.
         """
         refuse_bad_shards(shards)
         differences = self._compare(shards, strict, ignore)
         jobs = self._plan_jobs(shards)
-        if self._verify and not self._trusted:
+        if self._verify and not self._on_the_way:
             size = self._manifest.chunk_bytes
             needed = {file: [chunk for chunk, _ in _plan_copies(own, size)] for file, own in jobs.items()}
             faults = [fault for file, chunks in needed.items() for fault in self._check(file, chunks)]
@@ -129,26 +130,22 @@ class Checkpoint:
         info = self.tensors[name]
         return [self._locate(name, info, one) for one in (info.boxes if box is None else info.meeting(box))]
 
-    def trust(self) -> None:
-        """All ranks together have just read every chunk whole: `load_into` then reads what it needs once.
+    def check_on_the_way(self) -> None:
+        """From here on `load_into` reads what it needs once, straight to its tensors, and checks it as it comes.
 
-        What this process has not read itself is checked on the way, so that damage done meanwhile is an error; what the
-        tensors hold then is not to be used.
+        For tensors that nobody uses before all is known to be whole: what they hold after a DamagedError is no state.
         """
-        self._trusted = True
+        self._on_the_way = True
 
-    def faults(self, part: tuple[int, int] = (0, 1)) -> list[str]:
-        """Read this part (index, count) of all chunks; what does not fit its checksum, in words. Local."""
-        every = [(file, k) for file, info in self._manifest.files.items() for k in range(len(info.chunks))]
-        index, count = part
-        chunks: dict[str, list[int]] = defaultdict(list)
-        for file, chunk in every[len(every) * index // count : len(every) * (index + 1) // count]:
-            chunks[file].append(chunk)
-        return [fault for file, own in chunks.items() for fault in self._check(file, own)]
+    @property
+    def checked(self) -> list[ChunkRun]:
+        """The chunks that this process has found right. Local."""
+        return runs_of(self._checked)
 
-    def verify(self) -> None:
-        """Read every chunk; CheckpointError that names all which do not fit their checksums. Local."""
-        faults = self.faults()
+    def verify(self, runs: Sequence[ChunkRun] | None = None) -> None:
+        """Read these chunks, or all; DamagedError that names those which do not fit their checksums. Local."""
+        chosen = runs_of(every_chunk(self._manifest.files)) if runs is None else runs
+        faults = [fault for file, first, stop in chosen for fault in self._check(file, range(first, stop))]
         if faults:
             raise self._damaged(faults)
 
@@ -225,6 +222,8 @@ class Checkpoint:
         fault = reader.read(chunk, verify=self._verify)
         if fault:
             raise self._damaged([fault])
+        if self._verify:
+            self._checked.add((reader.name, chunk))
         begin, end = reader.span(chunk)
         return memoryview(reader.buffer)[: end - begin]
 
@@ -259,15 +258,17 @@ class Checkpoint:
                     torch.autograd.graph.increment_version(copy.job.into)  # torch has not seen it change
                 if fault:
                     raise self._damaged([fault])
+                if self._verify:
+                    self._checked.add((file, chunk))
                 for copy in through:
                     copy.perform(reader.buffer, begin)
 
     def _open(self, file: str) -> AbstractContextManager[ChunkReader]:
         return self._storage.open_chunks(self.path / file, self._manifest.files[file], self._manifest.chunk_bytes)
 
-    def _damaged(self, faults: Sequence[str]) -> CheckpointError:
+    def _damaged(self, faults: Sequence[str]) -> DamagedError:
         more = f"; and {len(faults) - 10} more" if len(faults) > 10 else ""
-        return CheckpointError(
+        return DamagedError(
             explain(f"{self.path} is damaged.", "; ".join(faults[:10]) + more, "use another checkpoint of the run")
         )
 

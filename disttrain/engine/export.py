@@ -19,7 +19,7 @@ from disttrain.checkpoint.formats import (
 )
 from disttrain.engine.loading import configured_model
 from disttrain.engine.opening import kind_of, open_any
-from disttrain.engine.snapshot import other_names
+from disttrain.engine.restoring import other_names
 from disttrain.errors import CheckpointError, ConfigError, explain
 from disttrain.logs import room_logger
 from disttrain.model import build_model

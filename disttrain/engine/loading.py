@@ -13,7 +13,7 @@ from disttrain.config import Config, load_config
 from disttrain.engine import build
 from disttrain.engine.base import base_of, hexadecimal, refuse_other_base
 from disttrain.engine.opening import open_any, open_newest
-from disttrain.engine.snapshot import other_names
+from disttrain.engine.restoring import other_names
 from disttrain.errors import CheckpointError, explain
 from disttrain.model import build_model
 from disttrain.runtime.seeds import restored_generators

@@ -6,7 +6,7 @@ Rank 0 writes; a verdict that every rank needs is agreed on. Costs nothing on st
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -220,9 +220,10 @@ class Record:
         if self._main and self._reporter is not None:
             self._reporter.incident(kind, **fields)
 
-    def find_checkpoint(self) -> Checkpoint | None:
-        """The run's own newest whole checkpoint, else that of `checkpoint.resume=PATH`, else None."""
-        found, rejected = newest_whole(self.checkpoints, self._group)
+    def find_checkpoint(self, fill: Callable[[Checkpoint], None]) -> Checkpoint | None:
+        """The run's own newest whole checkpoint, read by `fill`, else that of `checkpoint.resume=PATH`, else None."""
+        never = self._config.checkpoint.resume == "never"
+        found, rejected = newest_whole(self.checkpoints, self._group, None if never else fill)
         if rejected and found is None:
             reasons = "; ".join(f"{path.name}: {reason}" for path, reason in rejected[:3])
             raise CheckpointError(
@@ -234,7 +235,7 @@ class Record:
             )
         if rejected:
             self._group.together(lambda: self._set_aside(rejected) if self._main else None, "setting checkpoints aside")
-        if found is not None and self._config.checkpoint.resume == "never":  # in a storage: the run's folder is new
+        if found is not None and never:  # in a storage: the run's folder is new
             raise CheckpointError(
                 explain(
                     "checkpoint.resume=never starts from nothing.",

@@ -11,11 +11,12 @@ from typing import Any
 
 from disttrain.checkpoint import Checkpoint, Differences, Place
 from disttrain.config import Config
-from disttrain.engine import snapshot
+from disttrain.engine import restoring, snapshot
 from disttrain.engine.base import Base
 from disttrain.engine.datasets import Datasets
 from disttrain.engine.random_state import OWNER
 from disttrain.engine.record import Record
+from disttrain.engine.restoring import Restoring
 from disttrain.engine.saving import Saver
 from disttrain.engine.snapshot import Parts, Progress, Snapshot, Tracked
 from disttrain.errors import ConfigError, explain
@@ -98,9 +99,10 @@ class RunState:
 
     def resume(self) -> None:
         """Go on from the run's own newest whole checkpoint, else from `checkpoint.resume`'s path, else from nothing."""
-        found = self._record.find_checkpoint()
+        state = Restoring(self._parts)
+        found = self._record.find_checkpoint(state.fill)
         if found is not None:
-            self._restore(found)
+            self._finish_restoring(state, found)
             self._record.resumed(self.progress, found.path)
         self.begun = True
 
@@ -118,10 +120,10 @@ class RunState:
             raise ConfigError(
                 explain(f"load({str(path)!r})", "a loop that has begun", "load before the first batch, in a new Engine")
             )
-        self._restore(self._record.open_checkpoint(path))
+        self._finish_restoring(Restoring(self._parts), self._record.open_checkpoint(path))
 
-    def _restore(self, found: Checkpoint) -> None:
-        self.progress = snapshot.restore(self._parts, found)
+    def _finish_restoring(self, state: Restoring, found: Checkpoint) -> None:
+        self.progress = state.finish(found)
         if found.path.parent.resolve() == self._record.checkpoints.resolve():
             self.saver.found(self.progress.steps, found.path)
 
@@ -135,13 +137,13 @@ class RunState:
         rename: Callable[[str], str] | None = None,
     ) -> Differences:
         """Only one prepared model's weights, from whatever has them."""
-        found = snapshot.load_weights(self._parts, name, path, strict=strict, only=only, rename=rename)
+        found = restoring.load_weights(self._parts, name, path, strict=strict, only=only, rename=rename)
         self._record.weights_loaded(path, found)
         return found
 
     def load_for_evaluation(self, name: str, path: str | Place) -> None:
         """One prepared model's weights, its objective's, and where its draws stand."""
-        snapshot.load_for_evaluation(self._parts, name, self._record.open_checkpoint(path))
+        restoring.load_for_evaluation(self._parts, name, self._record.open_checkpoint(path))
 
     # ------------------------------------------------------------------ the end
 

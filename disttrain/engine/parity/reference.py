@@ -26,7 +26,7 @@ from disttrain.engine import build
 from disttrain.engine.opening import open_any
 from disttrain.engine.parity.quiet import batch_norms, silence
 from disttrain.engine.parity.recorded import Recorder
-from disttrain.engine.snapshot import other_names
+from disttrain.engine.restoring import other_names
 from disttrain.engine.transfer import to_device
 from disttrain.model import build_model
 from disttrain.objective import Objective

@@ -168,7 +168,7 @@ def test_damage_done_after_all_was_verified_is_found_while_tensors_are_filled(tm
 
     def load(*names: str) -> list[torch.Tensor]:
         checkpoint = Checkpoint.open(path)
-        checkpoint.trust()  # as after `newest_whole`: other ranks have read it
+        checkpoint.check_on_the_way()  # as after `newest_whole`: other ranks have read it
         into = [torch.zeros(tensors[name].shape, dtype=dtype) for name in names]
         checkpoint.load_into([whole_shard(*item) for item in zip(names, into, strict=True)], strict=False)
         return into
@@ -196,7 +196,7 @@ def test_shards_may_ask_for_the_same_bytes_and_in_any_order(tmp_path: Path, trus
     for where, tensor, chosen in [*cases, *((where, tensor, chosen[::-1]) for where, tensor, chosen in cases)]:
         checkpoint = Checkpoint.open(where)
         if trusted:
-            checkpoint.trust()
+            checkpoint.check_on_the_way()
         shards = [Shard("model/m/w", tuple(tensor.shape), box, torch.zeros(box.sizes)) for box in chosen]
         checkpoint.load_into(shards)
         assert all(torch.equal(shard.tensor, tensor[shard.box.slices()]) for shard in shards)

@@ -212,7 +212,7 @@ def test_a_store_is_asked_once_for_a_chunk_however_many_tensors_are_in_it(
     into = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
     checkpoint = Checkpoint.open(path)
     if trusted:
-        checkpoint.trust()
+        checkpoint.check_on_the_way()
     checkpoint.load_into([whole_shard(*item) for item in into.items()])
     assert all(torch.equal(into[name], tensor) for name, tensor in tensors.items())
     headers = -(-asked[0][1] // 4096) + 2

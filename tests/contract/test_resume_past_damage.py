@@ -1,0 +1,119 @@
+"""Resumed past a damaged checkpoint of which every rank has filled its tensors already: nothing of it is left."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from contract.engine_runs import QUIET, STRATEGIES, worst
+from contract.test_user_models import user_module
+from torch import Tensor, nn
+from world import run_world
+
+import disttrain
+from disttrain.checkpoint import list_checkpoints
+from disttrain.errors import CheckpointError
+
+STEPS, SAVED = 7, (2, 4)
+
+
+class Late(nn.Module):
+    """One layer joins in after the third step: until then no optimizer has state of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.late, self.last = nn.Linear(3, 7), nn.Linear(7, 7), nn.Linear(7, 1)
+
+    def forward(self, x: Tensor, joined: bool) -> Tensor:
+        x = torch.tanh(self.first(x))
+        y: Tensor = self.last(x + self.late(x) if joined else x)
+        return y
+
+
+class Counting(torch.optim.Optimizer):
+    """Momentum whose state has a Python number and, of a parameter's third step on, one entry more."""
+
+    def __init__(self, parameters: Any, lr: float) -> None:
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                state["count"] = state.get("count", 0) + 1
+                momentum = state.setdefault("momentum", torch.zeros_like(parameter))
+                momentum.mul_(0.9).add_(parameter.grad)
+                if state["count"] > 2:
+                    state.setdefault("slow", torch.zeros_like(parameter)).lerp_(momentum, 0.1)
+                    momentum = momentum + state["slow"]
+                parameter.add_(momentum, alpha=-group["lr"] / state["count"])
+
+
+OPTIMIZERS = {"adam": lambda own: torch.optim.Adam(own, lr=0.05), "counting": lambda own: Counting(own, lr=0.02)}
+
+
+def go(folder: Path, name: str, overrides: Sequence[str], optimizer: str, stop_at: int) -> Any:
+    """The losses of the steps that were taken here, or why there were none."""
+    config = {"run": {"name": name, "dir": str(folder), "seed": 7, "steps": STEPS}, "checkpoint": {"keep_last": 9}}
+    losses = []
+
+    def objective(model: Any, batch: Any) -> Any:
+        return (model(batch[0], engine.progress.steps >= SAVED[0]) - batch[1]).square().sum(), len(batch[0])
+
+    try:
+        with disttrain.Engine(config, [*QUIET, *overrides, "checkpoint.at_end=false"]) as engine:
+            engine.prepare("model", Late, OPTIMIZERS[optimizer])
+            for batches in engine.batches(user_module().Augmented(20), global_batch=6, micro_batch=2):
+                losses.append(engine.accumulate("model", batches, objective).loss)
+                engine.step()
+                engine.log()
+                if engine.progress.steps in SAVED:
+                    engine.save()
+                if engine.progress.steps == stop_at:
+                    break
+    except CheckpointError as error:
+        return str(error)
+    return losses
+
+
+def damage(path: Path) -> str:
+    """Of every file of a checkpoint the last byte."""
+    for file in path.glob("*.safetensors"):
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+    return path.name
+
+
+@pytest.mark.parametrize(
+    ("strategy", "size", "optimizer"),
+    [
+        ("none", 1, "counting"),
+        ("ddp", 2, "counting"),
+        ("fsdp", 3, "counting"),
+        ("fsdp", 2, "adam"),
+        ("zero2", 2, "adam"),
+    ],
+)
+def test_state_that_only_the_damaged_one_had_is_gone(strategy: str, size: int, optimizer: str, tmp_path: Path) -> None:
+    expected = run_world(size, go, tmp_path, "whole", STRATEGIES[strategy], optimizer, STEPS)[0]
+    run_world(size, go, tmp_path, "run", STRATEGIES[strategy], optimizer, 5)
+    _, newest = list_checkpoints(tmp_path / "run" / "checkpoints")
+    damage(newest)
+    found = run_world(size, go, tmp_path, "run", STRATEGIES[strategy], optimizer, STEPS)[0]
+    assert len(found) == STEPS - SAVED[0]
+    assert worst(found, expected[SAVED[0] :]) < 1e-6
+
+
+def test_where_none_is_whole_the_run_ends_and_names_them(tmp_path: Path) -> None:
+    run_world(2, go, tmp_path, "run", STRATEGIES["ddp"], "adam", 5)
+    names = [damage(path) for path in list_checkpoints(tmp_path / "run" / "checkpoints")]
+    for text in run_world(2, go, tmp_path, "run", STRATEGIES["ddp"], "adam", STEPS):
+        assert "no checkpoint of it is whole" in text
+        assert all(name in text for name in names)

@@ -1,0 +1,156 @@
+"""A candidate is read once: by each rank what it needs, straight into place; by all together what nobody needs."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_world import LAYOUTS, blank, empty_store, on_ranks, same_bits, some_tensors
+
+from disttrain.checkpoint import Checkpoint, newest_whole, place_of, save_checkpoint
+from disttrain.checkpoint.chunks import ChunkReader
+from disttrain.checkpoint.manifest import FileInfo
+from disttrain.checkpoint.shares import every_chunk, runs_of, share_unread
+
+CHUNK = 4096
+
+
+def large_tensors(scale: float = 1.0) -> dict[str, torch.Tensor]:
+    """Rows that every world here divides, of several chunks a rank."""
+    return {f"model/m/{name}": torch.arange(36.0 * 240).view(36, 240) * scale + k for k, name in enumerate("abc")}
+
+
+def save(root: Any, step: int, tensors: dict[str, torch.Tensor], layout: str = "rows", ranks: int = 2) -> Any:
+    act = lambda own: save_checkpoint(  # noqa: E731
+        root, step, LAYOUTS[layout](tensors, own.rank, ranks), {"step": step}, own, chunk_bytes=CHUNK
+    )
+    return on_ranks(ranks, act)[0]
+
+
+def resume(root: Any, tensors: dict[str, torch.Tensor], layout: str, ranks: int) -> list[Any]:
+    """Of each rank: what was found, what was rejected, and its shards as they were filled."""
+
+    def act(own: Any) -> Any:
+        shards = blank(LAYOUTS[layout](tensors, own.rank, ranks))
+        found, rejected = newest_whole(root, own, lambda checkpoint: checkpoint.load_into(shards) and None)
+        return found, rejected, shards
+
+    return on_ranks(ranks, act)
+
+
+def refuse_other_bits(shards: Any, tensors: dict[str, torch.Tensor]) -> None:
+    for shard in shards:
+        assert same_bits(shard.tensor, tensors[shard.name][shard.box.slices()]), shard.name
+
+
+@pytest.mark.parametrize("kept_in", ["disk", "store"])
+@pytest.mark.parametrize(("saved", "loaded"), [(2, 2), (3, 3), (1, 1), (3, 1)])
+def test_all_ranks_together_sum_every_chunk_once(
+    saved: int, loaded: int, kept_in: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with empty_store():
+        root = place_of(tmp_path if kept_in == "disk" else "memory://bucket/run")
+        path = save(root, 7, large_tensors(), ranks=saved)
+        chunks = every_chunk(Checkpoint.open(path).manifest.files)
+        assert len(chunks) >= 2 * saved * 3
+        summed: list[tuple[str, int]] = []
+        plain = ChunkReader.scatter
+
+        def counted(self: ChunkReader, chunk: int, places: Any, *, verify: bool) -> str | None:
+            if verify:
+                summed.append((self.name, chunk))
+            return plain(self, chunk, places, verify=verify)
+
+        monkeypatch.setattr(ChunkReader, "scatter", counted)
+        for found, rejected, shards in resume(root, large_tensors(), "rows", loaded):
+            assert (found.step, rejected) == (7, [])
+            refuse_other_bits(shards, large_tensors())
+        assert sorted(summed) == sorted(chunks)
+
+
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_a_flip_anywhere_sends_every_rank_to_the_one_before_whose_bits_it_then_has(
+    layout: str, ranks: int, tmp_path: Path
+) -> None:
+    """Also where no rank reads it for itself, and after tensors were filled from the damaged one."""
+    old = {name: tensor.clone() for name, tensor in some_tensors().items()}
+    for name in ("model/model/embed.weight", "optim/model/embed.weight:exp_avg"):
+        old[name] = old[name] + 1
+    save(tmp_path, 100, old)
+    path = save(tmp_path, 200, some_tensors() | {"user/rank-9/own": torch.arange(3000.0)})
+    files = sorted(path.iterdir())
+    sizes = [file.stat().st_size for file in files]
+    chosen = random.Random(f"{layout} {ranks}")
+    for trial in range(14):
+        file = path / "manifest.json" if trial == 0 else chosen.choices(files, sizes)[0]
+        original = file.read_bytes()
+        bit = chosen.randrange(len(original) * 8)
+        content = bytearray(original)
+        content[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(content)
+
+        def act(own: Any) -> Any:
+            shards = blank(LAYOUTS[layout](old, own.rank, ranks))
+            names = {shard.name for shard in shards}  # flat parts of a scalar are one rank's
+            fill = lambda one: one.load_into(shards, ignore=set(one.tensors) - names)  # noqa: E731
+            return *newest_whole(tmp_path, own, fill), shards
+
+        for found, rejected, shards in on_ranks(ranks, act):
+            assert found.step == 100, (file.name, bit)
+            ((what, why),) = rejected
+            assert what == path
+            assert file.name in why, (bit, why)
+            refuse_other_bits(shards, old)
+        file.write_bytes(original)
+
+
+def test_what_one_rank_alone_finds_damaged_all_reject(tmp_path: Path) -> None:
+    """The last rows, which the last rank alone reads; the others have filled theirs by then."""
+    save(tmp_path, 1, large_tensors())
+    path = save(tmp_path, 2, large_tensors(2.0))
+    file = path / "rank-00001.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    for found, rejected, shards in resume(tmp_path, large_tensors(), "rows", 2):
+        assert found.step == 1
+        assert "rank 1" in rejected[0][1] and file.name in rejected[0][1]
+        refuse_other_bits(shards, large_tensors())
+
+
+def test_what_filling_raises_rejects_the_candidate_on_every_rank(tmp_path: Path) -> None:
+    save(tmp_path, 1, large_tensors())
+    save(tmp_path, 2, large_tensors())
+
+    def act(own: Any) -> Any:
+        def fill(one: Checkpoint) -> None:
+            if own.rank == 1 and one.step == 2:
+                raise RuntimeError("no room")
+
+        return newest_whole(tmp_path, own, fill)
+
+    for found, rejected in on_ranks(2, act):
+        assert found.step == 1
+        assert "RuntimeError: no room" in rejected[0][1]
+
+
+def test_chunks_that_nobody_read_are_shared_out_evenly() -> None:
+    files = {"a": FileInfo(0, (0,) * 10), "b": FileInfo(0, (0,) * 4), "c": FileInfo(0, ())}
+    chosen = random.Random(3)
+    for _ in range(200):
+        count = chosen.randrange(1, 6)
+        read = [runs_of(chosen.sample(every_chunk(files), chosen.randrange(9))) for _ in range(count)]
+        shares = share_unread(files, read, count)
+        expand = lambda runs: [(name, k) for name, first, stop in runs for k in range(first, stop)]  # noqa: E731
+        known = {one for runs in read for one in expand(runs)}
+        told = Counter(one for runs in shares for one in expand(runs))
+        assert set(told) == set(every_chunk(files)) - known
+        assert set(told.values()) <= {1}
+        sizes = [len(expand(runs)) for runs in shares]
+        assert max(sizes) - min(sizes) <= 1
+    assert runs_of([("b", 1), ("a", 3), ("a", 1), ("a", 2)]) == [("a", 1, 4), ("b", 1, 2)]
