@@ -7,7 +7,8 @@ contestant acts once, in an order that is rotated from round to round; a time is
 table gives medians and the median of the ratios to the raw act of the same round.
 
 durable   `save_checkpoint` beside `os.write` and `os.fsync` of the same bytes, torch's DCP, and torch.save with fsync
-load      found, verified and loaded, beside reading the same files; from the disk (cold), and from memory (warm)
+load      found, verified and loaded, beside reading the same files; from the disk (cold), and from memory (warm): as a
+          resume does it, in one pass, and as engine.load, which touches nothing before all is verified
 stall     what a step that saves in the background waits, beside copying the same bytes to kept memory by the same
           ranks, and torch's async save; and a step's time while a save is written, beside that without one
 memory    what the process holds at most while it loads, above what it holds before
@@ -240,13 +241,18 @@ def load(mib: int, rounds: int, folder: str) -> dict[str, list[float]]:
                 continue
 
     def resume() -> None:
+        found, rejected = newest_whole(root / "ours", ranks, lambda one: _fill(one, shards))
+        assert found is not None and not rejected
+
+    def verify_and_load() -> None:
         found, rejected = newest_whole(root / "ours", ranks)
         assert found is not None and not rejected
-        found.load_into(shards)
+        _fill(found, shards)
 
     acts: dict[str, Callable[[], Any]] = {
         "raw": read_raw,
-        "disttrain": resume,
+        "disttrain, a resume": resume,
+        "disttrain, engine.load": verify_and_load,
         "DCP, which verifies nothing": lambda: dcp.load(cut, checkpoint_id=root / "dcp"),
     }
     found: dict[str, list[float]] = {f"{name}, {how}": [] for how in ("cold", "warm") for name in acts}
@@ -263,6 +269,10 @@ def load(mib: int, rounds: int, folder: str) -> dict[str, list[float]]:
                 if turn >= 0:
                     found[f"{name}, {how}"].append(took)
     return found
+
+
+def _fill(checkpoint: Any, shards: list[Any]) -> None:
+    checkpoint.load_into(shards)
 
 
 # ---------------------------------------------------------------------- stall
@@ -381,9 +391,7 @@ def memory(mib: int, folder: str) -> dict[str, float]:
     save_checkpoint(Path(folder) / "ours", 1, shards, {}, ranks)
     newest_whole(Path(folder) / "ours", ranks)  # whatever is allocated once is there
     before = resident()
-    found, _ = newest_whole(Path(folder) / "ours", ranks)
-    assert found is not None
-    found.load_into(shards)
+    newest_whole(Path(folder) / "ours", ranks, lambda one: _fill(one, shards))
     return {"state": mib, "above it": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before}
 
 

@@ -64,7 +64,7 @@ def acts(mib: int) -> dict[str, Callable[[], Any]]:
     import s3fs
     import torch
 
-    from disttrain.checkpoint import Address, Checkpoint, SoleRank, prune, save_checkpoint, whole_shard
+    from disttrain.checkpoint import Address, Checkpoint, SoleRank, newest_whole, prune, save_checkpoint, whole_shard
 
     system = s3fs.S3FileSystem(use_listings_cache=False)
     system.mkdir("models")
@@ -86,13 +86,21 @@ def acts(mib: int) -> dict[str, Callable[[], Any]]:
         for start in range(0, len(content), PART):
             system.cat_file("models/raw", start=start, end=start + PART)
 
+    def fill(checkpoint: Checkpoint) -> None:
+        checkpoint.load_into([whole_shard("model/m/w", into)])
+
+    def resume() -> None:
+        into.zero_()
+        newest_whole(root, SoleRank(), fill)
+        assert torch.equal(into, tensor)
+
     def load() -> None:
         into.zero_()
-        Checkpoint.open(root / f"step-{steps[0]:08d}").load_into([whole_shard("model/m/w", into)])
+        fill(Checkpoint.open(root / f"step-{steps[0]:08d}"))
         assert torch.equal(into, tensor)
         prune(root, 1)
 
-    return {"put by hand": put, "save": save, "get by hand": get, "load": load}
+    return {"put by hand": put, "save": save, "get by hand": get, "resume": resume, "load": load}
 
 
 def main() -> None:

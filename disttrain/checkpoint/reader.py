@@ -100,7 +100,9 @@ class Checkpoint:
         info = self.tensors[name]
         box = whole(info.shape) if box is None else box
         into = torch.empty(box.sizes, dtype=info.dtype)
-        self.load_into([Shard(name, info.shape, box, into)], strict=False)
+        shards = [Shard(name, info.shape, box, into)]
+        refuse_bad_shards(shards)
+        self._fill_all(self._plan_jobs(shards))
         return into
 
     def load_into(self, shards: Sequence[Shard], *, strict: bool = True, ignore: Collection[str] = ()) -> Differences:
@@ -121,8 +123,7 @@ class Checkpoint:
             faults = [fault for file, chunks in needed.items() for fault in self._check(file, chunks)]
             if faults:
                 raise self._damaged(faults)
-        for file, own in jobs.items():
-            self._fill(file, own)
+        self._fill_all(jobs)
         return differences
 
     def located(self, name: str, box: Box | None = None) -> list[PlacedBox]:
@@ -240,6 +241,10 @@ class Checkpoint:
                     else:
                         faults.append(fault)
         return faults
+
+    def _fill_all(self, jobs: Mapping[str, Sequence[_Job]]) -> None:
+        for file, own in jobs.items():
+            self._fill(file, own)
 
     def _fill(self, file: str, jobs: Sequence[_Job]) -> None:
         with self._open(file) as reader, torch.no_grad():

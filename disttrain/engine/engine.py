@@ -378,7 +378,8 @@ class Engine:
     def resume(self) -> None:
         """Begin: continue from the run's own newest whole checkpoint, else from `checkpoint.resume`'s path.
 
-        The first batch does it where a script did not; prepare and track before it. Idempotent.
+        The first batch does it where a script did not; prepare and track before it. Idempotent. Where it raises after a
+        checkpoint was partly read, this engine refuses to go on.
         """
         if not self._state.begun:
             self._state.resume()
@@ -465,6 +466,7 @@ class Engine:
         if name not in self._prepared:
             known = ", ".join(self._prepared) or "none"
             raise ConfigError(explain(f"A prepared model {name!r}.", f"prepared: {known}", "call prepare first"))
+        self._state.refuse_spoilt()
         return self._prepared[name]
 
     def _others_frozen(self, name: str) -> AbstractContextManager[Any]:

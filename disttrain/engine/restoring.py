@@ -29,7 +29,7 @@ _log = room_logger("checkpoint")
 class Restoring:
     """Of prepared parts, in two acts: `fill` for each candidate, then `finish` with the one that is whole.
 
-    Where either raises, the parts are not to be used: a run ends on all ranks.
+    Where `finish` raises or no candidate is whole, the parts are not to be used if they were `touched`.
     """
 
     def __init__(self, parts: Parts) -> None:
@@ -38,6 +38,8 @@ class Restoring:
         self._filled: Checkpoint | None = None
         self._error: Exception | None = None
         self._states: dict[str, Any] = {}
+        self.touched = False
+        """Whether something was written into models or optimizers; the same on all ranks."""
 
     def fill(self, checkpoint: Checkpoint) -> None:
         """Judge names, shapes and tracked objects, then read what this rank holds of models and optimizers. Local.
@@ -45,11 +47,14 @@ class Restoring:
         Raises DamagedError where bytes do not fit: another candidate may. Any other error is `finish`'s to raise, for
         an older checkpoint would not help.
         """
+        before, self.touched = self.touched, True
         self._filled, self._error = checkpoint, None
         try:
             self._fill(checkpoint)
         except DamagedError:
             raise
+        except CheckpointError as error:  # what does not fit is found before anything is written
+            self._error, self.touched = error, before
         except Exception as error:  # noqa: BLE001 - the other ranks are to hear of it, and will in `finish`
             self._error = error
 
@@ -62,6 +67,7 @@ class Restoring:
             self._check_base(checkpoint)
         if self._filled is not checkpoint:
             group.together(lambda: self._fill(checkpoint), what)
+            self.touched = True
         group.together(lambda: self._set(checkpoint), what)
         for prepared in self._parts.prepared.values():
             self._parts.strategy.loaded(prepared)

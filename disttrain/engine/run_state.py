@@ -6,7 +6,8 @@ collective unless they say local.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from disttrain.checkpoint import Checkpoint, Differences, Place
@@ -19,7 +20,7 @@ from disttrain.engine.record import Record
 from disttrain.engine.restoring import Restoring
 from disttrain.engine.saving import Saver
 from disttrain.engine.snapshot import Parts, Progress, Snapshot, Tracked
-from disttrain.errors import ConfigError, explain
+from disttrain.errors import CheckpointError, ConfigError, explain
 from disttrain.strategy import AbstractStrategy, Prepared, World
 
 
@@ -43,6 +44,7 @@ class RunState:
         self.progress = Progress()
         self.within_step = False
         """Whether weights have been stepped and the step is not counted yet: nothing is saved of such a moment."""
+        self._spoilt = False
         self.begun = False
         """Whether the run has been resumed, or has begun."""
         self.ended: str | None = None
@@ -99,11 +101,11 @@ class RunState:
 
     def resume(self) -> None:
         """Go on from the run's own newest whole checkpoint, else from `checkpoint.resume`'s path, else from nothing."""
-        state = Restoring(self._parts)
-        found = self._record.find_checkpoint(state.fill)
-        if found is not None:
-            self._finish_restoring(state, found)
-            self._record.resumed(self.progress, found.path)
+        with self._restoring() as state:
+            found = self._record.find_checkpoint(state.fill)
+            if found is not None:
+                self._finish_restoring(state, found)
+                self._record.resumed(self.progress, found.path)
         self.begun = True
 
     def begin(self) -> None:
@@ -120,7 +122,25 @@ class RunState:
             raise ConfigError(
                 explain(f"load({str(path)!r})", "a loop that has begun", "load before the first batch, in a new Engine")
             )
-        self._finish_restoring(Restoring(self._parts), self._record.open_checkpoint(path))
+        with self._restoring() as state:
+            self._finish_restoring(state, self._record.open_checkpoint(path))
+
+    @contextmanager
+    def _restoring(self) -> Iterator[Restoring]:
+        self.refuse_spoilt()
+        state = Restoring(self._parts)
+        try:
+            yield state
+        except BaseException:
+            self._spoilt = state.touched
+            raise
+
+    def refuse_spoilt(self) -> None:
+        """Raise CheckpointError where models hold parts of a checkpoint that could not be restored. Local."""
+        if self._spoilt:
+            found = "weights and optimizer state that were partly read from a checkpoint, which then failed"
+            do = "mend what was wrong with it, and make a new Engine, whose models are built anew"
+            raise CheckpointError(explain("The engine is to go on.", found, do))
 
     def _finish_restoring(self, state: Restoring, found: Checkpoint) -> None:
         self.progress = state.finish(found)

@@ -117,3 +117,39 @@ def test_where_none_is_whole_the_run_ends_and_names_them(tmp_path: Path) -> None
     for text in run_world(2, go, tmp_path, "run", STRATEGIES["ddp"], "adam", STEPS):
         assert "no checkpoint of it is whole" in text
         assert all(name in text for name in names)
+
+
+def insist(folder: Path) -> list[str]:
+    """What an engine says that could not resume: to each thing that is asked of it after."""
+    config = {"run": {"name": "run", "dir": str(folder), "seed": 7, "steps": STEPS}, "checkpoint": {"keep_last": 9}}
+    said = []
+    engine = disttrain.Engine(config, [*QUIET, *STRATEGIES["ddp"], "checkpoint.at_end=false"])
+    engine.prepare("model", Late, OPTIMIZERS["adam"])
+    with pytest.raises(CheckpointError, match="no checkpoint of it is whole"):
+        engine.resume()
+    if engine.rank == 0:
+        for path in list_checkpoints(folder / "run" / "checkpoints"):
+            path.rename(folder / path.name)
+    engine.world.group.barrier()
+    for act in (
+        engine.resume,  # there is nothing now: it would begin anew
+        lambda: engine.load(folder),
+        lambda: engine.micro_batches([torch.zeros(2, 3)]),
+        lambda: engine.backward("model", torch.zeros((), requires_grad=True)),
+        engine.full_weights,
+    ):
+        try:
+            act()
+        except CheckpointError as error:
+            said.append(str(error))
+    engine.close()
+    return said
+
+
+def test_an_engine_that_could_not_resume_refuses_to_train_what_it_then_holds(tmp_path: Path) -> None:
+    run_world(2, go, tmp_path, "run", STRATEGIES["ddp"], "adam", 5)
+    for path in list_checkpoints(tmp_path / "run" / "checkpoints"):
+        damage(path)
+    for said in run_world(2, insist, tmp_path):
+        assert len(said) == 5
+        assert all("partly read from a checkpoint" in text for text in said)
