@@ -7,8 +7,9 @@ contestant acts once, in an order that is rotated from round to round; a time is
 table gives medians and the median of the ratios to the raw act of the same round.
 
 durable   `save_checkpoint` beside `os.write` and `os.fsync` of the same bytes, torch's DCP, and torch.save with fsync
-load      found, verified and loaded, beside reading the same files; from the disk (cold), and from memory (warm): as a
-          resume does it, in one pass, and as engine.load, which touches nothing before all is verified
+load      found, verified and loaded, beside reading the same bytes into the same tensors, and by pieces of 16 MiB that
+          nobody keeps; from the disk (cold), and from memory (warm). As a resume does it, in one pass, and as
+          engine.load, which touches nothing before all is verified
 stall     what a step that saves in the background waits, beside copying the same bytes to kept memory by the same
           ranks, and torch's async save; and a step's time while a save is written, beside that without one
 memory    what the process holds at most while it loads, above what it holds before
@@ -26,7 +27,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -234,11 +235,18 @@ def load(mib: int, rounds: int, folder: str) -> dict[str, list[float]]:
     dcp.save(cut, checkpoint_id=root / "dcp")
     want = {name: own.clone() for name, own in parts.items()}
 
-    def read_raw() -> None:
-        buffer = bytearray(PIECE)
+    def read(views: Iterable[memoryview]) -> None:
         with (path / f"rank-{rank:05d}.safetensors").open("rb", buffering=0) as file:
-            while file.readinto(buffer):
-                continue
+            for view in views:
+                while view and (got := file.readinto(view)):
+                    view = view[got:]
+
+    def read_raw() -> None:
+        read(raw_bytes(own) for own in parts.values())
+
+    def read_and_drop() -> None:
+        buffer = memoryview(bytearray(PIECE))
+        read(buffer for _ in range(0, mib * 2**20, PIECE))
 
     def resume() -> None:
         found, rejected = newest_whole(root / "ours", ranks, lambda one: _fill(one, shards))
@@ -251,6 +259,7 @@ def load(mib: int, rounds: int, folder: str) -> dict[str, list[float]]:
 
     acts: dict[str, Callable[[], Any]] = {
         "raw": read_raw,
+        "read by pieces that are dropped": read_and_drop,
         "disttrain, a resume": resume,
         "disttrain, engine.load": verify_and_load,
         "DCP, which verifies nothing": lambda: dcp.load(cut, checkpoint_id=root / "dcp"),
@@ -265,7 +274,7 @@ def load(mib: int, rounds: int, folder: str) -> dict[str, list[float]]:
                 for own in parts.values():
                     own.zero_()
                 took = timed(acts[name])
-                assert name == "raw" or all(torch.equal(own, want[key]) for key, own in parts.items())
+                assert "read" in name or name == "raw" or all(torch.equal(own, want[key]) for key, own in parts.items())
                 if turn >= 0:
                     found[f"{name}, {how}"].append(took)
     return found
@@ -404,9 +413,9 @@ def resident() -> float:
 # ---------------------------------------------------------------------- manifest
 
 
-def manifest(tensors: int = 1000) -> Iterator[str]:
-    """Rows: ranks, the manifest's KiB, seconds of rank 0 to unpickle and judge all plans, to encode, and of a reader to
-    decode; and of rank 0 at the next save, for its own digest and all ranks'."""
+def manifest(most: int, tensors: int = 1000) -> Iterator[str]:
+    """Rows, up to `most` ranks: their number, the manifest's KiB, seconds of rank 0 to unpickle and judge all plans, to
+    encode, and of a reader to decode; and of rank 0 at the next save, for its own digest and all ranks'."""
     import torch
 
     from disttrain.checkpoint import Box, Manifest, Shard
@@ -415,7 +424,7 @@ def manifest(tensors: int = 1000) -> Iterator[str]:
     from disttrain.checkpoint.save import PlanMemory, judge_tensors, plan_digest
 
     for layout in ("each tensor cut over all ranks", "each tensor on one rank"):
-        for ranks in (1, 8, 64, 512, 1024):
+        for ranks in (one for one in (1, 8, 64, 512, 1024) if one <= most):
             plans: list[list[Entry]] = [[] for _ in range(ranks)]
             for number in range(tensors):
                 name = f"model/model/layer{number:04d}.weight"
@@ -471,6 +480,7 @@ def main() -> None:
     parser.add_argument("--mib", type=int, default=1024, help="of state for each rank")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--simulated", type=int, default=1024, help="ranks of the largest manifest")
     parser.add_argument("--dir", help="where to write; a file system of its own kind and speed")
     given = parser.parse_args()
     unknown = sorted(set(given.what) - set(KINDS))
@@ -496,7 +506,7 @@ def main() -> None:
             else:
                 print("\n| | ranks | KiB | unpickle, s | judge, s | encode, s | decode, s | next save, s |")
                 print("|---|---:|---:|---:|---:|---:|---:|---:|")
-                for row in manifest():
+                for row in manifest(given.simulated):
                     print(row, flush=True)
 
 

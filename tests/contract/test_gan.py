@@ -18,6 +18,10 @@ from disttrain.data import Order
 SEED, STEPS, BATCH = 3, 10, 8
 
 
+def train_gans(folder: Path, names: list[str], micro_batch: int) -> dict[str, Any]:
+    return {name: train_gan(folder / name, STRATEGIES[name], micro_batch) for name in names}
+
+
 def train_gan(folder: Path, overrides: list[str], micro_batch: int) -> dict[str, Any]:
     user = user_module()
     config = {"run": {"name": "gan", "dir": str(folder), "seed": SEED, "steps": STEPS}}
@@ -80,8 +84,7 @@ def plain_gan(first: dict[str, Any]) -> tuple[list[float], dict[str, torch.Tenso
     [pytest.param(1, 8, marks=pytest.mark.slow), pytest.param(2, 2, marks=pytest.mark.slow), (3, 2)],
 )
 def test_equals_its_plain_loop(size: int, micro_batch: int, tmp_path: Path) -> None:
-    for name in strategies_at(size):
-        run = run_world(size, train_gan, tmp_path / name, STRATEGIES[name], micro_batch)[0]
+    for name, run in run_world(size, train_gans, tmp_path, strategies_at(size), micro_batch)[0].items():
         losses, last = plain_gan(run["first"])
         assert worst(run["losses"], losses) < 2e-5, name
         for key, value in run["last"]["generator"].items():

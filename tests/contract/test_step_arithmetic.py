@@ -99,11 +99,15 @@ class Terms:
         return {"tokens": tokens, "even": logits[inputs[:, 0] % 2 == 0, 0].square().sum()}
 
 
-def train_terms(folder: Path, overrides: list[str]) -> dict[str, Any]:
-    where = [f"run.dir={folder.parent / 'runs'}", f"run.name={'-'.join(overrides).replace('=', '.')}"]
-    with disttrain.Engine(folder, [*QUIET, *overrides, *where]) as engine:
-        engine.prepare("model")
-        return train_one(engine, Terms())
+def train_terms(config: Path, names: list[str]) -> dict[str, Any]:
+    found = {}
+    for name in names:
+        where = [f"run.dir={config.parent / 'runs'}", f"run.name={name}"]
+        more = ["data.micro_batch=3", "model.args.dropout=0.0"]
+        with disttrain.Engine(config, [*QUIET, *STRATEGIES[name], *more, *where]) as engine:
+            engine.prepare("model")
+            found[name] = train_one(engine, Terms())
+    return found
 
 
 def plain_terms(micro_batch: int) -> tuple[list[float], list[float]]:
@@ -124,8 +128,7 @@ def plain_terms(micro_batch: int) -> tuple[list[float], list[float]]:
 @pytest.mark.parametrize("size", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_terms_have_their_own_denominators(size: int, config: Path) -> None:
     losses, norms = plain_terms(3)
-    for name in strategies_at(size):
-        overrides = [*STRATEGIES[name], "data.micro_batch=3", "model.args.dropout=0.0"]
-        for rank, run in enumerate(run_world(size, train_terms, config, overrides)):
+    for rank, runs in enumerate(run_world(size, train_terms, config, strategies_at(size))):
+        for name, run in runs.items():
             assert worst(run["losses"], losses) < 2e-5, (name, rank)
             assert worst(run["norms"], norms) < 2e-5, (name, rank)
