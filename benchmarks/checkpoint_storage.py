@@ -4,7 +4,7 @@
 
 One process and one tensor, against moto's server in a process of its own on this machine. By hand is what s3fs does
 with the same parts and ranges: a multipart upload of 16 MiB parts, and a range of 16 MiB after another, unverified. In
-every round all four are taken in turn. The server is the bottleneck: the rows compare, and say nothing of a real store.
+every round all five are taken in turn. The server is the bottleneck: the rows compare, and say nothing of a real store.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ class CheckpointError(DisttrainError):
 
 
 class DamagedError(CheckpointError):
-    """A checkpoint with bytes that are missing or do not fit its checksums: a run goes on from an older one."""
+    """Files of a checkpoint are not there, or their bytes do not fit its manifest: a run goes on from an older one."""
 
 
 class UnreadableError(CheckpointError):

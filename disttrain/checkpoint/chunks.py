@@ -34,10 +34,10 @@ class ChunkReader:
     asked costs.
     """
 
-    def __init__(self, fill: Fill, name: str, info: FileInfo, chunk_bytes: int, piece_bytes: int | None = None) -> None:
+    def __init__(self, ask: Fill, name: str, info: FileInfo, chunk_bytes: int, piece_bytes: int | None = None) -> None:
         self.name = name
         self.asks_cost = piece_bytes is None
-        self._fill, self._info, self._chunk_bytes = fill, info, chunk_bytes
+        self._ask, self._info, self._chunk_bytes = ask, info, chunk_bytes
         self._piece_bytes = min(piece_bytes or chunk_bytes, chunk_bytes)
 
     @cached_property
@@ -72,7 +72,7 @@ class ChunkReader:
         """
         found, stored = 0, self._info.chunks[chunk]
         for at, view in self._with_gaps(chunk, places) if verify else places:
-            fault = self._read_into(view, at)
+            fault = self.fill(view, at)
             if fault:
                 return fault
             found = crc32(view, found) if verify else stored
@@ -90,12 +90,12 @@ class ChunkReader:
             yield from ((begin + done, view[done : done + size]) for done in range(0, len(view), size))
             at = begin + len(view)
 
-    def _read_into(self, view: memoryview, begin: int) -> str | None:
-        """Fill a view with the file's bytes from `begin` on; a fault in words if there are too few."""
+    def fill(self, view: memoryview, begin: int) -> str | None:
+        """Fill a view with the file's bytes from `begin` on, not summed; a fault in words if there are too few."""
         at, end = begin, begin + len(view)
         try:
             while at < end:
-                got = self._fill(view[at - begin :], at)
+                got = self._ask(view[at - begin :], at)
                 if not got:
                     return f"{self.name} ends at byte {at} of {self._info.size}"
                 at += got

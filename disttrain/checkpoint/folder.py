@@ -7,13 +7,14 @@ names are the list. However they are removed or set aside, a kill leaves no half
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from typing import Any
 
 from disttrain.checkpoint.address import Place, PlaceT, below, beside, step_folder, step_of
 from disttrain.checkpoint.disk import Disk
 from disttrain.checkpoint.local import STAGING
 from disttrain.checkpoint.manifest import MANIFEST
 from disttrain.checkpoint.reader import Checkpoint
-from disttrain.checkpoint.shards import Ranks, take_step
+from disttrain.checkpoint.shards import Agreed, Local, Ranks, take_step
 from disttrain.checkpoint.shares import ChunkRun, share_unread
 from disttrain.checkpoint.storage import storage_of
 from disttrain.errors import CheckpointError, UnreadableError, explain
@@ -42,10 +43,11 @@ def newest_whole(
 ) -> tuple[Checkpoint | None, list[tuple[PlaceT, str]]]:
     """The newest checkpoint that every rank can read, and the newer ones rejected with the reason. Collective.
 
-    Rank 0 lists; all ranks open; every byte is read, each by at least one rank, and checked. With `fill`, which is
-    local, a rank reads what it needs of each candidate first, once (`Checkpoint.check_on_the_way`): what it fills holds
-    no state before this returns. What `fill` raises rejects the candidate. Raises UnreadableError for one that may be
-    whole and that a rank cannot read: of a newer format, or without permission.
+    Rank 0 lists; all ranks open; every byte is read, each by at least one rank, and checked. With `fill`, which all
+    ranks enter together, a rank reads what it needs of each candidate first, once (`Checkpoint.check_on_the_way`): what
+    it fills holds no state before this returns. What `fill` raises rejects the candidate: for what an older one would
+    not help it is to keep to itself. Raises UnreadableError for one that may be whole and that a rank cannot read: of a
+    newer format, or without permission.
     """
     candidates = take_step(ranks, lambda: None, lambda _: _candidates(root), asked=f"{root} cannot be listed.")
     rejected: list[tuple[PlaceT, str]] = []
@@ -61,33 +63,43 @@ def newest_whole(
 
 def _open_whole(path: Place, ranks: Ranks, fill: Callable[[Checkpoint], None] | None) -> Checkpoint:
     """The checkpoint, of which every byte was found right. CheckpointError on every rank if one was not."""
-    asked = f"{path.name} was rejected:"
     opened: list[Checkpoint] = []
 
-    def open_it() -> str | None:
-        try:
-            opened.append(_open_own_step(path, verify=True))
-        except UnreadableError as error:
-            return str(error)
-        return None
-
     def read() -> list[ChunkRun]:
+        checkpoint = opened[0]
+        checkpoint.check_on_the_way()
         if fill is not None:
-            fill(opened[0])
-        return opened[0].checked
+            fill(checkpoint)
+        return checkpoint.checked
 
-    unreadable = take_step(ranks, open_it, _first_word, asked=asked)
+    def share(everyones: list[list[ChunkRun]]) -> list[list[ChunkRun]]:
+        return share_unread(opened[0].manifest.files, everyones, ranks.size)
+
+    _take_reading_step(path, ranks, lambda: opened.append(_open_own_step(path, verify=True)), lambda _: None)
+    shares = _take_reading_step(path, ranks, read, share)
+    _take_reading_step(path, ranks, lambda: opened[0].verify(shares[ranks.rank]), lambda _: None)
+    return opened[0]
+
+
+def _take_reading_step(
+    path: Place, ranks: Ranks, act: Callable[[], Local], judge: Callable[[list[Local]], Agreed]
+) -> Agreed:
+    """`take_step`, and UnreadableError on every rank where one rank's act raised it."""
+
+    def told() -> tuple[Local | None, str | None]:
+        try:
+            return act(), None
+        except UnreadableError as error:
+            return None, str(error)
+
+    def decide(everyones: list[tuple[Any, str | None]]) -> tuple[Agreed | None, str | None]:
+        unreadable = next((text for _, text in everyones if text is not None), None)
+        return None if unreadable else judge([value for value, _ in everyones]), unreadable
+
+    agreed, unreadable = take_step(ranks, told, decide, asked=f"{path.name} was rejected:")
     if unreadable is not None:
         raise UnreadableError(unreadable)
-    checkpoint, files = opened[0], opened[0].manifest.files
-    checkpoint.check_on_the_way()
-    shares = take_step(ranks, read, lambda everyones: share_unread(files, everyones, ranks.size), asked=asked)
-    take_step(ranks, lambda: checkpoint.verify(shares[ranks.rank]), lambda _: None, asked=asked)
-    return checkpoint
-
-
-def _first_word(told: list[str | None]) -> str | None:
-    return next((text for text in told if text is not None), None)
+    return agreed  # type: ignore[return-value]
 
 
 def _open_own_step(path: Place, *, verify: bool) -> Checkpoint:

@@ -8,7 +8,7 @@ says so, while tensors are filled (`check_on_the_way`).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -26,6 +26,9 @@ from disttrain.checkpoint.shards import Shard, refuse_bad_shards
 from disttrain.checkpoint.shares import ChunkRun, every_chunk, runs_of
 from disttrain.checkpoint.storage import Storage, storage_of
 from disttrain.errors import CheckpointError, DamagedError, explain
+
+_MOST_HEADERS = 64 * 2**10
+"""Read of a file at once for its header; a longer one takes another read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +58,7 @@ class Checkpoint:
         self._verify = verify
         self._checked: set[tuple[str, int]] = set()
         self._on_the_way = False
-        self._headers: dict[str, Header] = {}
+        self._headers: dict[str, tuple[Header, bytes]] = {}
 
     @classmethod
     def open(cls, path: str | Place, *, verify: bool = True) -> Checkpoint:
@@ -102,29 +105,46 @@ class Checkpoint:
         into = torch.empty(box.sizes, dtype=info.dtype)
         shards = [Shard(name, info.shape, box, into)]
         refuse_bad_shards(shards)
-        self._fill_all(self._plan_jobs(shards))
+        for file, jobs in self._plan_jobs(shards).items():  # memory that nobody else has: checked on the way
+            self._fill(file, jobs)
         return into
 
     def load_into(self, shards: Sequence[Shard], *, strict: bool = True, ignore: Collection[str] = ()) -> Differences:
-        """Copy what is stored into the shards' tensors, whatever boxes it was saved in. Local; two passes.
+        """Copy what is stored into the shards' tensors, whatever boxes it was saved in. Local.
 
-        Nothing is written before all names and shapes fit and (with `verify`, unless after `check_on_the_way`) every
-        chunk needed was read and checked.
+        Nothing is written before all names and shapes fit (`judge`) and every chunk needed was found right (`check`);
+        after `check_on_the_way` it is read and checked at once. Raises CheckpointError for what does not fit,
+        DamagedError for bytes that do not.
+        """
+        differences = self.judge(shards, strict=strict, ignore=ignore)
+        self.check(shards)
+        for file, jobs in self._plan_jobs(shards).items():
+            self._fill(file, jobs)
+        return differences
+
+    def judge(self, shards: Sequence[Shard], *, strict: bool = True, ignore: Collection[str] = ()) -> Differences:
+        """Whether these shards can be filled, by names, shapes and dtypes. Local; reads no tensor.
+
         `strict` refuses missing names, and stored ones that no shard asks for, but for those in `ignore`. Floating
         dtypes are converted to the shard's; any other change of dtype is refused. Raises CheckpointError with all
-        missing, unexpected and misshapen names, DamagedError for bytes that do not fit.
+        missing, unexpected and misshapen names.
         """
         refuse_bad_shards(shards)
-        differences = self._compare(shards, strict, ignore)
-        jobs = self._plan_jobs(shards)
-        if self._verify and not self._on_the_way:
-            size = self._manifest.chunk_bytes
-            needed = {file: [chunk for chunk, _ in _plan_copies(own, size)] for file, own in jobs.items()}
-            faults = [fault for file, chunks in needed.items() for fault in self._check(file, chunks)]
-            if faults:
-                raise self._damaged(faults)
-        self._fill_all(jobs)
-        return differences
+        return self._compare(shards, strict, ignore)
+
+    def check(self, shards: Sequence[Shard]) -> None:
+        """Read every chunk that these shards need and that is not known to be right; DamagedError. Local.
+
+        Without `verify`, and after `check_on_the_way`, it does nothing.
+        """
+        if not self._verify or self._on_the_way:
+            return
+        size = self._manifest.chunk_bytes
+        needed = {
+            file: {chunk for chunk, _ in _plan_copies(jobs, size)} | set(self._header_chunks(file))
+            for file, jobs in self._plan_jobs(shards).items()
+        }
+        self.verify(runs_of((file, chunk) for file, chunks in needed.items() for chunk in chunks))
 
     def located(self, name: str, box: Box | None = None) -> list[PlacedBox]:
         """A tensor's stored boxes, or those that meet a box, with their first bytes. Reads headers. Local."""
@@ -203,70 +223,86 @@ class Checkpoint:
             raise self._damaged([f"the header of {stored.file} does not fit the manifest: {error}"]) from None
 
     def _header(self, file: str) -> Header:
-        """The header of a file, read and checked once. ValueError where it is none."""
+        """The header of a file. ValueError where it is none.
+
+        Read by itself, for it says where all else is; whatever sums the chunks it lies in holds it against them.
+        """
         if file not in self._headers:
-            size, chunk = self._manifest.files[file].size, 0
+            size = self._manifest.files[file].size
             with self._open(file) as reader:
-                view = self._chunk(reader, chunk)
-                length = int.from_bytes(view[:8], "little")
+                text = self._bytes(reader, 0, min(size, _MOST_HEADERS))
+                length = int.from_bytes(text[:8], "little")
                 if not 0 < length <= size - 8:
                     raise ValueError(f"{length} bytes of a header in a file of {size}")
-                text = bytearray(view[8 : 8 + length])
-                while len(text) < length:
-                    chunk += 1
-                    text += self._chunk(reader, chunk)[: length - len(text)]
-            self._headers[file] = Header(bytes(text), size)
-        return self._headers[file]
+                text += self._bytes(reader, len(text), 8 + length)
+            text = text[: 8 + length]
+            self._headers[file] = Header(text[8:], size), text
+        return self._headers[file][0]
 
-    def _chunk(self, reader: ChunkReader, chunk: int) -> memoryview:
-        """A chunk that fits its checksum, in the reader's buffer."""
-        fault = reader.read(chunk, verify=self._verify)
+    def _header_chunks(self, file: str) -> range:
+        """The chunks that a file's header lies in, if it was read."""
+        text = self._headers[file][1] if file in self._headers else b""
+        return range(-(-len(text) // self._manifest.chunk_bytes))
+
+    def _bytes(self, reader: ChunkReader, begin: int, end: int) -> bytes:
+        """A file's bytes from `begin` to `end`, not summed."""
+        found = bytearray(max(0, end - begin))
+        fault = reader.fill(memoryview(found), begin)
         if fault:
             raise self._damaged([fault])
-        if self._verify:
-            self._checked.add((reader.name, chunk))
-        begin, end = reader.span(chunk)
-        return memoryview(reader.buffer)[: end - begin]
+        return bytes(found)
 
-    def _check(self, file: str, chunks: Sequence[int]) -> list[str]:
+    def _check(self, file: str, chunks: Iterable[int]) -> list[str]:
         """Faults of these chunks, in words. Chunks found right once are not read again."""
         rest = [chunk for chunk in chunks if (file, chunk) not in self._checked]
-        faults = []
-        if rest:
-            with self._open(file) as reader:
-                for chunk in rest:
-                    fault = reader.check(chunk)
-                    if fault is None:
-                        self._checked.add((file, chunk))
-                    else:
-                        faults.append(fault)
-        return faults
-
-    def _fill_all(self, jobs: Mapping[str, Sequence[_Job]]) -> None:
-        for file, own in jobs.items():
-            self._fill(file, own)
+        if not rest:
+            return []
+        with self._open(file) as reader:
+            return [fault for chunk in rest if (fault := self._take(reader, chunk, []))]
 
     def _fill(self, file: str, jobs: Sequence[_Job]) -> None:
         with self._open(file) as reader, torch.no_grad():
             for chunk, copies in _plan_copies(jobs, self._manifest.chunk_bytes):
-                known = not self._verify or (file, chunk) in self._checked
-                direct, through = _ways(copies, known)
+                direct, through = _ways(copies, self._is_known(file, chunk))
                 begin, end = reader.span(chunk)
                 if reader.asks_cost and [len(view) for _, view in direct] != [end - begin]:
                     direct, through = [], copies  # one that is a whole chunk goes straight, else the chunk is asked for
                 fault = None
                 if direct:
-                    fault = reader.scatter(chunk, [(copy.first, view) for copy, view in direct], verify=not known)
+                    fault = self._take(reader, chunk, [(copy.first, view) for copy, view in direct])
                 if through and not fault:
-                    fault = reader.read(chunk, verify=not known)
+                    fault = self._take(reader, chunk, [(begin, memoryview(reader.buffer)[: end - begin])])
                 for copy, _ in direct:
                     torch.autograd.graph.increment_version(copy.job.into)  # torch has not seen it change
                 if fault:
                     raise self._damaged([fault])
-                if self._verify:
-                    self._checked.add((file, chunk))
                 for copy in through:
                     copy.perform(reader.buffer, begin)
+            if self._verify:  # by what it said all was placed
+                faults = self._check(file, self._header_chunks(file))
+                if faults:
+                    raise self._damaged(faults)
+
+    def _is_known(self, file: str, chunk: int) -> bool:
+        return not self._verify or (file, chunk) in self._checked
+
+    def _take(self, reader: ChunkReader, chunk: int, places: Sequence[tuple[int, memoryview]]) -> str | None:
+        """Parts of a chunk to their places, and of one that is not known all held against its checksum, with what of
+        the header lies in it; a fault in words, as `ChunkReader.scatter`."""
+        if self._is_known(reader.name, chunk):
+            return reader.scatter(chunk, places, verify=False)
+        begin, end = reader.span(chunk)
+        header = self._headers[reader.name][1][begin:end] if reader.name in self._headers else b""
+        whole_chunk = bool(places) and places[0][0] == begin
+        seen = places[0][1] if whole_chunk else memoryview(bytearray(len(header)))
+        if header and not whole_chunk:
+            places = [(begin, seen), *places]
+        fault = reader.scatter(chunk, places, verify=True)
+        if fault is None and seen[: len(header)] != header:
+            fault = f"{reader.name}, its header: read twice, and not the same"
+        if fault is None:
+            self._checked.add((reader.name, chunk))
+        return fault
 
     def _open(self, file: str) -> AbstractContextManager[ChunkReader]:
         return self._storage.open_chunks(self.path / file, self._manifest.files[file], self._manifest.chunk_bytes)

@@ -123,8 +123,11 @@ def take_step(ranks: Ranks, act: Callable[[], Local], judge: Callable[[list[Loca
             agreed, cause = _attempt(lambda: judge([brought for brought, _ in gathered]))
             verdict = (agreed, _told(cause))
     result, failure = ranks.broadcast(verdict)
-    if failure is not None:
-        raise CheckpointError(f"{asked}\n  {failure}") from cause
+    try:
+        if failure is not None:
+            raise CheckpointError(f"{asked}\n  {failure}") from cause
+    finally:
+        del cause  # its traceback holds this frame: what `act` had in hand would live until garbage is collected
     return result  # type: ignore[no-any-return]
 
 

@@ -17,7 +17,7 @@ from disttrain.checkpoint.formats import Rename, load_weights_into
 from disttrain.engine.base import base_of, refuse_other_base
 from disttrain.engine.opening import open_any_same, refuse_unknown
 from disttrain.engine.random_state import restore_random
-from disttrain.engine.snapshot import RANKS, Parts, Progress, Tracked
+from disttrain.engine.snapshot import RANKS, Parts, Progress, Tracked, frozen_names
 from disttrain.engine.state import refuse_another_run, restore_optimizer, restore_tracked, tracked_tensor_names
 from disttrain.errors import CheckpointError, DamagedError, explain
 from disttrain.logs import room_logger
@@ -29,7 +29,7 @@ _log = room_logger("checkpoint")
 class Restoring:
     """Of prepared parts, in two acts: `fill` for each candidate, then `finish` with the one that is whole.
 
-    Where `finish` raises or no candidate is whole, the parts are not to be used if they were `touched`.
+    Where `finish` raises or no candidate is whole, the parts are not to be used if they were `touched`. Collective.
     """
 
     def __init__(self, parts: Parts) -> None:
@@ -38,80 +38,101 @@ class Restoring:
         self._filled: Checkpoint | None = None
         self._error: Exception | None = None
         self._states: dict[str, Any] = {}
+        self._trained: list[Shard] = []
+        self._frozen: list[Shard] = []
         self.touched = False
-        """Whether something was written into models or optimizers; the same on all ranks."""
+        """Whether anything was written into models or optimizers; the same on all ranks."""
 
     def fill(self, checkpoint: Checkpoint) -> None:
-        """Judge names, shapes and tracked objects, then read what this rank holds of models and optimizers. Local.
+        """Judge what is asked, then read what this rank holds of trained parameters, buffers and optimizers.
 
-        Raises DamagedError where bytes do not fit: another candidate may. Any other error is `finish`'s to raise, for
-        an older checkpoint would not help.
+        Raises DamagedError where bytes do not fit, on the rank that finds it: another candidate may do. Any other error
+        is `finish`'s to raise, for an older checkpoint would not help. Frozen parameters wait for `finish`: an older
+        candidate may leave them out, and what a rejected one had would stay.
         """
-        before, self.touched = self.touched, True
         self._filled, self._error = checkpoint, None
         try:
-            self._fill(checkpoint)
+            self._make_ready(lambda: self._judge(checkpoint))
+            self.touched = True
+            checkpoint.load_into(self._trained, strict=False)
         except DamagedError:
             raise
-        except CheckpointError as error:  # what does not fit is found before anything is written
-            self._error, self.touched = error, before
         except Exception as error:  # noqa: BLE001 - the other ranks are to hear of it, and will in `finish`
             self._error = error
 
     def finish(self, checkpoint: Checkpoint) -> Progress:
-        """Set all that is no tensor of a model or an optimizer; fill those first where `fill` did not. Collective."""
-        group, what = self._parts.world.group, "loading the checkpoint"
-        if self._filled is checkpoint:
-            group.together(self._tell, what)
+        """Set all that `fill` did not; where it has not seen this checkpoint, all, once every rank has checked."""
+        filled = self._filled is checkpoint
+        if filled:
+            self._together(self._tell)
         if base_of(checkpoint):
             self._check_base(checkpoint)
-        if self._filled is not checkpoint:
-            group.together(lambda: self._fill(checkpoint), what)
+        if not filled:
+            self._make_ready(lambda: self._judge(checkpoint))
+            self._make_ready(lambda: checkpoint.check([*self._trained, *self._frozen]))
             self.touched = True
-        group.together(lambda: self._set(checkpoint), what)
+        rest = self._frozen if filled else [*self._trained, *self._frozen]
+        self._together(lambda: checkpoint.load_into(rest, strict=False))
+        self._together(lambda: self._set(checkpoint))
         for prepared in self._parts.prepared.values():
             self._parts.strategy.loaded(prepared)
         return Progress(**checkpoint.document["progress"])
+
+    def _make_ready(self, act: Callable[[], object]) -> None:
+        """Together, and as if nothing had been where it fails."""
+        try:
+            self._together(act)
+        except BaseException:
+            self._forget()
+            raise
+
+    def _together(self, act: Callable[[], object]) -> None:
+        self._parts.world.group.together(act, "loading the checkpoint")
 
     def _tell(self) -> None:
         if self._error is not None:
             raise self._error
 
-    def _fill(self, checkpoint: Checkpoint) -> None:
-        with _as_checkpoint_errors(checkpoint):
-            self._judge(checkpoint)
-            self._forget()
-            parts, shards = self._parts, []
-            for prepared in parts.prepared.values():
-                shards += parts.strategy.shards(prepared, checkpoint.tensors)
-            shards = [shard for shard in shards if shard.name not in base_of(checkpoint)]
-            checkpoint.load_into(shards, ignore={name for name in checkpoint.tensors if name.startswith("user/")})
-
     def _judge(self, checkpoint: Checkpoint) -> None:
+        """Raise for what does not fit, before anything is written; else make room for the state that it has."""
         parts, document = self._parts, checkpoint.document
-        if "imported" in document:  # what came from another library knows no config
-            _refuse_weights_alone(checkpoint)
-        else:
-            refuse_another_run(str(checkpoint.path), document["config"], parts.config.to_dict())
-        missing = [name for name in parts.prepared if name not in document["optim"]]
-        if missing:
-            raise CheckpointError(
-                explain(
-                    f"{checkpoint.path} is to continue the prepared models {', '.join(parts.prepared)}.",
-                    f"it holds {', '.join(document['optim'])}",
-                    "prepare the same models under the same names",
+        with _as_checkpoint_errors(checkpoint):
+            if "imported" in document:  # what came from another library knows no config
+                _refuse_weights_alone(checkpoint)
+            else:
+                refuse_another_run(str(checkpoint.path), document["config"], parts.config.to_dict())
+            missing = [name for name in parts.prepared if name not in document["optim"]]
+            if missing:
+                raise CheckpointError(
+                    explain(
+                        f"{checkpoint.path} is to continue the prepared models {', '.join(parts.prepared)}.",
+                        f"it holds {', '.join(document['optim'])}",
+                        "prepare the same models under the same names",
+                    )
                 )
-            )
-        rank = parts.world.group.rank
-        self._states = {name: _state_of(checkpoint, name, one, rank) for name, one in parts.tracked.items()}
+            rank = parts.world.group.rank
+            self._states = {name: _state_of(checkpoint, name, one, rank) for name, one in parts.tracked.items()}
+            self._forget()
+            self._make_room(checkpoint)
+
+    def _make_room(self, checkpoint: Checkpoint) -> None:
+        parts, frozen = self._parts, frozen_names(self._parts.prepared)
+        every: list[Shard] = []
+        for prepared in parts.prepared.values():
+            every += parts.strategy.shards(prepared, checkpoint.tensors)
+        every = [shard for shard in every if shard.name not in base_of(checkpoint)]
+        checkpoint.judge(every, ignore={name for name in checkpoint.tensors if name.startswith("user/")})
+        self._trained = [shard for shard in every if shard.name not in frozen]
+        self._frozen = [shard for shard in every if shard.name in frozen]
 
     def _forget(self) -> None:
         """Optimizers have the state they came with: what was made for another candidate may not be in this one."""
-        for prepared, rows in self._rows:
+        self._trained, self._frozen = [], []
+        for prepared, before in self._rows:
             prepared.loading.clear()
-            for parameter, row in prepared.optimizer.state.items() if prepared.optimizer is not None else ():
-                for key in set(row) - set(rows.get(parameter, ())):
-                    del row[key]
+            for parameter, row in _rows_of(prepared).items():
+                for key in row - before.get(parameter, frozenset()):
+                    del prepared.optimizer.state[parameter][key]  # type: ignore[union-attr]
 
     def _set(self, checkpoint: Checkpoint) -> None:
         parts, document = self._parts, checkpoint.document
@@ -139,9 +160,9 @@ class Restoring:
 
 
 def _rows_of(prepared: Prepared) -> dict[Any, frozenset[str]]:
-    """What state the optimizer has of each parameter."""
+    """The keys of the state that the optimizer has of each parameter. What it keeps besides is not looked at."""
     state = prepared.optimizer.state if prepared.optimizer is not None else {}
-    return {parameter: frozenset(row) for parameter, row in state.items()}
+    return {parameter: frozenset(row) for parameter, row in state.items() if isinstance(row, dict)}
 
 
 @contextmanager

@@ -76,6 +76,7 @@ class RunState:
 
     def snapshot(self) -> Snapshot:
         """What a checkpoint of this step holds, by reference."""
+        self.refuse_spoilt()
         return snapshot.take(self._parts, self.progress, self._record.evaluation_of(self.progress.steps))
 
     def save(self) -> Place | None:

@@ -81,7 +81,7 @@ def take(parts: Parts, progress: Progress, evaluation: Mapping[str, float]) -> S
         everyones = group.gather_all(own)
         document["user"] |= {name: {RANKS: [states[name] for states in everyones]} for name in own}
     if parts.config.checkpoint.only == "trainable":
-        frozen = _frozen(parts.prepared)
+        frozen = frozen_names(parts.prepared)
         left_out = [shard for shard in shards if shard.name in frozen]
         document["base"] = parts.base.fingerprints(left_out, group)
         shards = [shard for shard in shards if shard.name not in frozen]
@@ -154,7 +154,7 @@ def _trained(prepared: Mapping[str, Prepared]) -> set[str]:
     return {name for name, parameter in _parameters(prepared) if parameter.requires_grad}
 
 
-def _frozen(prepared: Mapping[str, Prepared]) -> set[str]:
-    """Those that nothing has trained: one that a script froze on the way holds what was learnt until then."""
+def frozen_names(prepared: Mapping[str, Prepared]) -> set[str]:
+    """Stored names of what nothing has trained: one that a script froze on the way holds what was learnt until then."""
     trained = {id(named.parameter) for one in prepared.values() for named in one.named}
     return {name for name, parameter in _parameters(prepared) if id(parameter) not in trained}

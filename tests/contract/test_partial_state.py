@@ -72,6 +72,22 @@ def test_trainable_parameters_alone_go_on_over_the_same_base_under_any_strategy(
         assert worst(found, expected[HALF:]) < 1e-5, name
 
 
+def test_frozen_parameters_of_a_damaged_checkpoint_do_not_stay_where_the_one_before_leaves_them_out(
+    tmp_path: Path,
+) -> None:
+    expected = run_world(2, adapt, tmp_path, "whole", STRATEGIES["ddp"], STEPS)[0]
+    run_world(2, adapt, tmp_path, "run", [*STRATEGIES["ddp"], "checkpoint.keep_last=9"], 2)
+    run_world(2, adapt, tmp_path, "run", [*STRATEGIES["ddp"], "checkpoint.only=all", "checkpoint.keep_last=9"], 4)
+    newest = list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    (base,) = Checkpoint.open(newest).located("model/model/base.weight")
+    content = bytearray((newest / base.file).read_bytes())
+    content[base.start + 3] ^= 1
+    (newest / base.file).write_bytes(content)
+    found = run_world(2, adapt, tmp_path, "run", STRATEGIES["ddp"], STEPS)[0]
+    assert len(found) == STEPS - 2
+    assert worst(found, expected[2:]) < 1e-6
+
+
 def test_is_loaded_alone_over_the_same_base_and_no_other(tmp_path: Path) -> None:
     run_world(2, adapt, tmp_path, "run", STRATEGIES["fsdp"], STEPS)
     run_world(1, adapt, tmp_path, "whole", ["checkpoint.only=all", *STRATEGIES["none"]], STEPS)

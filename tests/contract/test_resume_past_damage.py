@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,24 +35,30 @@ class Late(nn.Module):
 
 
 class Counting(torch.optim.Optimizer):
-    """Momentum whose state has a Python number and, of a parameter's third step on, one entry more."""
+    """Momentum whose state has a Python number and, of a parameter's third step on, a tensor and a number more; and
+    beside that of its parameters something of its own."""
 
     def __init__(self, parameters: Any, lr: float) -> None:
         super().__init__(parameters, {"lr": lr})
+        self.state["calls"] = 0  # type: ignore[assignment]
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
+        self.state["calls"] += 1  # type: ignore[operator]
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
                 state = self.state[parameter]
-                state["count"] = state.get("count", 0) + 1
-                momentum = state.setdefault("momentum", torch.zeros_like(parameter))
+                if not state:
+                    state.update(count=0, momentum=torch.zeros_like(parameter))
+                state["count"] += 1
+                momentum = state["momentum"]
                 momentum.mul_(0.9).add_(parameter.grad)
                 if state["count"] > 2:
                     state.setdefault("slow", torch.zeros_like(parameter)).lerp_(momentum, 0.1)
-                    momentum = momentum + state["slow"]
+                    state["late"] = state.get("late", 1.0) * 0.5
+                    momentum = momentum + state["late"] * state["slow"]
                 parameter.add_(momentum, alpha=-group["lr"] / state["count"])
 
 
@@ -91,22 +98,32 @@ def damage(path: Path) -> str:
     return path.name
 
 
+SHARDED = {
+    "hsdp": [*STRATEGIES["fsdp"], "mesh.replicate=2"],
+    "offload": [*STRATEGIES["fsdp"], "strategy.fsdp.offload=true"],
+}
+
+
 @pytest.mark.parametrize(
     ("strategy", "size", "optimizer"),
     [
         ("none", 1, "counting"),
         ("ddp", 2, "counting"),
-        ("fsdp", 3, "counting"),
-        ("fsdp", 2, "adam"),
-        ("zero2", 2, "adam"),
+        ("hsdp", 4, "counting"),
+        ("zero3", 2, "adam"),
+        *(
+            pytest.param(name, size, "adam", marks=pytest.mark.slow)
+            for name, size in (("fsdp", 3), ("offload", 2), ("zero1", 2), ("zero2", 3))
+        ),
     ],
 )
 def test_state_that_only_the_damaged_one_had_is_gone(strategy: str, size: int, optimizer: str, tmp_path: Path) -> None:
-    expected = run_world(size, go, tmp_path, "whole", STRATEGIES[strategy], optimizer, STEPS)[0]
-    run_world(size, go, tmp_path, "run", STRATEGIES[strategy], optimizer, 5)
+    overrides = SHARDED.get(strategy) or STRATEGIES[strategy]
+    expected = run_world(size, go, tmp_path, "whole", overrides, optimizer, STEPS)[0]
+    run_world(size, go, tmp_path, "run", overrides, optimizer, 5)
     _, newest = list_checkpoints(tmp_path / "run" / "checkpoints")
     damage(newest)
-    found = run_world(size, go, tmp_path, "run", STRATEGIES[strategy], optimizer, STEPS)[0]
+    found = run_world(size, go, tmp_path, "run", overrides, optimizer, STEPS)[0]
     assert len(found) == STEPS - SAVED[0]
     assert worst(found, expected[SAVED[0] :]) < 1e-6
 
@@ -119,12 +136,13 @@ def test_where_none_is_whole_the_run_ends_and_names_them(tmp_path: Path) -> None
         assert all(name in text for name in names)
 
 
-def insist(folder: Path) -> list[str]:
+def insist(folder: Path, good: Path) -> list[str]:
     """What an engine says that could not resume: to each thing that is asked of it after."""
     config = {"run": {"name": "run", "dir": str(folder), "seed": 7, "steps": STEPS}, "checkpoint": {"keep_last": 9}}
     said = []
     engine = disttrain.Engine(config, [*QUIET, *STRATEGIES["ddp"], "checkpoint.at_end=false"])
     engine.prepare("model", Late, OPTIMIZERS["adam"])
+    engine.load(good)
     with pytest.raises(CheckpointError, match="no checkpoint of it is whole"):
         engine.resume()
     if engine.rank == 0:
@@ -133,7 +151,8 @@ def insist(folder: Path) -> list[str]:
     engine.world.group.barrier()
     for act in (
         engine.resume,  # there is nothing now: it would begin anew
-        lambda: engine.load(folder),
+        engine.save,  # of the step that was loaded
+        lambda: engine.load(good),
         lambda: engine.micro_batches([torch.zeros(2, 3)]),
         lambda: engine.backward("model", torch.zeros((), requires_grad=True)),
         engine.full_weights,
@@ -146,10 +165,56 @@ def insist(folder: Path) -> list[str]:
     return said
 
 
-def test_an_engine_that_could_not_resume_refuses_to_train_what_it_then_holds(tmp_path: Path) -> None:
+def test_an_engine_that_could_not_resume_refuses_to_go_on_with_what_it_then_holds(tmp_path: Path) -> None:
     run_world(2, go, tmp_path, "run", STRATEGIES["ddp"], "adam", 5)
-    for path in list_checkpoints(tmp_path / "run" / "checkpoints"):
+    saved = list_checkpoints(tmp_path / "run" / "checkpoints")
+    good = shutil.copytree(saved[0], tmp_path / "good" / saved[0].name)
+    for path in saved:
         damage(path)
-    for said in run_world(2, insist, tmp_path):
-        assert len(said) == 5
+    for said in run_world(2, insist, tmp_path, good):
+        assert len(said) == 6
         assert all("partly read from a checkpoint" in text for text in said)
+
+
+class Wider(Late):
+    """Of the same names, and another shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.late = nn.Linear(7, 8)
+
+
+def fail_to_load(folder: Path, paths: Sequence[Path], strategy: str, model: type[nn.Module]) -> Any:
+    """Loads that fail, and what a script that then goes on from scratch computes."""
+    config = {"run": {"name": "scratch", "dir": str(folder), "seed": 7, "steps": STEPS}}
+    losses = []
+    with disttrain.Engine(config, [*QUIET, *STRATEGIES[strategy], "checkpoint.at_end=false"]) as engine:
+        engine.prepare("model", model, OPTIMIZERS["counting"])
+        for path in paths:
+            with pytest.raises(CheckpointError):
+                engine.load(path)
+        for batches in engine.batches(user_module().Augmented(20), global_batch=6, micro_batch=2):
+            square = lambda model, batch: (  # noqa: E731
+                (model(batch[0], False) - batch[1]).square().sum(),
+                len(batch[0]),
+            )
+            losses.append(engine.accumulate("model", batches, square).loss)
+            engine.step()
+            engine.log()
+            if engine.should_stop():
+                break
+    return losses
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", pytest.param("ddp", marks=pytest.mark.slow)])
+def test_a_script_goes_on_from_scratch_where_a_load_failed_on_one_rank(strategy: str, tmp_path: Path) -> None:
+    """The damage is in what one rank alone reads, or in another model's shape: nothing was written on any rank."""
+    run_world(2, go, tmp_path, "run", STRATEGIES["fsdp"], "counting", 5)
+    path = list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    torn = shutil.copytree(path, tmp_path / "torn" / path.name)
+    file = torn / "rank-00001.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    for model, paths in ((Late, [torn]), (Wider, [path, torn])):
+        expected = run_world(2, fail_to_load, tmp_path / f"{model.__name__}-plain", [], strategy, model)
+        found = run_world(2, fail_to_load, tmp_path / model.__name__, paths, strategy, model)
+        assert found == expected

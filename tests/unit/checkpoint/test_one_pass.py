@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,11 @@ import pytest
 import torch
 from checkpoint_world import LAYOUTS, blank, empty_store, on_ranks, same_bits, some_tensors
 
-from disttrain.checkpoint import Checkpoint, newest_whole, place_of, save_checkpoint
+from disttrain.checkpoint import Checkpoint, SoleRank, newest_whole, place_of, reader, save_checkpoint
 from disttrain.checkpoint.chunks import ChunkReader
 from disttrain.checkpoint.manifest import FileInfo
 from disttrain.checkpoint.shares import every_chunk, runs_of, share_unread
+from disttrain.errors import DamagedError, UnreadableError
 
 CHUNK = 4096
 
@@ -49,27 +52,37 @@ def refuse_other_bits(shards: Any, tensors: dict[str, torch.Tensor]) -> None:
 
 @pytest.mark.parametrize("kept_in", ["disk", "store"])
 @pytest.mark.parametrize(("saved", "loaded"), [(2, 2), (3, 3), (1, 1), (3, 1)])
-def test_all_ranks_together_sum_every_chunk_once(
+def test_all_ranks_together_read_every_chunk_once(
     saved: int, loaded: int, kept_in: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with empty_store():
         root = place_of(tmp_path if kept_in == "disk" else "memory://bucket/run")
         path = save(root, 7, large_tensors(), ranks=saved)
-        chunks = every_chunk(Checkpoint.open(path).manifest.files)
+        files = Checkpoint.open(path).manifest.files
+        chunks = every_chunk(files)
         assert len(chunks) >= 2 * saved * 3
         summed: list[tuple[str, int]] = []
-        plain = ChunkReader.scatter
+        read: list[int] = []
+        scatter, fill = ChunkReader.scatter, ChunkReader.fill
 
-        def counted(self: ChunkReader, chunk: int, places: Any, *, verify: bool) -> str | None:
-            if verify:
-                summed.append((self.name, chunk))
-            return plain(self, chunk, places, verify=verify)
+        def scattered(self: ChunkReader, chunk: int, places: Any, *, verify: bool) -> str | None:
+            assert verify
+            summed.append((self.name, chunk))
+            return scatter(self, chunk, places, verify=verify)
 
-        monkeypatch.setattr(ChunkReader, "scatter", counted)
+        def filled(self: ChunkReader, view: memoryview, begin: int) -> str | None:
+            read.append(len(view))
+            return fill(self, view, begin)
+
+        monkeypatch.setattr(ChunkReader, "scatter", scattered)
+        monkeypatch.setattr(ChunkReader, "fill", filled)
+        monkeypatch.setattr(reader, "_MOST_HEADERS", 64)  # of all headers here the first bytes, and then the rest
         for found, rejected, shards in resume(root, large_tensors(), "rows", loaded):
             assert (found.step, rejected) == (7, [])
             refuse_other_bits(shards, large_tensors())
         assert sorted(summed) == sorted(chunks)
+        stored = sum(info.size for info in files.values())
+        assert stored <= sum(read) <= stored + 1000 * saved, "a header is read before, to know where all is"
 
 
 @pytest.mark.parametrize("layout", sorted(LAYOUTS))
@@ -154,3 +167,59 @@ def test_chunks_that_nobody_read_are_shared_out_evenly() -> None:
         sizes = [len(expand(runs)) for runs in shares]
         assert max(sizes) - min(sizes) <= 1
     assert runs_of([("b", 1), ("a", 3), ("a", 1), ("a", 2)]) == [("a", 1, 4), ("b", 1, 2)]
+
+
+def test_a_header_that_reads_otherwise_a_second_time_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the first reading all was placed; the chunk that fits its checksum says another thing."""
+    save(tmp_path, 1, large_tensors())
+    save(tmp_path, 2, large_tensors(2.0))
+    plain = Checkpoint._bytes
+
+    def misread(self: Checkpoint, reader: ChunkReader, begin: int, end: int) -> bytes:
+        found = plain(self, reader, begin, end)
+        swapped = found.replace(b"model/m/a", b"model/m/x").replace(b"model/m/b", b"model/m/a")
+        return swapped.replace(b"model/m/x", b"model/m/b") if self.step == 2 else found
+
+    monkeypatch.setattr(Checkpoint, "_bytes", misread)
+    for found, rejected, shards in resume(tmp_path, large_tensors(), "rows", 2):
+        assert found.step == 1
+        assert "header: read twice, and not the same" in rejected[0][1]
+        refuse_other_bits(shards, large_tensors())
+    with pytest.raises(DamagedError, match="read twice"):
+        Checkpoint.open(tmp_path / "step-00000002").load_into(blank(LAYOUTS["replicated"](large_tensors(), 0, 1)))
+
+
+def test_a_file_that_may_not_be_read_any_more_ends_the_search(tmp_path: Path) -> None:
+    """It may well be whole: to go on from an older one would throw away what was trained."""
+    for step in (1, 2):
+        save(tmp_path, step, large_tensors())
+
+    def act(own: Any) -> Any:
+        def fill(one: Checkpoint) -> None:
+            if own.rank == 1:
+                raise UnreadableError("not any more")
+
+        return newest_whole(tmp_path, own, fill)
+
+    for found in on_ranks(2, act):
+        assert isinstance(found, UnreadableError) and "not any more" in str(found)
+
+
+def test_what_a_rejected_candidate_was_filled_into_is_let_go_at_once(tmp_path: Path) -> None:
+    """Not when Python next collects garbage, which a training script may have turned off."""
+    path = save(tmp_path, 1, large_tensors())
+    (path / "rank-00001.safetensors").write_bytes((path / "rank-00001.safetensors").read_bytes()[:-1] + b"?")
+    made: list[weakref.ref[torch.Tensor]] = []
+
+    def fill(one: Checkpoint) -> None:
+        shards = blank(LAYOUTS["replicated"](large_tensors(), 0, 1))
+        made.extend(weakref.ref(shard.tensor) for shard in shards)
+        one.load_into(shards)
+
+    gc.disable()
+    try:
+        assert newest_whole(tmp_path, SoleRank(), fill)[0] is None
+        assert len(made) == 3
+        assert [one() for one in made] == [None] * 3
+    finally:
+        gc.enable()

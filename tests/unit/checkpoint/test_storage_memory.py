@@ -191,9 +191,9 @@ def test_one_flipped_byte_is_found_and_the_run_goes_on_from_the_one_before(store
     assert all(same_bits(shard.tensor, torch.zeros_like(shard.tensor)) for shard in shards)
 
 
-@pytest.mark.parametrize("trusted", [False, True])
+@pytest.mark.parametrize("at_once", [False, True])
 def test_a_store_is_asked_once_for_a_chunk_however_many_tensors_are_in_it(
-    store: Any, trusted: bool, monkeypatch: pytest.MonkeyPatch
+    store: Any, at_once: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tensors = {f"model/m/small{number:03d}": torch.full((64,), float(number)) for number in range(100)}
     tensors["model/m/zz_large"] = torch.arange(5000.0)
@@ -211,12 +211,12 @@ def test_a_store_is_asked_once_for_a_chunk_however_many_tensors_are_in_it(
     monkeypatch.setattr(system, "cat_file", counted)
     into = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
     checkpoint = Checkpoint.open(path)
-    if trusted:
+    if at_once:
         checkpoint.check_on_the_way()
     checkpoint.load_into([whole_shard(*item) for item in into.items()])
     assert all(torch.equal(into[name], tensor) for name, tensor in tensors.items())
     headers = -(-asked[0][1] // 4096) + 2
-    assert len(asked) <= (1 if trusted else 2) * chunks + headers, "to check it and to fill, or once"
+    assert len(asked) <= (1 if at_once else 2) * chunks + headers, "to check it and to fill, or once"
 
 
 def test_when_a_file_was_written_is_told_unknown_or_refused(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
