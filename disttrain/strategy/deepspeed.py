@@ -51,6 +51,7 @@ from disttrain.strategy.state import replicated_shards
 from disttrain.strategy.zero_config import bound_gathered, engine_config
 from disttrain.strategy.zero_construction import cut_whole, fill_cut, largest_module, with_whole_shape
 from disttrain.strategy.zero_gradients import discard_step, forget_step
+from disttrain.strategy.zero_order import BucketOrder
 from disttrain.strategy.zero_partitions import partition_shards, share_masters, spread_loaded
 
 _log = room_logger("strategy")
@@ -106,6 +107,7 @@ class DeepSpeed(AbstractStrategy):
         super().__init__(options, world)
         self._deepspeed = _import_deepspeed(world.device)
         self._orders: dict[str, CallOrder] = {}
+        self._bucket_orders: dict[str, BucketOrder] = {}
         self._versions: dict[str, list[int]] = {}
         self._config = engine_config(options, world.precision, world.device.type)
         if clip_left_out(options.native):
@@ -135,6 +137,8 @@ class DeepSpeed(AbstractStrategy):
             )
         share_masters(engine.optimizer)
         prepared.wrapped = engine
+        if self.world.group.size > 1:
+            self._bucket_orders[prepared.name] = BucketOrder(engine.optimizer, prepared.parameters)
         if self.options.stage == 3 and self.world.group.size > 1:
             cut = [
                 (name, one)
@@ -175,7 +179,7 @@ class DeepSpeed(AbstractStrategy):
 
         def backward(total: Tensor) -> None:
             if world_size > 1:
-                agree_on_reached(total, prepared.named)
+                self._bucket_orders[prepared.name].expect(agree_on_reached(total, prepared.named))
             engine.backward(total * world_size)
 
         def through(*call: Any) -> Any:

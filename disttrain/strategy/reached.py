@@ -1,7 +1,7 @@
 """Which parameters a backward will reach, read from its graph before it runs, and whether that is so on all ranks.
 
-DeepSpeed reduces gradients in the order in which they come, bucket by bucket: ranks that reach other parameters hang,
-abort in C++, or add up one parameter's gradient with another's.
+DeepSpeed reduces gradients bucket by bucket: ranks that reach other parameters hang, abort in C++, or add up one
+parameter's gradient with another's. Those that reach the same ones in another order are zero_order.py's.
 """
 
 from __future__ import annotations
@@ -15,11 +15,15 @@ from disttrain.optim.named import NamedParameter
 from disttrain.strategy.trail import agree_on_way
 
 
-def agree_on_reached(total: Tensor, named: Sequence[NamedParameter]) -> None:
-    """Collective, one small all-reduce. Raises TrainingError on every rank where they reach other parameters."""
+def agree_on_reached(total: Tensor, named: Sequence[NamedParameter]) -> set[int]:
+    """What `reached` says, the same parameters on all ranks. Collective, one small all-reduce.
+
+    Raises TrainingError on every rank where they reach others.
+    """
     found = reached(total)
     names = [one.name for one in named if id(one.parameter) in found]
     agree_on_way(zlib.crc32(repr(names).encode()), names)
+    return found
 
 
 def reached(total: Tensor) -> set[int]:
