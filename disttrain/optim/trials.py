@@ -88,11 +88,13 @@ def _is_exact(make: MakeOptimizer, rows: int, cut: Callable[[Tensor], Sequence[T
     first, *gradients = (torch.randn(rows, _COLUMNS, generator=generator).to(device) for _ in range(4))
     for one in factories_of(make):
         try:
-            whole = _trained(one, [first], [[gradient] for gradient in gradients])
+            whole = _trained(one, first, gradients)
         except Exception:  # noqa: BLE001 - the factory is the user's and may want anything
             continue
         try:
-            parts = _trained(one, cut(first), [cut(gradient) for gradient in gradients])
+            # Each by an optimizer of its own: one that groups by position would give two parts other settings.
+            cuts = zip(cut(first), *map(cut, gradients), strict=True)
+            parts = torch.cat([_trained(one, value, own) for value, *own in cuts])
         except Exception:  # noqa: BLE001 - as Muon, which refuses vectors
             return False
         if not torch.allclose(whole, parts, rtol=1e-5):
@@ -100,15 +102,14 @@ def _is_exact(make: MakeOptimizer, rows: int, cut: Callable[[Tensor], Sequence[T
     return True
 
 
-def _trained(make: MakeOptimizer, values: Sequence[Tensor], gradients: Sequence[Sequence[Tensor]]) -> Tensor:
-    """All values in a row, after a step on each of `gradients`."""
-    named = [_named(value) for value in values]
-    optimizer = make(named)
-    for step in gradients:
-        for one, gradient in zip(named, step, strict=True):
-            one.parameter.grad = gradient.clone()
+def _trained(make: MakeOptimizer, value: Tensor, gradients: Sequence[Tensor]) -> Tensor:
+    """The value in a row, after a step on each of `gradients`."""
+    named = _named(value)
+    optimizer = make([named])
+    for gradient in gradients:
+        named.parameter.grad = gradient.clone()
         optimizer.step()
-    return torch.cat([_whole(one.parameter.detach()).reshape(-1) for one in named])
+    return _whole(named.parameter.detach()).reshape(-1)
 
 
 def _named(value: Tensor) -> NamedParameter:

@@ -51,6 +51,7 @@ from disttrain.strategy.state import replicated_shards
 from disttrain.strategy.zero_config import bound_gathered, engine_config
 from disttrain.strategy.zero_construction import cut_whole, fill_cut, largest_module, with_whole_shape
 from disttrain.strategy.zero_gradients import discard_step, forget_step
+from disttrain.strategy.zero_optimizer import move_early_state, refuse_early_state, seen_as_any_other
 from disttrain.strategy.zero_order import BucketOrder
 from disttrain.strategy.zero_partitions import partition_shards, share_masters, spread_loaded
 
@@ -123,10 +124,11 @@ class DeepSpeed(AbstractStrategy):
         equip(prepared, ingredients, tuple(map(with_whole_shape, named)))
         if prepared.optimizer is None:
             return prepared
+        refuse_early_state(prepared.optimizer)
         config = self._config
         if self.options.stage == 3:
             config = bound_gathered(config, largest_module(model, ingredients.objective))
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), seen_as_any_other(prepared.optimizer):
             # DeepSpeed 0.19 touches what torch 2.13 deprecates; nothing a user could mend.
             warnings.simplefilter("ignore", FutureWarning)
             engine, *_ = self._deepspeed.initialize(
@@ -136,6 +138,7 @@ class DeepSpeed(AbstractStrategy):
                 dist_init_required=False,
             )
         share_masters(engine.optimizer)
+        move_early_state(prepared.optimizer, engine.optimizer)
         prepared.wrapped = engine
         if self.world.group.size > 1:
             self._bucket_orders[prepared.name] = BucketOrder(engine.optimizer, prepared.parameters)

@@ -22,7 +22,7 @@ ZOO: dict[str, dict[str, Any]] = {
     "ASGD": {"lr": 0.05, "t0": 2},
     "Adadelta": {"lr": 1.0},
     "Adafactor": {"lr": 0.05},
-    "Adagrad": {"lr": 0.05},
+    "Adagrad": {"lr": 0.05, "lr_decay": 0.1, "weight_decay": 0.01, "initial_accumulator_value": 0.1},
     "Adam": {"lr": 0.02, "amsgrad": True},
     "AdamW": {"lr": 0.02},
     "Adamax": {"lr": 0.02},
@@ -66,13 +66,15 @@ def squares(model: Any, x: Tensor) -> Any:
 def plain(name: str) -> tuple[list[float], dict[str, Tensor]]:
     torch.manual_seed(SEED)
     model = Net()
-    optimizer = getattr(torch.optim, name)(model.parameters(), **ZOO[name])
+    optimizer = _make(name, list(model.parameters()))
+    schedule = _falling(optimizer)
     losses = []
     for step in range(STEPS):
         total, weight = squares(model, torch.cat(batches(step)))
         optimizer.zero_grad()
         (total / weight).backward()
         optimizer.step()
+        schedule.step()
         losses.append(total.item() / weight)
     return losses, model.state_dict()
 
@@ -85,7 +87,7 @@ def train(folder: Path, strategy: str) -> dict[str, Any]:
         for name in ZOO.keys() - REFUSED[strategy]:
             found[name] = []
         for name in sorted(found):
-            engine.prepare(name, Net, partial(_make, name))
+            engine.prepare(name, Net, partial(_make, name), _falling)
         for step in range(STEPS):
             mine = engine.micro_batches(batches(step)[engine.rank :: engine.world_size])
             for name in sorted(found):
@@ -96,7 +98,15 @@ def train(folder: Path, strategy: str) -> dict[str, Any]:
 
 
 def _make(name: str, parameters: Any) -> torch.optim.Optimizer:
-    return getattr(torch.optim, name)(parameters, **ZOO[name])
+    """Two groups, chosen by position, of which one has a rate of its own."""
+    rate = {"lr": ZOO[name]["lr"] / 2}
+    groups = [{"params": parameters[:1]}, {"params": parameters[1:], **rate}]
+    optimizer: torch.optim.Optimizer = getattr(torch.optim, name)(groups, **ZOO[name])
+    return optimizer
+
+
+def _falling(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.7**step)
 
 
 @pytest.mark.parametrize("strategy", list(REFUSED))
@@ -118,3 +128,27 @@ def test_the_others_are_refused_by_name_before_there_is_a_group(strategy: str, n
     with pytest.raises(ConfigError, match=name):
         plan_run(load_config({"optim": optim, "run": {"steps": 1}}, STRATEGIES[strategy]))
     assert not torch.distributed.is_initialized()
+
+
+class Eager(torch.optim.Optimizer):
+    """Sign descent that makes room for state at once, of parameters that DeepSpeed then puts flat parts in place of."""
+
+    def __init__(self, parameters: Any, lr: float) -> None:
+        super().__init__(parameters, {"lr": lr})
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["sum"] = torch.zeros_like(parameter)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["sum"] += parameter.grad
+                parameter.add_(self.state[parameter]["sum"].sign(), alpha=-group["lr"])
+
+
+def test_state_from_the_beginning_is_refused_by_name_under_deepspeed(tmp_path: Path) -> None:
+    config = {"run": {"name": "eager", "dir": str(tmp_path), "seed": SEED, "steps": STEPS}}
+    engine = disttrain.Engine(config, [*QUIET, *STRATEGIES["zero1"]])
+    with pytest.raises(ConfigError, match="Eager, which has state of its parameters from the beginning"), engine:
+        engine.prepare("model", Net, lambda own: Eager(own, lr=0.1))

@@ -110,3 +110,12 @@ def test_what_steps_rightly_on_shards_is_measured() -> None:
     """A norm over a DTensor is that of the whole: LAMB-like optimizers are right there, though not elementwise."""
     expected = {"AdamW": True, "SGD": True, "NormedSGD": True, "Muon": False, "Masked": False, "Rprop": False}
     assert run_world(2, on_shards, list(expected)) == [list(expected.values())] * 2
+
+
+def test_one_that_groups_by_position_is_not_taken_for_one_that_looks_at_a_whole_parameter() -> None:
+    def make(parameters: Any) -> Any:
+        values = [one.parameter for one in parameters]
+        groups = [{"params": values[::2], "lr": 0.2}, {"params": values[1::2], "momentum": 0.5}]
+        return torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True)
+
+    assert is_elementwise(make)
