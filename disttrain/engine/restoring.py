@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from disttrain.checkpoint import Checkpoint, Differences, Place, Shard
-from disttrain.checkpoint.formats import Rename, load_weights_into
+from disttrain.checkpoint.formats import NativeWeights, Rename, Wanted, match_weights
 from disttrain.engine.base import base_of, refuse_other_base
 from disttrain.engine.opening import open_any_same, refuse_unknown
 from disttrain.engine.random_state import restore_random
@@ -226,13 +226,16 @@ def others_than(checkpoint: Checkpoint, name: str) -> set[str]:
 def load_weights(
     parts: Parts, name: str, path: str | Place, *, strict: bool, only: Sequence[str], rename: Rename | None
 ) -> Differences:
-    """Only the model's own tensors, from any format that `open_weights` knows; each rank reads its boxes."""
-    prepared = parts.prepared[name]
-    weights = open_any_same(path, name, parts.world.group)
+    """Only the model's own tensors, from any format that `open_weights` knows; each rank reads its boxes.
 
-    def fill() -> Differences:
+    Nothing is written on any rank before all have found that names and shapes fit and, in a checkpoint, every byte.
+    """
+    prepared, group, what = parts.prepared[name], parts.world.group, f"loading weights from {path}"
+    weights = open_any_same(path, name, group)
+
+    def match() -> tuple[Differences, list[Wanted]]:
         shards = [shard for shard in parts.strategy.shards(prepared) if shard.name.startswith(f"model/{name}/")]
-        return load_weights_into(
+        differences, wanted = match_weights(
             weights,
             shards,
             owner=name,
@@ -243,8 +246,12 @@ def load_weights(
             do="use the model these weights are of; where some are to differ, set model.weights_strict=false, or call "
             "engine.load_weights with strict=False, only=[...] or rename=",
         )
+        if isinstance(weights, NativeWeights):
+            weights.check(wanted)
+        return differences, wanted
 
-    differences = parts.world.group.together(fill, f"loading weights from {path}")
+    differences, wanted = group.together(match, what)
+    group.together(lambda: weights.fill(wanted), what)
     parts.strategy.loaded(prepared)
     return differences
 

@@ -21,7 +21,15 @@ from torch import Tensor
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from disttrain.errors import DisttrainError, LaunchError, explain
+from disttrain.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DisttrainError,
+    LaunchError,
+    TrainingError,
+    explain,
+)
 from disttrain.runtime.device import Device
 from disttrain.runtime.environment import Launch
 from disttrain.runtime.leaving import leave_in_time
@@ -133,7 +141,7 @@ class Group:
             raise error
         if failures:
             rank, (kind, text, code) = failures[0]
-            raise OtherRankError(f"{what} failed on rank {rank}: {kind}: {text}", code)
+            raise other_rank_error(f"{what} failed on rank {rank}: {kind}: {text}", code)
 
     def together(self, act: Callable[[], T], what: str) -> T:
         """Each rank's own `act()`; where one rank's raises, all raise, the first cause named."""
@@ -265,3 +273,15 @@ class OtherRankError(DisttrainError):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+_ALSO = {
+    kind.exit_code: type(OtherRankError.__name__, (OtherRankError, kind), {"__doc__": OtherRankError.__doc__})
+    for kind in (ConfigError, LaunchError, DataError, CheckpointError, TrainingError)
+}
+
+
+def other_rank_error(message: str, exit_code: int) -> OtherRankError:
+    """One that is also of the class which the other rank raised: a script that catches it there catches it here."""
+    made: OtherRankError = _ALSO.get(exit_code, OtherRankError)(message, exit_code)
+    return made

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from world import run_world
 
 import disttrain
-from disttrain.checkpoint import list_checkpoints
+from disttrain.checkpoint import Checkpoint, list_checkpoints
 from disttrain.errors import CheckpointError
 
 STEPS, SAVED = 7, (2, 4)
@@ -191,8 +191,10 @@ def fail_to_load(folder: Path, paths: Sequence[Path], strategy: str, model: type
     with disttrain.Engine(config, [*QUIET, *STRATEGIES[strategy], "checkpoint.at_end=false"]) as engine:
         engine.prepare("model", model, OPTIMIZERS["counting"])
         for path in paths:
-            with pytest.raises(CheckpointError):
+            with pytest.raises(CheckpointError):  # on the ranks that find nothing wrong too
                 engine.load(path)
+            with pytest.raises(CheckpointError):
+                engine.load_weights("model", path)
         for batches in engine.batches(user_module().Augmented(20), global_batch=6, micro_batch=2):
             square = lambda model, batch: (  # noqa: E731
                 (model(batch[0], False) - batch[1]).square().sum(),
@@ -212,8 +214,11 @@ def test_a_script_goes_on_from_scratch_where_a_load_failed_on_one_rank(strategy:
     run_world(2, go, tmp_path, "run", STRATEGIES["fsdp"], "counting", 5)
     path = list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
     torn = shutil.copytree(path, tmp_path / "torn" / path.name)
-    file = torn / "rank-00001.safetensors"
-    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    (_, rows) = Checkpoint.open(torn).located("model/model/first.weight")
+    assert rows.file == "rank-00001.safetensors"
+    content = bytearray((torn / rows.file).read_bytes())
+    content[rows.start] ^= 1
+    (torn / rows.file).write_bytes(content)
     for model, paths in ((Late, [torn]), (Wider, [path, torn])):
         expected = run_world(2, fail_to_load, tmp_path / f"{model.__name__}-plain", [], strategy, model)
         found = run_world(2, fail_to_load, tmp_path / model.__name__, paths, strategy, model)

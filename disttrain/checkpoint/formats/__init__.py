@@ -16,6 +16,7 @@ from disttrain.checkpoint.formats.weights import (
     WeightInfo,
     Weights,
     load_weights_into,
+    match_weights,
     read_weight,
 )
 
@@ -33,6 +34,7 @@ __all__ = [
     "format_of",
     "import_checkpoint",
     "load_weights_into",
+    "match_weights",
     "open_weights",
     "read_weight",
 ]

@@ -32,8 +32,14 @@ class NativeWeights:
 
     def fill(self, wanted: Sequence[Wanted]) -> None:
         """Two passes: nothing is written before every chunk needed was read and checked."""
-        shards = [Shard(self._prefix + w.name, self.tensors[w.name].shape, w.box, w.into) for w in wanted]
-        self.checkpoint.load_into(shards, strict=False)
+        self.checkpoint.load_into(self._shards(wanted), strict=False)
+
+    def check(self, wanted: Sequence[Wanted]) -> None:
+        """The first of them alone; DamagedError."""
+        self.checkpoint.check(self._shards(wanted))
+
+    def _shards(self, wanted: Sequence[Wanted]) -> list[Shard]:
+        return [Shard(self._prefix + w.name, self.tensors[w.name].shape, w.box, w.into) for w in wanted]
 
     def whole(self, name: str) -> Tensor:
         """In memory of its own, as what is read is checked."""

@@ -112,6 +112,28 @@ def load_weights_into(
 ) -> Differences:
     """Copy stored weights into shards named `model/OWNER/NAME`; nothing is written before all names and shapes fit.
 
+    Takes what `match_weights` does, and raises what it raises. Local.
+    """
+    differences, wanted = match_weights(
+        weights, shards, owner=owner, aliases=aliases, strict=strict, only=only, rename=rename, do=do
+    )
+    weights.fill(wanted)
+    return differences
+
+
+def match_weights(
+    weights: Weights,
+    shards: Sequence[Shard],
+    *,
+    owner: str,
+    aliases: Mapping[str, str] | None = None,
+    strict: bool = True,
+    only: Sequence[str] = (),
+    rename: Rename | None = None,
+    do: str = "use the model these weights are of",
+) -> tuple[Differences, list[Wanted]]:
+    """What of the stored weights goes into which shards named `model/OWNER/NAME`; reads no tensor.
+
     `rename` makes the model's name of a stored one. `only` are glob patterns of the model's names: others keep their
     values and are not spoken of. `aliases` are further names of tied weights, to the name that their shard has: such a
     name may be stored instead, or beside it. Local. Raises CheckpointError for what is misshapen and, where `strict`,
@@ -130,15 +152,13 @@ def load_weights_into(
     misshapen = [text for name in fitting if (text := _misfit(name, weights.tensors[stored[name]], held[name][0]))]
     if misshapen or (strict and (missing or unexpected)):
         raise _misfits(weights.path, do, missing, unexpected, misshapen)
-    weights.fill(
-        [
-            Wanted(stored[name], shard.box, shard.tensor.detach())
-            for name in fitting
-            for shard in held[name]
-            if shard.box.numel
-        ]
-    )
-    return Differences(tuple(missing), tuple(unexpected))
+    wanted = [
+        Wanted(stored[name], shard.box, shard.tensor.detach())
+        for name in fitting
+        for shard in held[name]
+        if shard.box.numel
+    ]
+    return Differences(tuple(missing), tuple(unexpected)), wanted
 
 
 def _refuse_idle_patterns(only: Sequence[str], held: Mapping[str, object]) -> None:
