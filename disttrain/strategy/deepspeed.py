@@ -156,7 +156,7 @@ class DeepSpeed(AbstractStrategy):
         cuts = self.options.stage == 3 and ingredients.make_optimizer is not None
         if not cuts or not says_how(ingredients.make_model):
             model = build_on_host(self.world, ingredients)
-            _refuse_parameters(model)
+            _refuse_parameters(model, cut=cuts)
             lay_out_rows(model)
             if not cuts:
                 return model.to(device)
@@ -164,7 +164,7 @@ class DeepSpeed(AbstractStrategy):
             return model
         model = build_model(ingredients.make_model, seed=seed, meta=True)
         settle(self.world, model)
-        _refuse_parameters(model)
+        _refuse_parameters(model, cut=True)
         fill_cut(model, device, self._cutting(), seed=seed)
         return model
 
@@ -268,6 +268,11 @@ class DeepSpeed(AbstractStrategy):
         for name, tensor in model.state_dict(keep_vars=True).items():
             with self._deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
                 yield name, tensor.detach().to("cpu", copy=True)
+        if prepared.wrapped is not None and self.options.stage == 3:
+            # By the trace of calls that it has, DeepSpeed 0.19 then ends in a "tracing error" where a weight is tied.
+            coordinator = prepared.wrapped.optimizer.parameter_offload.get_param_coordinator()
+            if not coordinator.is_invalid_trace():
+                coordinator._invalidate_trace()
 
 
 class _Call(ObjectiveCall):
@@ -285,20 +290,22 @@ class _Call(ObjectiveCall):
             return super().forward(objective, batch, context)
 
 
-def _refuse_parameters(model: nn.Module) -> None:
+def _refuse_parameters(model: nn.Module, *, cut: bool) -> None:
     """DeepSpeed 0.19 looks at every parameter as bytes, which torch cannot do with 0 dimensions, drops the imaginary
-    part of a complex one without a word, and works in one type."""
+    part of a complex one without a word, works in one type, and stage 3 waits for one without elements in vain."""
     kinds = {parameter.dtype: name for name, parameter in model.named_parameters() if parameter.is_floating_point()}
     several = [f"{name} of {str(dtype).removeprefix('torch.')}" for dtype, name in kinds.items()]
     for what, names in (
         ("several types of", several if len(several) > 1 else []),
         ("0-d", [name for name, parameter in model.named_parameters() if parameter.dim() == 0]),
         ("complex", [name for name, parameter in model.named_parameters() if parameter.is_complex()]),
+        ("empty", [name for name, parameter in model.named_parameters() if cut and not parameter.numel()]),
     ):
         if names:
             raise ConfigError(
                 explain(
-                    "strategy.name=deepspeed trains real parameters of one type and at least one dimension.",
+                    "strategy.name=deepspeed trains real parameters of one type and at least one dimension, not empty "
+                    "in stage 3.",
                     f"{what} parameters {', '.join(names)}",
                     "use strategy ddp, which takes them as they are, or give them another shape or type",
                 )

@@ -12,6 +12,7 @@ import pytest
 import torch
 from contract.engine_runs import QUIET, STRATEGIES, train_all, train_one, worst
 from contract.test_user_models import SOURCE, YAML, expected, user_module
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from world import run_world
 
@@ -215,3 +216,63 @@ def test_fp16_scales_its_loss_and_skips_what_overflows(name: str, tmp_path: Path
     applied = [norm is not None for norm in found["fp16"]["norms"]]
     assert sum(applied) >= 15  # the first scales may overflow; each such step is skipped and counted
     assert abs(found["fp16"]["losses"][-1] - found["fp32"]["losses"][-1]) < 0.3
+
+
+class Tied(nn.Module):
+    """One weight in two modules, each called twice; a parameter of the root's own; a list of parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
+        self.lines[1].weight = self.lines[0].weight
+        self.own = nn.Parameter(torch.ones(6))
+        self.more = nn.ParameterList([torch.full((1, 6), 0.1) for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            for line in self.lines:
+                x = x + 0.3 * torch.tanh(line(x)) * self.own + self.more[0]
+        return x + self.more[1].mean()
+
+
+def averaged(folder: Path, name: str, strategy: str, stop_at: int) -> list[float]:
+    """A loop that looks at all weights after every step, as one that averages them does."""
+    config = {"run": {"name": name, "dir": str(folder), "seed": 1, "steps": 6}}
+    losses = []
+    with disttrain.Engine(config, [*QUIET, *STRATEGIES[strategy]]) as engine:
+        engine.prepare("model", Tied, lambda own: torch.optim.Adam(own, lr=0.01))
+        x = torch.randn(24, 6, generator=torch.Generator().manual_seed(0))
+        squares = lambda model, batch: (model(batch[0]).square().sum(), len(batch[0]))  # noqa: E731
+        for step in engine.batches(torch.utils.data.TensorDataset(x), global_batch=8, micro_batch=2):
+            losses.append(engine.accumulate("model", step, squares).loss)
+            engine.step()
+            engine.log()
+            assert torch.equal(engine.full_weights()["lines.0.weight"], engine.full_weights()["lines.1.weight"])
+            if engine.should_stop() or engine.progress.steps == stop_at:
+                break
+    return losses
+
+
+def test_stage_three_goes_on_where_all_weights_are_looked_at_after_each_step(tmp_path: Path) -> None:
+    expected = run_world(1, averaged, tmp_path, "whole", "none", 6)[0]
+    run_world(2, averaged, tmp_path, "run", "zero3", 2)
+    assert worst(run_world(2, averaged, tmp_path, "run", "zero3", 6)[0], expected[2:]) < 1e-5
+
+
+class Hollow(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.line, self.nothing = nn.Linear(3, 1), nn.Parameter(torch.zeros(0, 3))
+
+
+def test_an_empty_parameter_is_refused_by_stage_three_alone(tmp_path: Path) -> None:
+    for strategy in ("zero3", "zero2"):
+        engine = disttrain.Engine({"run": {"name": strategy, "dir": str(tmp_path)}}, [*QUIET, *STRATEGIES[strategy]])
+        try:
+            engine.prepare("model", Hollow, lambda own: torch.optim.SGD(own, lr=0.1))
+        except ConfigError as error:
+            assert strategy == "zero3" and "empty parameters nothing" in str(error)
+        else:
+            assert strategy == "zero2"
+        finally:
+            engine.close()
