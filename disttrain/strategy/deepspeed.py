@@ -323,6 +323,11 @@ def _refuse_nvme(deepspeed: Any) -> None:
     raise ConfigError(explain(asked, found, "use strategy.deepspeed.offload=cpu until a later release"))
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a word of DeepSpeed's is worth a line a rank: that an optimizer is untested is not, ours are tried."""
+    return "untested optimizer" not in record.getMessage()
+
+
 def _import_deepspeed(device: torch.device) -> Any:
     """DeepSpeed, told which accelerator it stands on, and quiet. Raises ConfigError with the install line."""
     export_for_libraries(read_launch(), {"DS_ACCELERATOR": device.type, "DS_BUILD_OPS": "0"})
@@ -339,7 +344,9 @@ def _import_deepspeed(device: torch.device) -> Any:
                 "pip install --no-build-isolation 'disttrain[deepspeed]'",
             )
         ) from error
-    importlib.import_module("deepspeed.utils.logging").logger.setLevel(logging.WARNING)
+    logger = importlib.import_module("deepspeed.utils.logging").logger
+    logger.setLevel(logging.WARNING)
+    logger.addFilter(_is_news)
     # DeepSpeed 0.19 calls collectives by names that torch 2.13 deprecates, at every step; nothing a user could mend.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     # No op is compiled at first use: the one that would be serves inference on a CPU only, takes a compiler, up to a
