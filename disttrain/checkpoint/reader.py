@@ -8,19 +8,19 @@ says so, while tensors are filled (`check_on_the_way`).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from disttrain.checkpoint.address import Place, place_of
-from disttrain.checkpoint.boxes import Box, flat_range_to_boxes, overlap, whole
+from disttrain.checkpoint.boxes import Box, whole
 from disttrain.checkpoint.chunks import ChunkReader
-from disttrain.checkpoint.layout import Header, raw_bytes
+from disttrain.checkpoint.copies import Job, plan_copies, ways
+from disttrain.checkpoint.layout import Header
 from disttrain.checkpoint.manifest import MANIFEST, Manifest, StoredBox, TensorInfo, decode_manifest
 from disttrain.checkpoint.shards import Shard, refuse_bad_shards
 from disttrain.checkpoint.shares import ChunkRun, every_chunk, runs_of
@@ -141,7 +141,7 @@ class Checkpoint:
             return
         size = self._manifest.chunk_bytes
         needed = {
-            file: {chunk for chunk, _ in _plan_copies(jobs, size)} | set(self._header_chunks(file))
+            file: {chunk for chunk, _ in plan_copies(jobs, size)} | set(self._header_chunks(file))
             for file, jobs in self._plan_jobs(shards).items()
         }
         self.verify(runs_of((file, chunk) for file, chunks in needed.items() for chunk in chunks))
@@ -202,14 +202,14 @@ class Checkpoint:
             None if floating or info.dtype == mine else f"{shard.name} is {info.dtype} in the checkpoint, {mine} here"
         )
 
-    def _plan_jobs(self, shards: Sequence[Shard]) -> dict[str, list[_Job]]:
-        jobs: dict[str, list[_Job]] = defaultdict(list)
+    def _plan_jobs(self, shards: Sequence[Shard]) -> dict[str, list[Job]]:
+        jobs: dict[str, list[Job]] = defaultdict(list)
         for shard in shards:
             info = self.tensors.get(shard.name)
             if info is None:
                 continue
             for stored in self.located(shard.name, shard.box):
-                job = _Job(stored.box, stored.start, info.dtype, shard.box, shard.tensor.detach())
+                job = Job(stored.box, stored.start, info.dtype, shard.box, shard.tensor.detach())
                 jobs[stored.file].append(job)
         return {file: sorted(own, key=lambda job: job.start) for file, own in sorted(jobs.items())}
 
@@ -260,10 +260,10 @@ class Checkpoint:
         with self._open(file) as reader:
             return [fault for chunk in rest if (fault := self._take(reader, chunk, []))]
 
-    def _fill(self, file: str, jobs: Sequence[_Job]) -> None:
+    def _fill(self, file: str, jobs: Sequence[Job]) -> None:
         with self._open(file) as reader, torch.no_grad():
-            for chunk, copies in _plan_copies(jobs, self._manifest.chunk_bytes):
-                direct, through = _ways(copies, self._is_known(file, chunk))
+            for chunk, copies in plan_copies(jobs, self._manifest.chunk_bytes):
+                direct, through = ways(copies, self._is_known(file, chunk))
                 begin, end = reader.span(chunk)
                 if reader.asks_cost and [len(view) for _, view in direct] != [end - begin]:
                     direct, through = [], copies  # one that is a whole chunk goes straight, else the chunk is asked for
@@ -312,94 +312,3 @@ class Checkpoint:
         return DamagedError(
             explain(f"{self.path} is damaged.", "; ".join(faults[:10]) + more, "use another checkpoint of the run")
         )
-
-
-@dataclass(frozen=True)
-class _Job:
-    """Fill `into`, which is `box` of a tensor, from what a `stored` box, from byte `start` on, shares with it."""
-
-    stored: Box
-    start: int
-    dtype: torch.dtype
-    box: Box
-    into: Tensor
-
-    def place(self, held: Box) -> int:
-        """The first byte in the file of a box inside the stored one."""
-        flat = 0
-        for offset, origin, size in zip(held.offsets, self.stored.offsets, self.stored.sizes, strict=True):
-            flat = flat * size + offset - origin
-        return self.start + flat * self.dtype.itemsize
-
-    def hull(self) -> tuple[int, int]:
-        """The bytes in the file from the first to after the last element asked for."""
-        shared = overlap(self.stored, self.box)
-        assert shared is not None  # a job is made for boxes that meet
-        last = Box(tuple(stop - 1 for stop in shared.stops), (1,) * len(shared.sizes))
-        return self.place(shared), self.place(last) + self.dtype.itemsize
-
-    def copies(self, begin: int, end: int) -> Iterator[_Copy]:
-        """What to copy of the file's bytes `begin` to `end`."""
-        first, item, box = self.start, self.dtype.itemsize, self.stored
-        start = max(begin - first, 0) // item
-        stop = min(end - first, box.numel * item) // item
-        for piece in flat_range_to_boxes(box.sizes, start, stop):
-            held = piece.shifted(box.offsets)
-            shared = overlap(held, self.box)
-            if shared:
-                yield _Copy(self, held, shared)
-
-
-@dataclass(frozen=True)
-class _Copy:
-    """`held` is contiguous in the file; `shared` is what is asked of it."""
-
-    job: _Job
-    held: Box
-    shared: Box
-
-    @property
-    def first(self) -> int:
-        """The first byte of `held` in the file."""
-        return self.job.place(self.held)
-
-    def bytes_in_place(self) -> memoryview | None:
-        """The tensor's own bytes, where they are those of the file one by one; None where they are not."""
-        into = self.job.into[self.shared.slices(self.job.box.offsets)]
-        same = self.shared == self.held and into.dtype == self.job.dtype and into.device.type == "cpu"
-        if not same or not into.is_contiguous() or into.is_conj() or into.is_neg():
-            return None
-        return raw_bytes(into)
-
-    def perform(self, buffer: bytearray, begin: int) -> None:
-        """Copy out of a buffer whose first byte is the file's byte `begin`."""
-        count, place = self.held.numel, self.first - begin
-        source = torch.frombuffer(buffer, dtype=self.job.dtype, count=count, offset=place).view(self.held.sizes)
-        into = self.job.into[self.shared.slices(self.job.box.offsets)]
-        into.copy_(source[self.shared.slices(self.held.offsets)])
-
-
-def _ways(copies: Sequence[_Copy], known: bool) -> tuple[list[tuple[_Copy, memoryview]], list[_Copy]]:
-    """The copies of a chunk that can be read straight into their tensors, with those bytes; the others.
-
-    A chunk that is not `known` to be right is summed as it is read, every byte once: all of it goes one way.
-    """
-    views = [(copy, copy.bytes_in_place()) for copy in copies]
-    direct = [(copy, view) for copy, view in views if view is not None]
-    through = [copy for copy, view in views if view is None]
-    apart = all(one.first + len(view) <= two.first for (one, view), (two, _) in pairwise(direct))
-    return (direct, through) if known or (apart and not through) else ([], list(copies))
-
-
-def _plan_copies(jobs: Sequence[_Job], chunk_bytes: int) -> Iterator[tuple[int, list[_Copy]]]:
-    """The chunks of a file that hold something asked for, in order, each with what to copy of it."""
-    by_chunk: dict[int, list[_Job]] = defaultdict(list)
-    for job in jobs:
-        first, last = job.hull()
-        for chunk in range(first // chunk_bytes, (last - 1) // chunk_bytes + 1):
-            by_chunk[chunk].append(job)
-    for chunk in sorted(by_chunk):
-        begin = chunk * chunk_bytes
-        copies = [copy for job in by_chunk[chunk] for copy in job.copies(begin, begin + chunk_bytes)]
-        if copies:
-            yield chunk, copies
