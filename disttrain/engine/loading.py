@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from disttrain.checkpoint import Checkpoint, Place, Shard, fingerprint, whole_shard
-from disttrain.checkpoint.formats import NativeWeights, load_weights_into
+from disttrain.checkpoint.formats import NativeWeights, match_weights
 from disttrain.config import Config, load_config
 from disttrain.engine import build
 from disttrain.engine.base import base_of, hexadecimal, refuse_other_base
@@ -71,9 +71,9 @@ def load(path: str | Place, *, name: str = "model", make_model: Callable[[], nn.
     shards, aliases = _shards(model, name), other_names(model)
     if config is not None and config.model is not None and config.model.weights:
         base = open_any(config.model.weights, name)
-        load_weights_into(base, shards, owner=name, aliases=aliases, strict=config.model.weights_strict)
+        base.fill(match_weights(base, shards, owner=name, aliases=aliases, strict=config.model.weights_strict)[1])
     stored = [shard for shard in shards if shard.name not in left_out]
-    load_weights_into(weights, stored, owner=name, aliases=aliases)
+    weights.fill(match_weights(weights, stored, owner=name, aliases=aliases)[1])
     if checkpoint is not None:
         kept = [shard for shard in shards if shard.name in left_out]
         refuse_other_base(checkpoint, left_out, {shard.name: hexadecimal(fingerprint(shard)) for shard in kept})

@@ -15,7 +15,6 @@ from disttrain.checkpoint.formats.weights import (
     Wanted,
     WeightInfo,
     Weights,
-    load_weights_into,
     match_weights,
     read_weight,
 )
@@ -33,7 +32,6 @@ __all__ = [
     "export_weights",
     "format_of",
     "import_checkpoint",
-    "load_weights_into",
     "match_weights",
     "open_weights",
     "read_weight",

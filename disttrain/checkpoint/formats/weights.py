@@ -99,28 +99,6 @@ def bytes_of(info: WeightInfo) -> int:
     return torch.Size(info.shape).numel() * info.dtype.itemsize
 
 
-def load_weights_into(
-    weights: Weights,
-    shards: Sequence[Shard],
-    *,
-    owner: str,
-    aliases: Mapping[str, str] | None = None,
-    strict: bool = True,
-    only: Sequence[str] = (),
-    rename: Rename | None = None,
-    do: str = "use the model these weights are of",
-) -> Differences:
-    """Copy stored weights into shards named `model/OWNER/NAME`; nothing is written before all names and shapes fit.
-
-    Takes what `match_weights` does, and raises what it raises. Local.
-    """
-    differences, wanted = match_weights(
-        weights, shards, owner=owner, aliases=aliases, strict=strict, only=only, rename=rename, do=do
-    )
-    weights.fill(wanted)
-    return differences
-
-
 def match_weights(
     weights: Weights,
     shards: Sequence[Shard],
@@ -132,7 +110,7 @@ def match_weights(
     rename: Rename | None = None,
     do: str = "use the model these weights are of",
 ) -> tuple[Differences, list[Wanted]]:
-    """What of the stored weights goes into which shards named `model/OWNER/NAME`; reads no tensor.
+    """What of the stored weights goes into which shards named `model/OWNER/NAME`, for `weights.fill`; reads no tensor.
 
     `rename` makes the model's name of a stored one. `only` are glob patterns of the model's names: others keep their
     values and are not spoken of. `aliases` are further names of tied weights, to the name that their shard has: such a

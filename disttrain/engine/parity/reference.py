@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from disttrain.checkpoint import whole_shard
-from disttrain.checkpoint.formats import load_weights_into
+from disttrain.checkpoint.formats import match_weights
 from disttrain.config import Config
 from disttrain.data import Batches, MicroBatch
 from disttrain.data.batches import is_stream
@@ -99,7 +99,8 @@ def _load_weights(model: nn.Module, path: str, *, strict: bool) -> None:
     ties = other_names(model)
     state = {key: value for key, value in model.state_dict().items() if key not in ties}
     shards = [whole_shard(f"model/{NAME}/{key}", value.detach()) for key, value in state.items()]
-    load_weights_into(open_any(path, NAME), shards, owner=NAME, aliases=ties, strict=strict)
+    weights = open_any(path, NAME)
+    weights.fill(match_weights(weights, shards, owner=NAME, aliases=ties, strict=strict)[1])
 
 
 def _as_wide(micro: MicroBatch, dtype: torch.dtype) -> MicroBatch:

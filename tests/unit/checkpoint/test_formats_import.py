@@ -23,7 +23,7 @@ from disttrain.checkpoint.formats import (
     Wanted,
     format_of,
     import_checkpoint,
-    load_weights_into,
+    match_weights,
     open_weights,
     read_weight,
 )
@@ -113,6 +113,13 @@ def test_a_part_of_a_tensor_is_all_that_is_read(net: Net, tmp_path: Path, monkey
     assert torch.equal(into, net.encoder.weight[1:3, 1:4].double())
 
 
+def fill_matching(weights: Any, shards: Any, **options: Any) -> Any:
+    """As an engine loads weights; what differs."""
+    found, wanted = match_weights(weights, shards, **options)
+    weights.fill(wanted)
+    return found
+
+
 def test_differences_are_listed_and_nothing_is_loaded(net: Net, tmp_path: Path) -> None:
     state = {name: tensor for name, tensor in net.state_dict().items() if name != "decoder.bias"}
     state |= {"decoder.weight": torch.zeros(4, 5), "extra": torch.zeros(2), "encoder.bias": torch.zeros(6).long()}
@@ -121,9 +128,7 @@ def test_differences_are_listed_and_nothing_is_loaded(net: Net, tmp_path: Path) 
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for strict in (True, False):
         with pytest.raises(CheckpointError) as refused:
-            load_weights_into(
-                open_weights(tmp_path / "net.pt"), shards_of(model), owner="net", aliases=TIES, strict=strict
-            )
+            fill_matching(open_weights(tmp_path / "net.pt"), shards_of(model), owner="net", aliases=TIES, strict=strict)
         text = str(refused.value)
         assert "missing: decoder.bias; unexpected: extra; misshapen: " in text
         assert "decoder.weight is (4, 5) there, (4, 6) here" in text
@@ -136,17 +141,17 @@ def test_parts_of_a_model_load_under_other_names(net: Net, tmp_path: Path) -> No
     weights, model = open_weights(tmp_path / "net.pt"), Net()
     kept = model.decoder.weight.clone()
     options: dict[str, Any] = {"owner": "net", "aliases": TIES}
-    found = load_weights_into(
+    found = fill_matching(
         weights, shards_of(model), only=["encoder.*"], rename=lambda name: name.removeprefix("backbone."), **options
     )
     assert (found.missing, found.unexpected) == ((), ())
     assert torch.equal(model.encoder.weight, net.encoder.weight) and torch.equal(model.decoder.weight, kept)
-    found = load_weights_into(weights, shards_of(model), strict=False, **options)
+    found = fill_matching(weights, shards_of(model), strict=False, **options)
     assert len(found.missing) == 4 and "backbone.encoder.bias" in found.unexpected
     with pytest.raises(CheckpointError, match=r"'encodr\.\*'; there are encoder"):
-        load_weights_into(weights, shards_of(model), only=["encodr.*"], **options)
+        fill_matching(weights, shards_of(model), only=["encodr.*"], **options)
     with pytest.raises(CheckpointError, match="both become same"):
-        load_weights_into(weights, shards_of(model), rename=lambda name: "same", **options)
+        fill_matching(weights, shards_of(model), rename=lambda name: "same", **options)
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol 4")
