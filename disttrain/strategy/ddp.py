@@ -48,7 +48,7 @@ _LEAVE_BUFFERS: dict[str, Any] = (
 
 
 _SMALL = 2**18
-"""Bytes of gradients up to which one all-reduce of float64 beats two begun apart (docs/speed.md)."""
+"""Bytes of gradients up to which one all-reduce of float64 beats two begun apart (docs/measurements/speed.md)."""
 
 
 class DDP(AbstractStrategy):

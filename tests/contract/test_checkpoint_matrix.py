@@ -1,7 +1,7 @@
 """One checkpoint for every strategy: saved by each, loaded into each, bit-equal, and the losses go on undisturbed.
 
 In CI every saver and every loader at least once, at mixed sizes; with `-m slow -s` every cell, and the table of
-docs/checkpoint-proof.md.
+docs/measurements/checkpoint-proof.md.
 """
 
 from __future__ import annotations

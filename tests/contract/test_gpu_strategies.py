@@ -1,7 +1,7 @@
 """The contract suite on GPUs, by NCCL, against the plain loop on the CPU, as many ranks as there are GPUs: every case,
 and for DeepSpeed, which takes its time to begin, a sample.
 
-Skipped without CUDA. docs/hardware.md says what has been run on which hardware.
+Skipped without CUDA. docs/measurements/hardware.md says what has been run on which hardware.
 """
 
 from __future__ import annotations

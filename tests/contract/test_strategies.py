@@ -1,6 +1,6 @@
 """The contract suite over every strategy: in CI a covering sample, with `-m slow` everything.
 
-`python -m pytest -m slow -s tests/contract/test_strategies.py` prints the tables of docs/contract.md.
+`python -m pytest -m slow -s tests/contract/test_strategies.py` prints the tables of docs/measurements/contract.md.
 """
 
 from __future__ import annotations

@@ -169,7 +169,7 @@ def test_the_name_alone_wants_accelerates_launch(tmp_path: Path) -> None:
     assert "found: a process started by plain python" in done.stderr
 
 
-DOCS = (PROJECT / "docs" / "accelerate.md").read_text(encoding="utf-8")
+DOCS = (PROJECT / "docs" / "reference" / "accelerate.md").read_text(encoding="utf-8")
 
 
 def test_every_command_of_the_docs_is_run() -> None:

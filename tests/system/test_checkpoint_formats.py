@@ -1,4 +1,4 @@
-"""docs/checkpoint-formats.md is run: its commands in order over a real run, its snippets over a real engine."""
+"""docs/reference/checkpoint-formats.md is run: its commands in order over a real run, its snippets over a real engine."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from disttrain.checkpoint import SoleRank, save_checkpoint, whole_shard
 from disttrain.cli.convert import convert
 from disttrain.errors import CheckpointError
 
-PAGE = (PROJECT / "docs" / "checkpoint-formats.md").read_text(encoding="utf-8")
+PAGE = (PROJECT / "docs" / "reference" / "checkpoint-formats.md").read_text(encoding="utf-8")
 COMMAND = "disttrain ckpt convert "
 
 

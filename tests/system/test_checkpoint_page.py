@@ -1,4 +1,4 @@
-"""Every command of docs/checkpoint-commands.md, on two real runs of two worlds, as the page has it."""
+"""Every command of docs/reference/checkpoint-commands.md, on two real runs of two worlds, as the page has it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from launched import PROJECT, launch
 
-PAGE = (PROJECT / "docs" / "checkpoint-commands.md").read_text(encoding="utf-8")
+PAGE = (PROJECT / "docs" / "reference" / "checkpoint-commands.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^ {4}(disttrain ckpt .+)$", PAGE, flags=re.MULTILINE)
 SMALL = ["model.args.layers=1", "model.args.width=32", "model.args.context=32", "data.micro_batch=8"]
 SHORT = ["checkpoint.every=1", "checkpoint.keep_last=9", "report.progress=false", "report.plot=false", "run.device=cpu"]

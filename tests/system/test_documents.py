@@ -29,13 +29,13 @@ SHORT = ("run.steps=2", "run.device=cpu", "eval.every=null", "eval.at_end=false"
 
 
 def test_every_document_with_commands_has_a_test_that_starts_them() -> None:
-    found = {path.name for path in (PROJECT / "docs").glob("*.md") if COMMAND.search(path.read_text(encoding="utf-8"))}
+    found = {path.name for path in (PROJECT / "docs").rglob("*.md") if COMMAND.search(path.read_text(encoding="utf-8"))}
     assert found == set(STARTED_BY)
     assert all((PROJECT / "tests" / "system" / test).exists() for test in STARTED_BY.values())
 
 
 def test_hybrid_shards_by_one_word(tmp_path: Path) -> None:
-    (command,) = COMMAND.findall((PROJECT / "docs" / "strategies.md").read_text(encoding="utf-8"))
+    (command,) = COMMAND.findall((PROJECT / "docs" / "reference" / "strategies.md").read_text(encoding="utf-8"))
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", *command.split()[1:]]
     launch(*words, *SHORT, "report.progress=false", f"run.dir={tmp_path}", timeout_s=300)
     assert len(column(tmp_path / "quickstart", "loss")) == 2

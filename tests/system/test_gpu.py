@@ -1,6 +1,6 @@
 """The quick start on real GPUs, by NCCL: every strategy, type and memory saver against the same run on the CPU.
 
-Skipped without CUDA. docs/hardware.md says what has been run on which hardware.
+Skipped without CUDA. docs/measurements/hardware.md says what has been run on which hardware.
 """
 
 from __future__ import annotations

@@ -130,8 +130,8 @@ def test_a_clip_that_a_native_json_leaves_to_deepspeed_is_named(folder: Path) ->
 
 
 def shown() -> list[str]:
-    """The commands in docs/parity.md."""
-    lines = (PROJECT / "docs" / "parity.md").read_text(encoding="utf-8").splitlines()
+    """The commands in docs/reference/parity.md."""
+    lines = (PROJECT / "docs" / "reference" / "parity.md").read_text(encoding="utf-8").splitlines()
     return [line.strip() for line in lines if line.startswith("    disttrain parity ")]
 
 

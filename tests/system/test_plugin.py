@@ -1,4 +1,4 @@
-"""A strategy from an installed package: checked, trained and held to the contract, as docs/plugins.md has it."""
+"""A strategy from an installed package: checked, trained and held to the contract, as docs/reference/plugins.md has it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from launched import PROJECT, column, launch, user_environment
 
-DOCS = (PROJECT / "docs" / "plugins.md").read_text(encoding="utf-8")
+DOCS = (PROJECT / "docs" / "reference" / "plugins.md").read_text(encoding="utf-8")
 PACKAGE = PROJECT / "tests" / "plugin_package"
 QUICK = ("run.steps=3", "run.device=cpu", "eval.at_end=false", "report.progress=false", "report.every=1")
 SMALL = ("model.args.layers=2", "model.args.width=32", "eval.sets={}", "eval.every=null")

@@ -1,7 +1,7 @@
 """The quick start itself, whole, by the commands users type: torchrun at 1 to 4 processes under every strategy.
 
 A long battery: `-m slow`. Each run equals one plain loop over a decoder written out by hand. Prints its figures, which
-docs/parity.md records.
+docs/reference/parity.md records.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def expected() -> Plain:
 
 
 def is_near(run: Path, expected: Plain, name: str) -> bool:
-    """Whether losses and gradient norms are near the exact ones, for float32; printed, for docs/parity.md."""
+    """Whether losses and gradient norms are near the exact ones, for float32; printed, for docs/reference/parity.md."""
     found = [list(column(run, key).values()) for key in ("loss", "grad_norm")]
     loss, norm = map(worst, found, expected.exact)
     print(f"{name}: loss {loss:.1e}, gradient norm {norm:.1e}; the plain loop {expected.rounding:.1e}")

@@ -239,7 +239,7 @@ def test_a_big_tensor_is_compared_in_little_memory(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_what_a_comparison_costs(tmp_path: Path) -> None:
-    """Half a GiB in one tensor, and in 2,000: the figures of docs/checkpoint-commands.md."""
+    """Half a GiB in one tensor, and in 2,000: the figures of docs/reference/checkpoint-commands.md."""
     big = {"model/m/w": torch.randn(8192, 16384)}
     many = {f"model/m/w{number:05d}": torch.randn(256, 256) for number in range(2_000)}
     for kind, tensors, other in (
