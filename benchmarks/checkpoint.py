@@ -419,9 +419,9 @@ def manifest(most: int, tensors: int = 1000) -> Iterator[str]:
     import torch
 
     from disttrain.checkpoint import Box, Manifest, Shard
-    from disttrain.checkpoint.layout import Entry
-    from disttrain.checkpoint.manifest import FileInfo, decode_manifest, encode_manifest
-    from disttrain.checkpoint.save import PlanMemory, judge_tensors, plan_digest
+    from disttrain.checkpoint.form.manifest import FileInfo, decode_manifest, encode_manifest
+    from disttrain.checkpoint.form.tensor_bytes import Entry
+    from disttrain.checkpoint.write.save import PlanMemory, judge_tensors, plan_digest
 
     for layout in ("each tensor cut over all ranks", "each tensor on one rank"):
         for ranks in (one for one in (1, 8, 64, 512, 1024) if one <= most):

@@ -1,7 +1,7 @@
 """Memory of one rank at the worst moment of a training step, from shapes and settings alone: pure, without torch.
 
 Written down from torch's and DeepSpeed's sources before anything was measured; `memory.py` measures against it, and
-`docs/measurements/memory.md` says what that taught. Counts tensors in elements of the master dtype: parameters, masters, optimizer
+`docs/measurements/memory.md` records the result. Counts tensors in elements of the master dtype: parameters, masters, optimizer
 state, gradients, gathered groups, buckets; and activations in those of fsdp's moments at which they are alive.
 """
 

@@ -7,11 +7,11 @@ fit its checksums.
 
 from __future__ import annotations
 
-from disttrain.checkpoint.address import Address, Place, PlaceT, place_of, step_folder, step_of
-from disttrain.checkpoint.boxes import Box, flat_range_to_boxes, overlap, tiling_fault, whole
-from disttrain.checkpoint.disk import Disk
-from disttrain.checkpoint.fingerprint import add_up, fingerprint
-from disttrain.checkpoint.folder import (
+from disttrain.checkpoint.form.boxes import Box, flat_range_to_boxes, overlap, tiling_fault, whole
+from disttrain.checkpoint.form.fingerprint import add_up, fingerprint
+from disttrain.checkpoint.form.manifest import Manifest, StoredBox, TensorInfo
+from disttrain.checkpoint.form.shards import KINDS, Ranks, Shard, SoleRank, whole_shard
+from disttrain.checkpoint.keep.discovery import (
     holds_checkpoints,
     list_checkpoints,
     newest_whole,
@@ -20,14 +20,14 @@ from disttrain.checkpoint.folder import (
     remove_stale_staging,
     set_aside,
 )
-from disttrain.checkpoint.manifest import Manifest, StoredBox, TensorInfo
-from disttrain.checkpoint.reader import Checkpoint, Differences, PlacedBox
-from disttrain.checkpoint.remote import address_fault
-from disttrain.checkpoint.retention import Best, Retention
-from disttrain.checkpoint.save import PlanMemory, save_checkpoint
-from disttrain.checkpoint.shards import KINDS, Ranks, Shard, SoleRank, whole_shard
-from disttrain.checkpoint.staging import StagingBuffer
-from disttrain.checkpoint.storage import storage_of
+from disttrain.checkpoint.keep.retention import Best, Retention
+from disttrain.checkpoint.read.reader import Checkpoint, Differences, PlacedBox
+from disttrain.checkpoint.storage.address import Address, Place, PlaceT, place_of, step_folder, step_of
+from disttrain.checkpoint.storage.disk import Disk
+from disttrain.checkpoint.storage.remote import address_fault
+from disttrain.checkpoint.storage.storage import storage_of
+from disttrain.checkpoint.write.save import PlanMemory, save_checkpoint
+from disttrain.checkpoint.write.staging import StagingBuffer
 
 __all__ = [
     "KINDS",

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from disttrain.cli.checkpoints import ckpt
+from disttrain.cli.ckpt.commands import ckpt
 from disttrain.errors import DisttrainError
 from disttrain.logs import start_logs
 

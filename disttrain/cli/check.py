@@ -10,11 +10,11 @@ from typing import Any
 
 from disttrain.cli.json_text import json_text
 from disttrain.config import TRAINED_FROM, Config, ConfigFaultsError, Fault, load_config, render_config, resolve_target
-from disttrain.config.faults import UnknownNameError
+from disttrain.config.problems import UnknownNameError
 from disttrain.config.render import every_source, source_of
-from disttrain.config.source_search import find_faults
-from disttrain.config.strategies import TRANSLATED
-from disttrain.config.target_names import section_of, targets_in
+from disttrain.config.strategy_options import TRANSLATED
+from disttrain.config.targets.source_search import find_faults
+from disttrain.config.targets.target_names import section_of, targets_in
 from disttrain.errors import FINISHED, ConfigError
 
 
@@ -67,8 +67,8 @@ def _faults_of(
 
 def _translated(config: Config, file: str) -> Config:
     """Raises ConfigFaultsError."""
-    from disttrain.config.accelerate import translate
-    from disttrain.config.accelerate_settings import read_file
+    from disttrain.config.foreign.accelerate import translate
+    from disttrain.config.foreign.accelerate_settings import read_file
 
     if config.strategy.name != TRANSLATED:
         where = source_of(("strategy", "name"), config.sources)

@@ -13,8 +13,8 @@ from disttrain.errors import ConfigError, explain
 from disttrain.runtime.environment import quiet_torch
 
 if TYPE_CHECKING:
-    from disttrain.engine.parity.compare import TensorDifference
-    from disttrain.engine.parity.report import Report, Row
+    from disttrain.parity.compare import TensorDifference
+    from disttrain.parity.report import Report, Row
 
 _SHOWN = 3
 _VERDICTS = {"draws": "draws anew"}
@@ -37,8 +37,8 @@ def check_parity(
     sizes, micro = _numbers("--world-sizes", world_sizes), _numbers("--micro-batches", micro_batches or "")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # its processes are ended with it
     quiet_torch()
-    from disttrain.engine.parity.cases import Asked
-    from disttrain.engine.parity.proof import prove_parity
+    from disttrain.parity.cases import Asked
+    from disttrain.parity.proof import prove_parity
 
     asked = Asked(
         strategies=tuple(filter(None, (strategies or "").split(","))),

@@ -1,12 +1,12 @@
 """Configs: YAML to one validated value, targets to what they name. Imports no torch. Enters: every room above."""
 
-from disttrain.config.faults import ConfigFaultsError, Fault
-from disttrain.config.lines import parse_value
+from disttrain.config.files.yaml_lines import parse_value
+from disttrain.config.problems import ConfigFaultsError, Fault
 from disttrain.config.read import TRAINED_FROM, load_config, load_to_train
 from disttrain.config.render import render_config
 from disttrain.config.schema import Config, Target
-from disttrain.config.strategies import StrategyEntry, StrategyOptions
-from disttrain.config.targets import build_nested, build_target, check_arguments, prefer_folder, resolve_target
+from disttrain.config.strategy_options import StrategyEntry, StrategyOptions
+from disttrain.config.targets.resolve import build_nested, build_target, check_arguments, prefer_folder, resolve_target
 
 __all__ = [
     "TRAINED_FROM",

@@ -10,8 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from disttrain.config.names import NAMES
 from disttrain.config.schema import Config
+from disttrain.config.targets.short_names import NAMES
 
 SCHEMA_FILE = Path(__file__).with_name("schema.json")
 

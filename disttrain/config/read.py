@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from disttrain.config.draft import apply_overrides, begin_draft
-from disttrain.config.faults import ConfigFaultsError
-from disttrain.config.references import resolve_references
+from disttrain.config.files.draft import apply_overrides, begin_draft
+from disttrain.config.files.references import resolve_references
+from disttrain.config.problems import ConfigFaultsError
 from disttrain.config.schema import Config
-from disttrain.config.source_search import find_faults
+from disttrain.config.targets.source_search import find_faults
 from disttrain.config.validate import validate
 
 TRAINED_FROM = ("model", "objective", "data", "optim")

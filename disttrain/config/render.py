@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from disttrain.config.lines import write_value
+from disttrain.config.files.yaml_lines import write_value
 from disttrain.config.schema import Config
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from disttrain.config.faults import shown
-from disttrain.config.lines import KeyPath
+from disttrain.config.files.yaml_lines import KeyPath
+from disttrain.config.problems import shown
 
 Broken = tuple[KeyPath, str, str]
 

@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
-from disttrain.config.faults import UnknownNameError
+from disttrain.config.problems import UnknownNameError
 from disttrain.config.section import Section
-from disttrain.config.strategies import DDPOptions, DeepSpeedOptions, FSDPOptions, NoneOptions, strategy_entry
+from disttrain.config.strategy_options import DDPOptions, DeepSpeedOptions, FSDPOptions, NoneOptions, strategy_entry
 from disttrain.config.values import plain
 
 Positive = Field(gt=0)

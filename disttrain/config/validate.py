@@ -8,17 +8,17 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from disttrain.config.deepspeed_native import PLACE, contradictions, read_native, unknown_keys
-from disttrain.config.draft import Draft
-from disttrain.config.faults import ConfigFaultsError, UnknownNameError, dotted, nearest, shown, suggest
-from disttrain.config.lines import KeyPath
-from disttrain.config.paths import known_keys, locate
+from disttrain.config.files.draft import Draft
+from disttrain.config.files.yaml_lines import KeyPath
+from disttrain.config.foreign.deepspeed_native import PLACE, contradictions, read_native, unknown_keys
+from disttrain.config.key_paths import known_keys, locate
+from disttrain.config.problems import ConfigFaultsError, UnknownNameError, dotted, nearest, shown, suggest
 from disttrain.config.rules import broken_rules
 from disttrain.config.schema import Config
 from disttrain.config.section import PARTS
-from disttrain.config.source_search import find_faults
-from disttrain.config.strategies import BUILT_IN, TRANSLATED, strategy_entry
-from disttrain.config.target_names import import_path, section_of, targets_in
+from disttrain.config.strategy_options import BUILT_IN, TRANSLATED, strategy_entry
+from disttrain.config.targets.source_search import find_faults
+from disttrain.config.targets.target_names import import_path, section_of, targets_in
 
 _ADVICE = {
     "int_type": "write a whole number",

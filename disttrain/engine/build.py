@@ -19,14 +19,14 @@ from torch import nn
 from disttrain.checkpoint import Place
 from disttrain.config import Config, Target, build_nested, build_target, check_arguments, resolve_target
 from disttrain.config.schema import OptimConfig
-from disttrain.engine.places import checkpoints_of
+from disttrain.engine.checkpointing.locate import checkpoints_of
 from disttrain.errors import ConfigError, explain
 from disttrain.launch.accelerate import unheeded
 from disttrain.logs import room_logger
 from disttrain.objective import Objective
 from disttrain.optim import optimizer_factory, schedule_factory
+from disttrain.optim.combined import Part, SeveralFactory
 from disttrain.optim.named import MakeOptimizer, MakeSchedule
-from disttrain.optim.several import Part, SeveralFactory
 from disttrain.optim.trials import refuse_closures
 from disttrain.runtime import (
     Device,

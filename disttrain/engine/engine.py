@@ -22,14 +22,13 @@ from disttrain.checkpoint import Differences, Place
 from disttrain.config import Config, load_config
 from disttrain.data import Batches, MicroBatch, StepBatch, align_batches
 from disttrain.engine import build
-from disttrain.engine.buffers import share_buffers
+from disttrain.engine.checkpointing.run_state import RunState
+from disttrain.engine.checkpointing.snapshot import Progress
 from disttrain.engine.datasets import Datasets
+from disttrain.engine.device_batches import to_device
 from disttrain.engine.evaluation import evaluate_set
 from disttrain.engine.objectives import Objectives
-from disttrain.engine.record import Record
-from disttrain.engine.run_state import RunState
-from disttrain.engine.snapshot import Progress
-from disttrain.engine.transfer import to_device
+from disttrain.engine.run_log import Record
 from disttrain.errors import ConfigError, explain
 from disttrain.launch.accelerate import settle_strategy
 from disttrain.model.batch_norm import explain_single_value, synchronized
@@ -40,6 +39,7 @@ from disttrain.resilience import Interrupts
 from disttrain.runtime.leaving import leave_in_time
 from disttrain.runtime.seeds import derive_seed, seed_all
 from disttrain.strategy import Ingredients, Prepared, StepOutcome, StepSums
+from disttrain.strategy.buffers import share_buffers
 from disttrain.strategy.construction import refuse_unfrozen
 
 

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from disttrain.data import EvaluationBatches
-from disttrain.engine.transfer import to_device
+from disttrain.engine.device_batches import to_device
 from disttrain.objective import Objective
 from disttrain.strategy import Prepared, World
-from disttrain.strategy.arithmetic import seed_micro_batch
-from disttrain.strategy.ledger import Ledger
+from disttrain.strategy.step.arithmetic import seed_micro_batch
+from disttrain.strategy.step.step_sums import Ledger
 
 
 def evaluate_set(

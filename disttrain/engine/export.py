@@ -17,9 +17,9 @@ from disttrain.checkpoint.formats import (
     export_weights,
     import_checkpoint,
 )
+from disttrain.engine.checkpointing.opening import kind_of, open_any
+from disttrain.engine.checkpointing.restoring import other_names
 from disttrain.engine.loading import configured_model
-from disttrain.engine.opening import kind_of, open_any
-from disttrain.engine.restoring import other_names
 from disttrain.errors import CheckpointError, ConfigError, explain
 from disttrain.logs import room_logger
 from disttrain.model import build_model

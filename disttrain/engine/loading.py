@@ -11,9 +11,9 @@ from disttrain.checkpoint import Checkpoint, Place, Shard, fingerprint, whole_sh
 from disttrain.checkpoint.formats import NativeWeights, match_weights
 from disttrain.config import Config, load_config
 from disttrain.engine import build
-from disttrain.engine.base import base_of, hexadecimal, refuse_other_base
-from disttrain.engine.opening import open_any, open_newest
-from disttrain.engine.restoring import other_names
+from disttrain.engine.checkpointing.frozen_parameters import base_of, hexadecimal, refuse_other_base
+from disttrain.engine.checkpointing.opening import open_any, open_newest
+from disttrain.engine.checkpointing.restoring import other_names
 from disttrain.errors import CheckpointError, explain
 from disttrain.model import build_model
 from disttrain.runtime.seeds import restored_generators

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from disttrain.config import Config
-from disttrain.config.accelerate import asked_otherwise, translate
-from disttrain.config.accelerate_settings import read_environment
-from disttrain.config.strategies import TRANSLATED
+from disttrain.config.foreign.accelerate import asked_otherwise, translate
+from disttrain.config.foreign.accelerate_settings import read_environment
+from disttrain.config.strategy_options import TRANSLATED
 from disttrain.errors import LaunchError, explain
 from disttrain.runtime.environment import accelerate_variables, read_launch
 

@@ -17,8 +17,8 @@ from torch.optim import Optimizer
 
 from disttrain.errors import ConfigError, explain
 from disttrain.optim.build import check_step
+from disttrain.optim.combined import factories_of
 from disttrain.optim.named import PROBE, MakeOptimizer, NamedParameter
-from disttrain.optim.several import factories_of
 
 _ROWS, _COLUMNS = 6, 4
 _CUT = 9

@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from disttrain.report.folder import RunFolder
     from disttrain.report.plot import plot_loss
     from disttrain.report.rate import Rate
     from disttrain.report.reporter import Reporter
+    from disttrain.report.run_folder import RunFolder
     from disttrain.report.summary import render_summary, summarize_run
     from disttrain.report.trackers import TensorBoardTracker, Tracker
 
@@ -29,7 +29,7 @@ __all__ = [
 _HOMES = {
     "Rate": "rate",
     "Reporter": "reporter",
-    "RunFolder": "folder",
+    "RunFolder": "run_folder",
     "TensorBoardTracker": "trackers",
     "Tracker": "trackers",
     "plot_loss": "plot",

@@ -13,8 +13,8 @@ from itertools import pairwise
 from typing import Any
 
 from disttrain.report.display import amount
-from disttrain.report.folder import RunFolder
 from disttrain.report.plot import curve_of, evaluation_losses
+from disttrain.report.run_folder import RunFolder
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _WIDTH = 60

@@ -11,8 +11,7 @@ from disttrain.data import MicroBatch
 from disttrain.objective import Context, Objective
 from disttrain.optim.named import NamedParameter
 from disttrain.runtime import Device, Group, Mesh, MeshSizes
-from disttrain.strategy.arithmetic import Gradients, refuse_non_finite, run_micro_batches
-from disttrain.strategy.call import ObjectiveCall
+from disttrain.strategy.canonical_boxes import copy_part, local_shard, replicated_shards, sharded_shards, whole_tensors
 from disttrain.strategy.construction import build_on_host, check_same_everywhere, equip, name_parameters
 from disttrain.strategy.contract import (
     AbstractStrategy,
@@ -23,9 +22,10 @@ from disttrain.strategy.contract import (
     World,
     refuse_axes,
 )
+from disttrain.strategy.objective_call import ObjectiveCall
 from disttrain.strategy.registry import strategy_class
-from disttrain.strategy.state import copy_part, local_shard, replicated_shards, sharded_shards, whole_tensors
-from disttrain.strategy.update import torch_step
+from disttrain.strategy.step.arithmetic import Gradients, refuse_non_finite, run_micro_batches
+from disttrain.strategy.step.update import torch_step
 
 __all__ = [
     "AbstractStrategy",

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from disttrain.strategy.trail import Trail, agree_on_way
+from disttrain.strategy.call_agreement import Trail, agree_on_way
 
 _END = "the end of the forward"
 

@@ -27,9 +27,9 @@ from disttrain.errors import ConfigError, explain
 from disttrain.objective import Objective
 from disttrain.optim.named import MakeOptimizer, MakeSchedule, NamedParameter
 from disttrain.runtime import Device, Group, Mesh, MeshSizes
-from disttrain.strategy.fused import FusedAdam
-from disttrain.strategy.loss_scale import LossScale
-from disttrain.strategy.trail import Trail
+from disttrain.strategy.call_agreement import Trail
+from disttrain.strategy.step.fused_adam import FusedAdam
+from disttrain.strategy.step.loss_scale import LossScale
 
 MakeModel = Callable[[], nn.Module]
 

@@ -23,8 +23,7 @@ from disttrain.config.schema import PrecisionConfig
 from disttrain.data import MicroBatch
 from disttrain.objective import Objective
 from disttrain.runtime import Device, MeshSizes
-from disttrain.strategy.arithmetic import Gradients, add_up_together, earlier_apart, run_micro_batches
-from disttrain.strategy.call import ObjectiveCall
+from disttrain.strategy.canonical_boxes import replicated_shards, whole_tensors
 from disttrain.strategy.construction import build_on_host, equip, name_parameters
 from disttrain.strategy.contract import (
     DTYPES,
@@ -36,8 +35,9 @@ from disttrain.strategy.contract import (
     World,
     refuse_axes,
 )
-from disttrain.strategy.state import replicated_shards, whole_tensors
-from disttrain.strategy.update import torch_step
+from disttrain.strategy.objective_call import ObjectiveCall
+from disttrain.strategy.step.arithmetic import Gradients, add_up_together, earlier_apart, run_micro_batches
+from disttrain.strategy.step.update import torch_step
 
 # One rank's buffers never overwrite another's: batch statistics are each rank's own. torch 2.13 renamed the option.
 _LEAVE_BUFFERS: dict[str, Any] = (

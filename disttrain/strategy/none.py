@@ -13,11 +13,11 @@ from disttrain.data import MicroBatch
 from disttrain.errors import ConfigError, explain
 from disttrain.objective import Objective
 from disttrain.runtime import Device, MeshSizes
-from disttrain.strategy.arithmetic import run_micro_batches
+from disttrain.strategy.canonical_boxes import replicated_shards, whole_tensors
 from disttrain.strategy.construction import build_on_host, equip, name_parameters
 from disttrain.strategy.contract import AbstractStrategy, Ingredients, Prepared, StepOutcome, StepSums
-from disttrain.strategy.state import replicated_shards, whole_tensors
-from disttrain.strategy.update import torch_step
+from disttrain.strategy.step.arithmetic import run_micro_batches
+from disttrain.strategy.step.update import torch_step
 
 
 class NoStrategy(AbstractStrategy):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from disttrain.config.strategies import strategy_entry
+from disttrain.config.strategy_options import strategy_entry
 from disttrain.errors import ConfigError, explain
 from disttrain.strategy.contract import AbstractStrategy
 

@@ -19,7 +19,7 @@ from world import WorldError, run_world
 
 import disttrain
 from disttrain.checkpoint import Checkpoint, list_checkpoints
-from disttrain.engine import snapshot
+from disttrain.engine.checkpointing import snapshot
 from disttrain.errors import CheckpointError, ConfigError, TrainingError
 
 STEPS = 7
@@ -167,7 +167,7 @@ def test_one_save_at_a_time_and_the_end_waits_for_the_last(tmp_path: Path) -> No
 
 def disk_fills(folder: Path, policy: str, failures: int, how: list[str]) -> Any:
     """Rank 1's disk refuses to write, so often; (the error's kind, where the loop stood, ...)."""
-    from disttrain.checkpoint import disk
+    from disttrain.checkpoint.storage import disk
 
     write, left = disk.DiskFile.write, [failures]
 

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from world import run_world
 
 import disttrain
-from disttrain.strategy.ledger import _fetch
+from disttrain.strategy.step.step_sums import _fetch
 
 LAYERS, WIDTH, HIDDEN, VOCAB = 3, 32, 128, 64
 BLOCK = 4 * WIDTH * WIDTH + 3 * WIDTH * HIDDEN + 2 * WIDTH

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from world import run_world
 
 import disttrain
-from disttrain.strategy.fused import FusedAdam
+from disttrain.strategy.step.fused_adam import FusedAdam
 
 STRATEGIES: dict[str, dict[str, Any]] = {
     "ddp": {"strategy": {"name": "ddp"}},

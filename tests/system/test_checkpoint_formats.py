@@ -1,4 +1,4 @@
-"""docs/reference/checkpoint-formats.md is run: its commands in order over a real run, its snippets over a real engine."""
+"""Runs docs/reference/checkpoint-formats.md: its commands in order over a real run, its snippets over an engine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 import disttrain
 from disttrain.checkpoint import SoleRank, save_checkpoint, whole_shard
-from disttrain.cli.convert import convert
+from disttrain.cli.ckpt.convert import convert
 from disttrain.errors import CheckpointError
 
 PAGE = (PROJECT / "docs" / "reference" / "checkpoint-formats.md").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Memory per rank on real processes is what the formula says, within 5 %; docs/measurements/memory.md has larger models."""
+"""Memory per rank on real processes is what the formula says, within 5 %."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A strategy from an installed package: checked, trained and held to the contract, as docs/reference/plugins.md has it."""
+"""A strategy from an installed package is checked, trained and held to the contract: docs/reference/plugins.md."""
 
 from __future__ import annotations
 

@@ -9,16 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from disttrain.checkpoint.disk import Disk
-from disttrain.checkpoint.folder import STAGING
+from disttrain.checkpoint.form.shards import Shard, SoleRank, whole_shard
+from disttrain.checkpoint.formats.detect import carries_state, open_weights, read_state
 from disttrain.checkpoint.formats.huggingface import SHARD_BYTES, write_folder, write_safetensors
-from disttrain.checkpoint.formats.registry import carries_state, open_weights, read_state
 from disttrain.checkpoint.formats.restricted import refuse_rot
-from disttrain.checkpoint.formats.state import ForeignState
 from disttrain.checkpoint.formats.torch_file import TorchWeights, write_torch
+from disttrain.checkpoint.formats.training_state import ForeignState
 from disttrain.checkpoint.formats.weights import Weights
-from disttrain.checkpoint.save import save_checkpoint
-from disttrain.checkpoint.shards import Shard, SoleRank, whole_shard
+from disttrain.checkpoint.keep.discovery import STAGING
+from disttrain.checkpoint.storage.disk import Disk
+from disttrain.checkpoint.write.save import save_checkpoint
 from disttrain.errors import CheckpointError, explain
 
 EXPORTS = ("huggingface", "safetensors", "torch")

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from disttrain.checkpoint.boxes import flat_range_to_boxes
+from disttrain.checkpoint.form.boxes import flat_range_to_boxes
+from disttrain.checkpoint.form.shards import Shard, whole_shard
 from disttrain.checkpoint.formats.restricted import load_torch_file, record_class, refuse_rot
-from disttrain.checkpoint.formats.state import ForeignState, optimizer_shard
-from disttrain.checkpoint.shards import Shard, whole_shard
+from disttrain.checkpoint.formats.training_state import ForeignState, optimizer_shard
 from disttrain.errors import CheckpointError, explain
 
 KIND = "a DeepSpeed checkpoint"

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from disttrain.checkpoint.boxes import whole
-from disttrain.checkpoint.disk import Disk
+from disttrain.checkpoint.form.boxes import whole
+from disttrain.checkpoint.form.tensor_bytes import Entry, plan_file, tensor_bytes
 from disttrain.checkpoint.formats.torch_file import TorchWeights
 from disttrain.checkpoint.formats.weights import Wanted, WeightInfo, Weights, bytes_of, read_weights
-from disttrain.checkpoint.layout import Entry, plan_file, tensor_bytes
+from disttrain.checkpoint.storage.disk import Disk
 from disttrain.errors import CheckpointError, explain
 
 SHARD_BYTES = 5 * 10**9

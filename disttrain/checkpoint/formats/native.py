@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from disttrain.checkpoint.form.shards import Shard
 from disttrain.checkpoint.formats.weights import Wanted, WeightInfo
-from disttrain.checkpoint.reader import Checkpoint
-from disttrain.checkpoint.shards import Shard
+from disttrain.checkpoint.read.reader import Checkpoint
 from disttrain.errors import CheckpointError, explain
 
 

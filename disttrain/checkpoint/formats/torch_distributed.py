@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from disttrain.checkpoint.boxes import Box
+from disttrain.checkpoint.form.boxes import Box
+from disttrain.checkpoint.form.shards import Shard
 from disttrain.checkpoint.formats.restricted import load_torch, read_pickle, record_class
-from disttrain.checkpoint.formats.state import ForeignState, optimizer_shard
 from disttrain.checkpoint.formats.torch_record import DTYPES, mapped_tensor
-from disttrain.checkpoint.shards import Shard
+from disttrain.checkpoint.formats.training_state import ForeignState, optimizer_shard
 from disttrain.errors import CheckpointError, explain
 
 METADATA = ".metadata"

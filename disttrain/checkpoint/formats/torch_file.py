@@ -21,9 +21,9 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from disttrain.checkpoint.form.tensor_bytes import ALIGNMENT, tensor_bytes
 from disttrain.checkpoint.formats.restricted import load_torch_file
 from disttrain.checkpoint.formats.weights import Wanted, WeightInfo, Weights, bytes_of, read_weights
-from disttrain.checkpoint.layout import ALIGNMENT, tensor_bytes
 from disttrain.errors import CheckpointError, explain
 
 _INNER = ("state_dict", "model_state_dict", "model", "module")

@@ -16,10 +16,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from disttrain.checkpoint.address import Place
-from disttrain.checkpoint.boxes import Box, whole
-from disttrain.checkpoint.reader import Differences
-from disttrain.checkpoint.shards import Shard
+from disttrain.checkpoint.form.boxes import Box, whole
+from disttrain.checkpoint.form.shards import Shard
+from disttrain.checkpoint.read.reader import Differences
+from disttrain.checkpoint.storage.address import Place
 from disttrain.errors import CheckpointError, explain
 
 Rename = Callable[[str], str]

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from checkpoint_world import LAYOUTS
 
-from disttrain.checkpoint import Disk, disk, prune, save_checkpoint
+from disttrain.checkpoint import Disk, prune, save_checkpoint
+from disttrain.checkpoint.storage import disk
 
 LOST = 3
 """The exit code of a rank whose peer went away."""

@@ -15,7 +15,7 @@ from itertools import product
 from pathlib import Path
 
 from disttrain.checkpoint import Disk
-from disttrain.checkpoint.disk import DiskFile
+from disttrain.checkpoint.storage.disk import DiskFile
 
 
 @dataclass

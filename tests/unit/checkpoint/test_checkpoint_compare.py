@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from disttrain.checkpoint import Checkpoint, save_checkpoint
-from disttrain.checkpoint.chunks import ChunkReader
-from disttrain.checkpoint.compare import BATCH_BYTES, Comparison, TensorDifference, compare_tensors
-from disttrain.checkpoint.save import CHUNK_BYTES
+from disttrain.checkpoint.keep.compare import BATCH_BYTES, Comparison, TensorDifference, compare_tensors
+from disttrain.checkpoint.read.chunks import ChunkReader
+from disttrain.checkpoint.write.save import CHUNK_BYTES
 from disttrain.errors import CheckpointError
 
 
@@ -201,7 +201,7 @@ MEASURE = """
 import re, sys, time
 from pathlib import Path
 from disttrain.checkpoint import Checkpoint
-from disttrain.checkpoint.compare import compare_tensors
+from disttrain.checkpoint.keep.compare import compare_tensors
 
 def compare(a, b):
     return compare_tensors(*(Checkpoint.open(Path(root) / "step-00000001") for root in (a, b)), batch_bytes=int(most))

@@ -8,8 +8,8 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disttrain.checkpoint.boxes import Box, overlap, tiling_fault
-from disttrain.checkpoint.grid import Grid, find_grid
+from disttrain.checkpoint.form.boxes import Box, overlap, tiling_fault
+from disttrain.checkpoint.form.grid import Grid, find_grid
 
 
 def chunks(size: int, parts: int) -> list[tuple[int, int]]:

@@ -13,10 +13,11 @@ import pytest
 import torch
 from checkpoint_world import LAYOUTS, blank, empty_store, on_ranks, same_bits, some_tensors
 
-from disttrain.checkpoint import Checkpoint, SoleRank, newest_whole, place_of, reader, save_checkpoint
-from disttrain.checkpoint.chunks import ChunkReader
-from disttrain.checkpoint.manifest import FileInfo
-from disttrain.checkpoint.shares import every_chunk, runs_of, share_unread
+from disttrain.checkpoint import Checkpoint, SoleRank, newest_whole, place_of, save_checkpoint
+from disttrain.checkpoint.form.manifest import FileInfo
+from disttrain.checkpoint.read import reader
+from disttrain.checkpoint.read.chunk_shares import every_chunk, runs_of, share_unread
+from disttrain.checkpoint.read.chunks import ChunkReader
 from disttrain.errors import DamagedError, UnreadableError
 
 CHUNK = 4096

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from disttrain.checkpoint import Best, Retention, SoleRank, list_checkpoints, save_checkpoint, whole_shard
-from disttrain.checkpoint.retention import choose_kept
+from disttrain.checkpoint.keep.retention import choose_kept
 
 
 def save(root: Path, step: int, loss: float | None = None) -> Path:

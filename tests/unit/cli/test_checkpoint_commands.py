@@ -24,10 +24,10 @@ from checkpoint_world import LAYOUTS, empty_store, on_ranks, seal, some_tensors
 
 from disttrain.checkpoint import Address, save_checkpoint
 from disttrain.cli import main as cli_main
-from disttrain.cli.checkpoint_survey import Survey
-from disttrain.engine.random_state import random_shards
-from disttrain.engine.snapshot import RANKS
-from disttrain.engine.state import tracked_shards
+from disttrain.cli.ckpt.survey import Survey
+from disttrain.engine.checkpointing.documents import tracked_shards
+from disttrain.engine.checkpointing.random_state import random_shards
+from disttrain.engine.checkpointing.snapshot import RANKS
 from disttrain.report import RunFolder
 
 
@@ -446,10 +446,10 @@ def test_prune_never_removes_the_only_whole_one(tmp_path: Path, ckpt: Callable[.
 HOLD = """
 import sys
 from pathlib import Path
-from disttrain.cli.checkpoint_survey import Survey
-from disttrain.engine.random_state import random_shards
-from disttrain.engine.snapshot import RANKS
-from disttrain.engine.state import tracked_shards
+from disttrain.cli.ckpt.survey import Survey
+from disttrain.engine.checkpointing.random_state import random_shards
+from disttrain.engine.checkpointing.snapshot import RANKS
+from disttrain.engine.checkpointing.documents import tracked_shards
 from disttrain.report import RunFolder
 
 folder = RunFolder(Path(sys.argv[1]))
@@ -576,8 +576,8 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 from disttrain.checkpoint import Address
-from disttrain.cli.checkpoint_pruning import _sole_writer
-from disttrain.cli.checkpoint_survey import Listing
+from disttrain.cli.ckpt.pruning import _sole_writer
+from disttrain.cli.ckpt.survey import Listing
 folder = Path(sys.argv[1])
 with _sole_writer(Listing(folder, Address("memory://bucket/team/afar"), ()), asked="prune", needed=True):
     pass

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from disttrain.config import Config, ConfigFaultsError, load_config
-from disttrain.config.accelerate import translate
-from disttrain.config.accelerate_settings import read_file
+from disttrain.config.foreign.accelerate import translate
+from disttrain.config.foreign.accelerate_settings import read_file
 
 PROJECT = Path(__file__).resolve().parents[3]
 CONFIG: dict[str, Any] = {

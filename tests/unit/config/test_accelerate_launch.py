@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from disttrain.config import ConfigFaultsError
-from disttrain.config.accelerate import asked_otherwise, translate
-from disttrain.config.accelerate_settings import read_environment, read_file
+from disttrain.config.foreign.accelerate import asked_otherwise, translate
+from disttrain.config.foreign.accelerate_settings import read_environment, read_file
 
 
 def test_bound_cores_are_refused_where_accelerate_hands_them_on() -> None:

@@ -10,8 +10,8 @@ import pytest
 from accelerate_files import config_with, deepspeed, degrees, from_accelerate, fsdp, refused, written
 
 from disttrain.config import ConfigFaultsError
-from disttrain.config.accelerate import translate
-from disttrain.config.accelerate_settings import read_file
+from disttrain.config.foreign.accelerate import translate
+from disttrain.config.foreign.accelerate_settings import read_file
 from disttrain.config.render import source_of
 
 RESHARD = {"strategy.name": "fsdp", "strategy.fsdp.reshard": True, "strategy.fsdp.offload": False}

@@ -15,7 +15,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from disttrain.config import Config, ConfigFaultsError, Fault, load_config, parse_value, render_config
-from disttrain.config.faults import UnknownNameError
+from disttrain.config.problems import UnknownNameError
 from disttrain.config.render import every_source
 
 # Any text that UTF-8 can hold; `${` is taken: a reference is resolved before anything is written.

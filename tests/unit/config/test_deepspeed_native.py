@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from disttrain.config import load_config
-from disttrain.config.deepspeed_keys import ELSEWHERE, PLAIN, REMOVED, SECTIONS
-from disttrain.config.deepspeed_native import CLIP_DEFAULT, clip_left_out, ranks_of
-from disttrain.config.faults import ConfigFaultsError
+from disttrain.config.foreign.deepspeed_keys import ELSEWHERE, PLAIN, REMOVED, SECTIONS
+from disttrain.config.foreign.deepspeed_native import CLIP_DEFAULT, clip_left_out, ranks_of
+from disttrain.config.problems import ConfigFaultsError
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 

@@ -21,7 +21,7 @@ from disttrain.config import (
     render_config,
     resolve_target,
 )
-from disttrain.config.source_search import find_faults
+from disttrain.config.targets.source_search import find_faults
 from disttrain.engine.build import build_callable
 from disttrain.errors import ConfigError
 

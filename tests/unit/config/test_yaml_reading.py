@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from disttrain.config import ConfigFaultsError, Fault, load_config
-from disttrain.config.lines import parse_document, parse_value
+from disttrain.config.files.yaml_lines import parse_document, parse_value
 
 
 def read(text: str) -> Any:

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from disttrain.cli.parity import render_report
 from disttrain.config import load_config
-from disttrain.engine.parity import causes
-from disttrain.engine.parity.cases import Asked, Case, plan_cases, uneven_micro_batch
-from disttrain.engine.parity.causes import Cause
-from disttrain.engine.parity.compare import Bounds, Rounding, bounds_for, compare_runs, relative
-from disttrain.engine.parity.launch import Failed
-from disttrain.engine.parity.recorded import Recorded, Recorder
-from disttrain.engine.parity.report import Report, Row
 from disttrain.errors import ConfigError
+from disttrain.parity import causes
+from disttrain.parity.cases import Asked, Case, plan_cases, uneven_micro_batch
+from disttrain.parity.causes import Cause
+from disttrain.parity.compare import Bounds, Rounding, bounds_for, compare_runs, relative
+from disttrain.parity.launch import Failed
+from disttrain.parity.recorded import Recorded, Recorder
+from disttrain.parity.report import Report, Row
 
 BOUNDS = Bounds(1e-5, 1e-5, 1e-4)
 

@@ -28,7 +28,7 @@ from torch.optim.lr_scheduler import (
     StepLR,
 )
 
-from disttrain.engine.state import optimizer_document, restore_optimizer
+from disttrain.engine.checkpointing.documents import optimizer_document, restore_optimizer
 from disttrain.errors import CheckpointError
 from disttrain.strategy import Prepared
 

@@ -17,7 +17,7 @@ from world import run_world
 
 import disttrain
 from disttrain.checkpoint import Checkpoint
-from disttrain.engine.state import restore_tracked, tracked_shards, tracked_tensor_names
+from disttrain.engine.checkpointing.documents import restore_tracked, tracked_shards, tracked_tensor_names
 from disttrain.errors import CheckpointError
 
 QUIET = ["report.progress=false", "report.plot=false", "report.trackers=[]"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from disttrain.config import load_config
 from disttrain.errors import ConfigError
 from disttrain.optim import NamedParameter
-from disttrain.optim.several import Part, Several, SeveralFactory, factories_of
+from disttrain.optim.combined import Part, Several, SeveralFactory, factories_of
 
 NAMES = ("a.weight", "a.bias", "b.weight")
 

@@ -12,8 +12,8 @@ from world import run_world
 
 from disttrain.errors import ConfigError
 from disttrain.optim import optimizer_factory
+from disttrain.optim.combined import Part, SeveralFactory
 from disttrain.optim.named import MakeOptimizer
-from disttrain.optim.several import Part, SeveralFactory
 from disttrain.optim.trials import is_elementwise, is_exact_on_shards, kind_of, refuse_closures
 
 

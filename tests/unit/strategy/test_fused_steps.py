@@ -18,7 +18,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from disttrain.strategy.fused import FusedAdam
+from disttrain.strategy.step.fused_adam import FusedAdam
 
 ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 SHAPES = ((5, 7), (3,), (1,), (4, 2, 3), (0, 6))

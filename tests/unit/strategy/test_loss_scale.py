@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from disttrain.errors import LaunchError, TrainingError
 from disttrain.runtime import Device, check_device
-from disttrain.strategy.loss_scale import INTERVAL, LossScale
+from disttrain.strategy.step.loss_scale import INTERVAL, LossScale
 
 
 def grad_scaler(finite: list[bool]) -> list[float]:

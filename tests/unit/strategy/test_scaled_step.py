@@ -13,7 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from disttrain.optim.named import NamedParameter
 from disttrain.strategy import Prepared, StepSums
-from disttrain.strategy.update import torch_step
+from disttrain.strategy.step.update import torch_step
 
 WEIGHT, CLIP = 37.0, 0.25
 

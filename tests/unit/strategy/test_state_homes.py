@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from disttrain.optim.named import NamedParameter
+from disttrain.strategy.canonical_boxes import replicated_shards
 from disttrain.strategy.contract import Prepared
-from disttrain.strategy.state import replicated_shards
 
 ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from disttrain.config.schema import PrecisionConfig
-from disttrain.config.strategies import FSDPOptions, TensorOptions
+from disttrain.config.strategy_options import FSDPOptions, TensorOptions
 from disttrain.errors import ConfigError
 from disttrain.model import GPT
 from disttrain.runtime import Device, MeshSizes
-from disttrain.strategy.fsdp import FSDP
-from disttrain.strategy.tensor_plan import FEATURES, TIME, WHOLE, WORDS, plan_modules
+from disttrain.strategy.fsdp.strategy import FSDP
+from disttrain.strategy.fsdp.tensor_plan import FEATURES, TIME, WHOLE, WORDS, plan_modules
 
 SIZES: dict[str, Any] = {"vocab": 12, "context": 8, "layers": 2, "heads": 4, "kv_heads": 2, "width": 16, "hidden": 24}
 

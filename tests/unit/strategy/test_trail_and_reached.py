@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from disttrain.strategy import call_order
-from disttrain.strategy.reached import reached
-from disttrain.strategy.trail import Trail, other_trails
+from disttrain.strategy.call_agreement import Trail, other_trails
+from disttrain.strategy.deepspeed.reached_parameters import reached
 
 ways = st.lists(st.sampled_from(["a", "b", "blocks.1", "blocks.11"]), max_size=6)
 

@@ -9,8 +9,8 @@ from torch import nn
 
 from benchmarks.zero_gathers import play
 from disttrain.config.schema import PrecisionConfig
-from disttrain.strategy.zero_config import bound_gathered, engine_config
-from disttrain.strategy.zero_construction import largest_module
+from disttrain.strategy.deepspeed.config import bound_gathered, engine_config
+from disttrain.strategy.deepspeed.construction import largest_module
 
 
 def config_of(stage: int, **given: Any) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""The on-disk form of a checkpoint: boxes, tensor bytes, checksums and the manifest."""

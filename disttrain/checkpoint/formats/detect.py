@@ -1,0 +1,84 @@
+"""Which format a path is in, by what it looks like, and its one reader."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from disttrain.checkpoint.form.manifest import MANIFEST
+from disttrain.checkpoint.formats import deepspeed, huggingface, torch_distributed
+from disttrain.checkpoint.formats.huggingface import SafetensorsWeights
+from disttrain.checkpoint.formats.native import NativeWeights
+from disttrain.checkpoint.formats.torch_file import TorchWeights
+from disttrain.checkpoint.formats.training_state import ForeignState, ForeignWeights
+from disttrain.checkpoint.formats.weights import Weights
+from disttrain.checkpoint.read.reader import Checkpoint
+from disttrain.checkpoint.storage.address import step_of
+from disttrain.errors import CheckpointError, explain
+
+_OPEN: dict[str, Callable[[Path, str], Weights]] = {
+    "disttrain": lambda path, owner: NativeWeights(Checkpoint.open(path), owner),
+    "huggingface": lambda path, owner: huggingface.open_folder(path),
+    "safetensors": lambda path, owner: SafetensorsWeights(path, [path]),
+    "torch": lambda path, owner: TorchWeights(path),
+    "torch-distributed": lambda path, owner: ForeignWeights(read_state(path, owner), owner),
+    "deepspeed": lambda path, owner: ForeignWeights(read_state(path, owner), owner),
+}
+
+_STATES: dict[str, Callable[[Path, str], ForeignState]] = {
+    "torch-distributed": torch_distributed.read_torch_distributed,
+    "deepspeed": deepspeed.read_deepspeed,
+}
+
+FORMATS = tuple(_OPEN)
+
+
+def format_of(path: Path) -> str:
+    """One of FORMATS. Looks at names and first bytes only. Local; CheckpointError says what was found instead."""
+    path = Path(path)
+    if path.is_dir():
+        names = sorted(one.name for one in path.iterdir())
+        if (
+            MANIFEST in names or step_of(path.name) is not None
+        ):  # of one without a manifest its own reader says what is wrong
+            return "disttrain"
+        if torch_distributed.METADATA in names:
+            return "torch-distributed"
+        if deepspeed.looks_like(names):
+            return "deepspeed"
+        if huggingface.is_folder(path):
+            return "huggingface"
+        found = f"a folder with {', '.join(names[:5])}" if names else "an empty folder"
+    elif path.is_file():
+        with path.open("rb") as file:
+            start = file.read(16)
+        if start[8:9] == b"{":  # a header of JSON after its length
+            return "safetensors"
+        if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
+            return "torch"
+        found = f"a file that begins with {start[:8]!r}"
+    else:
+        found = "no such file or folder"
+    known = (
+        "a run, a checkpoint, a Hugging Face folder, a .safetensors file, a file of torch.save, a torch distributed "
+    )
+    raise CheckpointError(explain(f"{path} is to be loaded.", found, f"name {known}checkpoint or one of DeepSpeed"))
+
+
+def open_weights(path: str | Path, owner: str = "model") -> Weights:
+    """One model's weights at `path`, whatever its format; of a disttrain checkpoint, those prepared as `owner`. Local.
+
+    Tensors stay on disk until they are asked for. Raises CheckpointError for what cannot be read.
+    """
+    path = Path(path)
+    return _OPEN[format_of(path)](path, owner)
+
+
+def read_state(path: Path, owner: str) -> ForeignState:
+    """A whole training state that another library wrote, under `owner`'s names. Local; raises CheckpointError."""
+    return _STATES[format_of(path)](path, owner)
+
+
+def carries_state(path: Path) -> bool:
+    """Whether `read_state` reads it: weights and optimizer state, not weights alone. Local."""
+    return format_of(path) in _STATES

@@ -1,0 +1,77 @@
+"""A whole training state as another library left it: weights and optimizer state, as boxes of its own mapped files."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from disttrain.checkpoint.form.boxes import Box, overlap, tiling_fault
+from disttrain.checkpoint.form.shards import Shard
+from disttrain.checkpoint.formats.weights import Wanted, WeightInfo, read_weight
+from disttrain.errors import CheckpointError, explain
+
+
+@dataclass(frozen=True)
+class ForeignState:
+    """Everything under the names of a disttrain checkpoint.
+
+    `shards` tile each tensor and are views of mapped files. `ties` are further names of weights to the one they are
+    stored under. `left_out` says in words what was found and is not carried.
+    """
+
+    path: Path
+    kind: str
+    shards: tuple[Shard, ...]
+    steps: int = 0
+    samples: int = 0
+    ties: Mapping[str, str] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+
+    def refuse_holes(self) -> None:
+        """Raise CheckpointError where a tensor's boxes do not make all of it."""
+        boxes: dict[str, list[Box]] = defaultdict(list)
+        for shard in self.shards:
+            boxes[shard.name].append(shard.box)
+        shapes = {shard.name: shard.shape for shard in self.shards}
+        faults = [f"{name}: {fault}" for name, own in boxes.items() if (fault := tiling_fault(shapes[name], own))]
+        if faults:
+            do = "a file is missing or from another save: use a whole one"
+            raise CheckpointError(explain(f"{self.path}, {self.kind}, is not whole.", "; ".join(faults[:5]), do))
+
+
+class ForeignWeights:
+    """The weights in such a state."""
+
+    def __init__(self, state: ForeignState, owner: str) -> None:
+        self.path = state.path
+        self._parts: dict[str, list[Shard]] = defaultdict(list)
+        for shard in state.shards:
+            if shard.name.startswith(f"model/{owner}/"):
+                self._parts[shard.name.removeprefix(f"model/{owner}/")].append(shard)
+        self.tensors = {name: WeightInfo(own[0].shape, own[0].tensor.dtype) for name, own in self._parts.items()}
+
+    def fill(self, wanted: Sequence[Wanted]) -> None:
+        """What the stored boxes share with those asked for, from mapped memory."""
+        with torch.no_grad():
+            for one in wanted:
+                for part in self._parts[one.name]:
+                    shared = overlap(part.box, one.box)
+                    if shared:
+                        here, there = shared.slices(one.box.offsets), shared.slices(part.box.offsets)
+                        one.into[here].copy_(part.tensor[there])
+
+    def whole(self, name: str) -> torch.Tensor:
+        """Put together from its boxes."""
+        return read_weight(self, name)
+
+
+def optimizer_shard(name: str, value: Any) -> Shard:
+    """A 0-d shard of optimizer state; `step` is the float32 that torch's optimizers count in."""
+    dtype = torch.float32 if name.endswith(":step") else None
+    tensor = value.detach() if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=dtype)
+    return Shard(name, (), Box((), ()), tensor.reshape(()))

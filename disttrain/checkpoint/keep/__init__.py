@@ -1,0 +1,1 @@
+"""Finds, compares and removes the checkpoints of a run."""

@@ -1,0 +1,1 @@
+"""Reads a checkpoint and verifies every chunk it uses."""

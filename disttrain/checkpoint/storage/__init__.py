@@ -1,0 +1,1 @@
+"""Stores checkpoint files on a disk or in an object store."""

@@ -1,0 +1,1 @@
+"""Writes a checkpoint from all ranks and commits it atomically."""

@@ -1,0 +1,1 @@
+"""The `disttrain ckpt` commands."""

@@ -1,0 +1,1 @@
+"""Reads YAML files, `extends`, overrides and `${...}` references into a draft of a config."""

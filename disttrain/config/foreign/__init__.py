@@ -1,0 +1,1 @@
+"""Translates the configuration of accelerate and DeepSpeed into disttrain's. Imports no torch."""

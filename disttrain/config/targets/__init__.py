@@ -1,0 +1,1 @@
+"""Resolves a `target` to the object it names, and checks targets without importing user code."""

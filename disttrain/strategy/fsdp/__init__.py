@@ -1,0 +1,1 @@
+"""The `fsdp` strategy: FSDP2 and tensor parallelism."""

@@ -1,0 +1,1 @@
+"""The arithmetic of one optimizer step, shared by every strategy."""
