@@ -1,6 +1,7 @@
-"""Lines for people, on stderr, each with its room as prefix; rank 0 speaks unless a line is `everywhere`.
+"""Sends disttrain's messages for people to stderr, each with the name of its package as a prefix.
 
-Owns the one logger tree `disttrain`. No effect at import: `start_logs` is called once by an entry point.
+All loggers are children of the logger `disttrain`. Importing this module changes nothing: an entry point calls
+`start_logs` once.
 """
 
 from __future__ import annotations
@@ -11,20 +12,23 @@ import sys
 ROOT = "disttrain"
 
 
-def room_logger(room: str) -> logging.Logger:
-    """The logger of a room (`config`, `strategy`, ...); its name is the prefix of its lines."""
-    return logging.getLogger(f"{ROOT}.{room}")
+def package_logger(package: str) -> logging.Logger:
+    """Return the logger of a package (`config`, `strategy`, ...). The package's name is the prefix of its lines."""
+    return logging.getLogger(f"{ROOT}.{package}")
 
 
 class _Prefix(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        room = record.name.removeprefix(f"{ROOT}.")
+        package = record.name.removeprefix(f"{ROOT}.")
         level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
-        return f"[{room}] {level}{record.getMessage()}"
+        return f"[{package}] {level}{record.getMessage()}"
 
 
 def start_logs(*, rank: int = 0, level: int = logging.INFO) -> None:
-    """Send disttrain's lines to stderr: all of them on rank 0, errors only on the other ranks. Local; idempotent."""
+    """Send disttrain's messages to stderr: all of them on rank 0, errors only on the other ranks.
+
+    Local. A second call replaces the handler of the first.
+    """
     logger = logging.getLogger(ROOT)
     for handler in list(logger.handlers):
         logger.removeHandler(handler)

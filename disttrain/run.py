@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from disttrain.config import load_to_train
 from disttrain.errors import FINISHED, INTERRUPTED, ConfigError, DisttrainError, LaunchError
 from disttrain.launch.accelerate import settle_strategy
-from disttrain.logs import room_logger, start_logs
+from disttrain.logs import package_logger, start_logs
 from disttrain.runtime.environment import Launch, quiet_torch, read_launch
 from disttrain.runtime.leaving import leave
 
@@ -80,7 +80,7 @@ def _train(config: str, overrides: Sequence[str]) -> int:
     from disttrain.engine.loop import train
 
     run = train(loaded)
-    room_logger("run").info("%s at step %d; %s", run.state, run.step, run.folder)
+    package_logger("run").info("%s at step %d; %s", run.state, run.step, run.folder)
     return INTERRUPTED if run.state == "preempted" else FINISHED
 
 

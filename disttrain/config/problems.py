@@ -22,7 +22,7 @@ class Fault:
 
     def __str__(self) -> str:
         place = f" ({self.where})" if self.where else ""
-        return f"{self.key or 'config'}{place}\n    found: {self.found}\n    to do: {self.do}"
+        return f"{self.key or 'config'}{place}\n    problem: {self.found}\n    fix: {self.do}"
 
 
 class ConfigFaultsError(ConfigError):

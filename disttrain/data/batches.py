@@ -19,7 +19,7 @@ from disttrain.data.order import Order
 from disttrain.data.plan import MicroBatch, Slot, StepBatch, distinct, plan_step
 from disttrain.data.streams import Stream
 from disttrain.errors import ConfigError, DataError, explain
-from disttrain.logs import room_logger
+from disttrain.logs import package_logger
 
 
 class Batches:
@@ -57,13 +57,15 @@ class Batches:
         self._fetcher = Fetcher(dataset, seed=seed, collate=collate)
         if is_stream(dataset):
             if workers:
-                room_logger("data").warning("data.workers=%d: iterable data are read in the training process", workers)
+                package_logger("data").warning(
+                    "data.workers=%d: iterable data are read in the training process", workers
+                )
             self._stream = Stream(
                 dataset, seed=seed, part=part, collate=self._fetcher.collate, exact=on_resume == "exact"
             )
             self._agree = agree
             if self._stream.sharded and not self._drop:
-                room_logger("data").warning("data.last=short: data cut by shard end with their last whole step")
+                package_logger("data").warning("data.last=short: data cut by shard end with their last whole step")
             return
         size = len(dataset)
         if size < global_batch:

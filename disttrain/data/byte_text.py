@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from disttrain.errors import DataError, explain
-from disttrain.logs import room_logger
+from disttrain.logs import package_logger
 
 STDLIB = "python-stdlib"
 _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "ensurepip", "lib2to3"}
@@ -92,7 +92,7 @@ def _files_of(source: str) -> tuple[Path, list[Path]]:
     binary = [path for path in shown if b"\0" in _bytes_of(path, _LOOKED_AT)]
     if binary:
         names = ", ".join(str(path.relative_to(root)) for path in binary[:3]) + (", ..." if len(binary) > 3 else "")
-        room_logger("data").warning("byte_text leaves out %d binary file(s) of %s: %s", len(binary), root, names)
+        package_logger("data").warning("byte_text leaves out %d binary file(s) of %s: %s", len(binary), root, names)
     return root, [path for path in shown if path not in set(binary)]
 
 

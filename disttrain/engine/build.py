@@ -16,13 +16,13 @@ from typing import Any
 
 from torch import nn
 
-from disttrain.checkpoint import Place
+from disttrain.checkpoint import Location
 from disttrain.config import Config, Target, build_nested, build_target, check_arguments, resolve_target
 from disttrain.config.schema import OptimConfig
 from disttrain.engine.checkpointing.locate import checkpoints_of
 from disttrain.errors import ConfigError, explain
 from disttrain.launch.accelerate import unheeded
-from disttrain.logs import room_logger
+from disttrain.logs import package_logger
 from disttrain.objective import Objective
 from disttrain.optim import optimizer_factory, schedule_factory
 from disttrain.optim.combined import Part, SeveralFactory
@@ -43,7 +43,7 @@ from disttrain.runtime import (
 from disttrain.runtime.seeds import seed_everything
 from disttrain.strategy import AbstractStrategy, World, strategy_class
 
-_log = room_logger("engine")
+_log = package_logger("engine")
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,11 @@ class Plan:
     sizes: MeshSizes
     strategy: type[AbstractStrategy]
     folder: Path
-    checkpoints: Place
+    checkpoints: Location
 
 
 def plan_run(config: Config) -> Plan:
-    """Place this process and check what depends on the world's size. Local; touches no group and no GPU memory."""
+    """Location this process and check what depends on the world's size. Local; touches no group and no GPU memory."""
     launch = read_launch()
     if launch.rank == 0 and (other := unheeded(config)):
         _log.warning("accelerate launch asks for %s; strategy.name=accelerate would follow it", other)

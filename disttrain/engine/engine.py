@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from disttrain.checkpoint import Differences, Place
+from disttrain.checkpoint import Differences, Location
 from disttrain.config import Config, load_config
 from disttrain.data import Batches, MicroBatch, StepBatch, align_batches
 from disttrain.engine import build
@@ -366,7 +366,7 @@ class Engine:
         """
         self._state.track(name, thing, per_rank=per_rank)
 
-    def save(self) -> Place | None:
+    def save(self) -> Location | None:
         """Write a checkpoint of this step, unless this step has one; returns when it is durable.
 
         Between `step` and `log` it raises ConfigError: weights and step would not be of one moment. A batch that was
@@ -386,14 +386,14 @@ class Engine:
             atexit.register(self._leave)
             self._state.begin()
 
-    def load(self, path: str | Place) -> None:
+    def load(self, path: str | Location) -> None:
         """Everything from a run's newest whole checkpoint, or from the one named; before the loop begins."""
         self._state.load(path)
 
     def load_weights(
         self,
         name: str,
-        path: str | Place,
+        path: str | Location,
         *,
         strict: bool = True,
         only: Sequence[str] = (),
@@ -406,7 +406,7 @@ class Engine:
         """
         return self._state.load_weights(name, path, strict=strict, only=only, rename=rename)
 
-    def load_for_evaluation(self, name: str, path: str | Place) -> None:
+    def load_for_evaluation(self, name: str, path: str | Location) -> None:
         """What an evaluation of one model needs: its weights, its objective's, and where its draws stand."""
         self._state.load_for_evaluation(name, path)
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from disttrain.checkpoint import Place, place_of
+from disttrain.checkpoint import Location, parse_location
 from disttrain.checkpoint.formats import (
     EXPORTS,
-    Converted,
+    ConversionResult,
     Extras,
     NativeWeights,
     export_weights,
@@ -21,25 +21,25 @@ from disttrain.engine.checkpointing.opening import kind_of, open_any
 from disttrain.engine.checkpointing.restoring import other_names
 from disttrain.engine.loading import configured_model
 from disttrain.errors import CheckpointError, ConfigError, explain
-from disttrain.logs import room_logger
+from disttrain.logs import package_logger
 from disttrain.model import build_model
 from disttrain.runtime.seeds import restored_generators
 
 TARGETS = (*EXPORTS, "disttrain")
 
-_log = room_logger("checkpoint")
+_log = package_logger("checkpoint")
 
 
 def convert(
-    source: str | Place, target: str | Path, *, to: str | None = None, name: str = "model", build: bool = True
-) -> Converted:
+    source: str | Location, target: str | Path, *, to: str | None = None, name: str = "model", build: bool = True
+) -> ConversionResult:
     """Make `target`, one of TARGETS, of what `source` holds; where `to` is left out, what fits the names. Local.
 
     Of a disttrain checkpoint the weights of the model prepared as `name` go out; what comes in gets that name. `build`
     has the checkpoint's own config make the model, which runs the code that it names, for what only a model can tell.
     Raises CheckpointError, ConfigError for an unknown target; never overwrites.
     """
-    source, target = place_of(source), Path(target)
+    source, target = parse_location(source), Path(target)
     found = kind_of(source)
     to = to or _likely(found, target)
     if to not in TARGETS:
@@ -62,7 +62,7 @@ def convert(
     if to == "huggingface" and not extras.texts:
         why = "the model has no Hugging Face config, or could not be built" if build else "no model was built"
         left_out.append(f"config.json: {why}")
-    return Converted(done.path, done.tensors, tuple(left_out))
+    return ConversionResult(done.path, done.tensors, tuple(left_out))
 
 
 def _likely(found: str, target: Path) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from disttrain.checkpoint import Checkpoint, Place, Shard, fingerprint, whole_shard
+from disttrain.checkpoint import Checkpoint, Location, Shard, fingerprint, full_shard
 from disttrain.checkpoint.formats import NativeWeights, match_weights
 from disttrain.config import Config, load_config
 from disttrain.engine import build
@@ -40,7 +40,7 @@ def config_of(checkpoint: Checkpoint) -> Config:
     return load_config(document["config"], folder=Path(folder) if folder else None)
 
 
-def load(path: str | Place, *, name: str = "model", make_model: Callable[[], nn.Module] | None = None) -> nn.Module:
+def load(path: str | Location, *, name: str = "model", make_model: Callable[[], nn.Module] | None = None) -> nn.Module:
     """The trained module, on the CPU, in evaluation mode. Local.
 
     `path` is a run's folder, one checkpoint of any strategy, a Hugging Face folder, a safetensors file, a file of
@@ -93,4 +93,4 @@ def configured_model(checkpoint: Checkpoint) -> Callable[[], nn.Module]:
 def _shards(model: nn.Module, name: str) -> list[Shard]:
     state = set(model.state_dict())
     tensors = [*model.named_parameters(), *((key, buffer) for key, buffer in model.named_buffers() if key in state)]
-    return [whole_shard(f"model/{name}/{key}", tensor.detach()) for key, tensor in tensors]
+    return [full_shard(f"model/{name}/{key}", tensor.detach()) for key, tensor in tensors]

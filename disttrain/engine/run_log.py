@@ -15,9 +15,9 @@ from yaml import YAMLError
 from disttrain.checkpoint import (
     Checkpoint,
     Differences,
-    Place,
-    newest_whole,
-    refuse_unwritable,
+    Location,
+    newest_intact,
+    reject_unwritable,
     remove_stale_staging,
     set_aside,
 )
@@ -30,13 +30,13 @@ from disttrain.engine.checkpointing.opening import open_same
 from disttrain.engine.checkpointing.snapshot import Progress
 from disttrain.engine.failure import Failure, settle
 from disttrain.errors import CheckpointError, explain
-from disttrain.logs import room_logger
+from disttrain.logs import package_logger
 from disttrain.objective import Objective
 from disttrain.report import Rate, Reporter, RunFolder, summarize_run
 from disttrain.runtime import Group
 from disttrain.strategy import Prepared, StepOutcome, StepSums
 
-_log = room_logger("report")
+_log = package_logger("report")
 
 
 class Record:
@@ -124,7 +124,7 @@ class Record:
         return reporter
 
     def _start(self, progress: Progress, total_steps: int | None) -> None:
-        refuse_unwritable(self.checkpoints)
+        reject_unwritable(self.checkpoints)
         remove_stale_staging(self.checkpoints)
         moved = self.folder.trim_metrics(progress.steps)
         self.folder.write_config(render_config(self._config))
@@ -210,7 +210,7 @@ class Record:
 
     # ------------------------------------------------------------------ checkpoints
 
-    def committed(self, step: int, path: Place) -> None:
+    def committed(self, step: int, path: Location) -> None:
         """Tell of a checkpoint that is whole and durable. Local."""
         if self._main and self._reporter is not None:
             self._reporter.checkpoint(step, path)
@@ -223,7 +223,7 @@ class Record:
     def find_checkpoint(self, fill: Callable[[Checkpoint], None]) -> Checkpoint | None:
         """The run's own newest whole checkpoint, read by `fill`, else that of `checkpoint.resume=PATH`, else None."""
         never = self._config.checkpoint.resume == "never"
-        found, rejected = newest_whole(self.checkpoints, self._group, None if never else fill)
+        found, rejected = newest_intact(self.checkpoints, self._group, None if never else fill)
         if rejected and found is None:
             reasons = "; ".join(f"{path.name}: {reason}" for path, reason in rejected[:3])
             raise CheckpointError(
@@ -247,24 +247,24 @@ class Record:
             return self.open_checkpoint(self._config.checkpoint.resume)
         return found
 
-    def _set_aside(self, rejected: Sequence[tuple[Place, str]]) -> None:
+    def _set_aside(self, rejected: Sequence[tuple[Location, str]]) -> None:
         for path, reason in rejected:
             aside = set_aside(path)
             _log.warning("%s is not whole and was set aside as %s: %s", path.name, aside.name, reason)
             self.folder.append_ledger("checkpoint_rejected", path=str(path), reason=reason)
 
-    def open_checkpoint(self, path: str | Place) -> Checkpoint:
+    def open_checkpoint(self, path: str | Location) -> Checkpoint:
         """A checkpoint from elsewhere, the same on every rank."""
         return open_same(path, self._group)
 
-    def weights_loaded(self, path: str | Place, differences: Differences) -> None:
+    def weights_loaded(self, path: str | Location, differences: Differences) -> None:
         """Say what a load without `strict` left as it was. Local."""
         for title, names in (("missing", differences.missing), ("unexpected", differences.unexpected)):
             if names and self._main:
                 more = f" and {len(names) - 10} more" if len(names) > 10 else ""
                 _log.warning("%s: %s: %s%s", path, title, ", ".join(names[:10]), more)
 
-    def resumed(self, progress: Progress, path: Place) -> None:
+    def resumed(self, progress: Progress, path: Location) -> None:
         """Say where the run goes on. Local."""
         _log.info("continues at step %d from %s", progress.steps, path)
 

@@ -12,12 +12,12 @@ from functools import partial
 from typing import Any, TextIO
 
 from disttrain.errors import CheckpointError
-from disttrain.logs import room_logger
+from disttrain.logs import package_logger
 from disttrain.report.display import Bar, Lines, Nothing, describe
 from disttrain.report.run_folder import RunFolder
 from disttrain.report.trackers import Tracker
 
-_log = room_logger("report")
+_log = package_logger("report")
 
 
 class Reporter:

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from disttrain.errors import CheckpointError, explain
-from disttrain.logs import room_logger
+from disttrain.logs import package_logger
 
-_log = room_logger("report")
+_log = package_logger("report")
 
 
 class RunFolder:

@@ -18,10 +18,10 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from disttrain.config.schema import MemoryConfig
 from disttrain.errors import ConfigError, explain
-from disttrain.logs import room_logger
+from disttrain.logs import package_logger
 from disttrain.strategy.blocks import choose_blocks
 
-_log = room_logger("strategy")
+_log = package_logger("strategy")
 
 COSTLY = {
     "aten": {

@@ -166,7 +166,7 @@ def test_several_that_each_think_they_are_alone_are_refused(tmp_path: Path) -> N
 def test_the_name_alone_wants_accelerates_launch(tmp_path: Path) -> None:
     command = (sys.executable, *QUICKSTART, "strategy.name=accelerate", f"run.dir={tmp_path}")
     done = launch(*command, timeout_s=240, expect=3)
-    assert "found: a process started by plain python" in done.stderr
+    assert "problem: a process started by plain python" in done.stderr
 
 
 DOCS = (PROJECT / "docs" / "reference" / "accelerate.md").read_text(encoding="utf-8")

@@ -12,7 +12,7 @@ from datetime import UTC
 from itertools import islice
 from pathlib import Path
 
-from disttrain.checkpoint import Manifest, Place, place_of, step_folder, step_of, storage_of
+from disttrain.checkpoint import Location, Manifest, parse_location, step_folder, step_of, storage_of
 from disttrain.checkpoint.form.manifest import MANIFEST, decode_manifest
 from disttrain.engine.checkpointing.locate import checkpoints_in
 from disttrain.errors import CheckpointError, explain
@@ -31,7 +31,7 @@ class Survey:
     `unusable` are the files that are not there with their sizes.
     """
 
-    path: Place
+    path: Location
     manifest: Manifest | None
     faults: tuple[str, ...]
     unusable: frozenset[str] = frozenset()
@@ -86,16 +86,16 @@ class Listing:
     `others` are the names in `root` that are no checkpoints, each with what it is.
     """
 
-    path: Place
-    root: Place | None
-    checkpoints: tuple[Place, ...]
-    others: tuple[tuple[Place, str], ...] = ()
+    path: Location
+    root: Location | None
+    checkpoints: tuple[Location, ...]
+    others: tuple[tuple[Location, str], ...] = ()
 
 
 def find_checkpoints(path: str) -> Listing:
     """A run's folder, its `checkpoints/` or storage, or one checkpoint. Local. CheckpointError for all else."""
     try:
-        return _find(place_of(path))
+        return _find(parse_location(path))
     except OSError as error:
         do = "name a run's folder DIR/NAME or a checkpoint in it that you may read"
         raise CheckpointError(explain(f"{path} is to be read.", f"{error.filename}: {error.strerror}", do)) from error
@@ -122,7 +122,7 @@ def surveys(listing: Listing, *, newest_first: bool = False) -> Iterator[Survey]
             yield found
 
 
-def survey(path: Place) -> Survey:
+def survey(path: Location) -> Survey:
     """What the manifest and the files' sizes say; not a chunk is read. Local."""
     storage = storage_of(path)
     try:
@@ -140,13 +140,13 @@ def survey(path: Place) -> Survey:
 def finding(error: CheckpointError, *, advice: bool = False) -> str:
     """What an `explain`ed error found, for a line that says itself what was asked; with `advice` what to do. Pure."""
     text = str(error)
-    found, _, do = text.partition("\n  found: ")[2].rpartition("\n  to do: ")
+    found, _, do = text.partition("\n  problem: ")[2].rpartition("\n  fix: ")
     if not found:
         return text
     return f"{found} ({do})" if advice else found
 
 
-def _find(path: Place) -> Listing:
+def _find(path: Location) -> Listing:
     storage = storage_of(path)
     if not storage.taken(path) or (isinstance(path, Path) and not path.is_dir()):
         storage.read_manifest(path)  # raises, with what is there
@@ -165,7 +165,7 @@ def _find(path: Place) -> Listing:
     raise CheckpointError(explain(f"{path} is to hold checkpoints.", "a folder that changes meanwhile", "try again"))
 
 
-def _refuse_run(path: Place, root: Place, inside: Sequence[str]) -> None:
+def _refuse_run(path: Location, root: Location, inside: Sequence[str]) -> None:
     """CheckpointError where it is a run that has saved nothing yet, or a folder of runs."""
     asked = f"{path} is to hold checkpoints."
     run = RunFolder(path) if isinstance(path, Path) else None

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from disttrain.checkpoint import Shard, whole_shard
+from disttrain.checkpoint import Shard, full_shard
 from disttrain.errors import CheckpointError, explain
 from disttrain.optim.combined import Several
 from disttrain.strategy import Prepared
@@ -208,7 +208,7 @@ def tracked_shards(name: str, tracked: Any, replica: tuple[int, int]) -> tuple[l
         if not isinstance(value, Tensor):
             return _plain(value, path)
         shards.append(
-            local_shard(path, value) if isinstance(value, DTensor) else whole_shard(path, value.detach(), replica)
+            local_shard(path, value) if isinstance(value, DTensor) else full_shard(path, value.detach(), replica)
         )
         return {"$tensor": path}
 

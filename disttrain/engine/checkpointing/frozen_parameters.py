@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from disttrain.checkpoint import Box, Checkpoint, Shard, add_up, fingerprint
+from disttrain.checkpoint import Box, Checkpoint, Shard, combine_fingerprints, fingerprint
 from disttrain.errors import CheckpointError, explain
 from disttrain.runtime import Group
 
@@ -45,12 +45,12 @@ class Base:
         mine: dict[str, int] = {}
         for shard in shards:
             if shard.replica[0] == 0 and shard.box.numel:
-                mine[shard.name] = add_up((mine.get(shard.name, 0), self._own(shard)))
+                mine[shard.name] = combine_fingerprints((mine.get(shard.name, 0), self._own(shard)))
         found: dict[str, list[int]] = {}
         for part in group.gather_all(mine):
             for name, number in part.items():
                 found.setdefault(name, []).append(number)
-        return {name: hexadecimal(add_up(numbers)) for name, numbers in sorted(found.items())}
+        return {name: hexadecimal(combine_fingerprints(numbers)) for name, numbers in sorted(found.items())}
 
     def _own(self, shard: Shard) -> int:
         key, version = (shard.name, shard.box), shard.tensor._version

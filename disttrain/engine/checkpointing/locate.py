@@ -8,18 +8,18 @@ from typing import Any
 
 from yaml import YAMLError
 
-from disttrain.checkpoint import Address, Place, address_fault, holds_checkpoints, place_of
+from disttrain.checkpoint import Address, Location, address_fault, holds_checkpoints, parse_location
 from disttrain.config import Config, parse_value
 from disttrain.errors import CheckpointError, ConfigError, explain
 from disttrain.report import RunFolder
 
 
-def checkpoints_of(config: Config) -> Place:
+def checkpoints_of(config: Config) -> Location:
     """The folder of the run's checkpoints. Touches neither disk nor network; ConfigError for an unusable storage."""
     storage = config.checkpoint.storage
     if storage is None:
         return RunFolder(Path(config.run.dir) / config.run.name).checkpoints
-    place = place_of(storage)
+    place = parse_location(storage)
     fault = address_fault(place) if isinstance(place, Address) else _path_fault(storage)
     if fault:
         raise ConfigError(explain(f"checkpoint.storage={storage} is to hold the run's checkpoints.", *fault))
@@ -33,7 +33,7 @@ def _path_fault(storage: str) -> tuple[str, str] | None:
     return None if storage else ("an empty name", "name an address or a folder, or take the line out")
 
 
-def checkpoints_in(place: Place) -> Place | None:
+def checkpoints_in(place: Location) -> Location | None:
     """The folder of checkpoints that belongs to the run at `place`; None where no run is there."""
     if isinstance(place, Address):
         return place if holds_checkpoints(place) else None
@@ -47,7 +47,7 @@ def checkpoints_in(place: Place) -> Place | None:
     if not isinstance(config, Mapping):
         return None
     storage, name = _text_in(config, "checkpoint", "storage"), _text_in(config, "run", "name")
-    return place_of(storage) / name if storage and name else None
+    return parse_location(storage) / name if storage and name else None
 
 
 def refuse_moved(folder: RunFolder, theirs: Mapping[str, Any], config: Config) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from disttrain.checkpoint import Checkpoint, Differences, Place, Shard
-from disttrain.checkpoint.formats import NativeWeights, Rename, Wanted, match_weights
+from disttrain.checkpoint import Checkpoint, Differences, Location, Shard
+from disttrain.checkpoint.formats import NativeWeights, Rename, WantedBox, match_weights
 from disttrain.engine.checkpointing.documents import (
     refuse_another_run,
     restore_optimizer,
@@ -25,10 +25,10 @@ from disttrain.engine.checkpointing.opening import open_any_same, refuse_unknown
 from disttrain.engine.checkpointing.random_state import restore_random
 from disttrain.engine.checkpointing.snapshot import RANKS, Parts, Progress, Tracked, frozen_names
 from disttrain.errors import CheckpointError, DamagedError, explain
-from disttrain.logs import room_logger
+from disttrain.logs import package_logger
 from disttrain.strategy import Prepared
 
-_log = room_logger("checkpoint")
+_log = package_logger("checkpoint")
 
 
 class Restoring:
@@ -126,7 +126,7 @@ class Restoring:
         for prepared in parts.prepared.values():
             every += parts.strategy.shards(prepared, checkpoint.tensors)
         every = [shard for shard in every if shard.name not in base_of(checkpoint)]
-        checkpoint.judge(every, ignore={name for name in checkpoint.tensors if name.startswith("user/")})
+        checkpoint.check_fit(every, ignore={name for name in checkpoint.tensors if name.startswith("user/")})
         self._trained = [shard for shard in every if shard.name not in frozen]
         self._frozen = [shard for shard in every if shard.name in frozen]
 
@@ -229,7 +229,7 @@ def others_than(checkpoint: Checkpoint, name: str) -> set[str]:
 
 
 def load_weights(
-    parts: Parts, name: str, path: str | Place, *, strict: bool, only: Sequence[str], rename: Rename | None
+    parts: Parts, name: str, path: str | Location, *, strict: bool, only: Sequence[str], rename: Rename | None
 ) -> Differences:
     """Only the model's own tensors, from any format that `open_weights` knows; each rank reads its boxes.
 
@@ -238,7 +238,7 @@ def load_weights(
     prepared, group, what = parts.prepared[name], parts.world.group, f"loading weights from {path}"
     weights = open_any_same(path, name, group)
 
-    def match() -> tuple[Differences, list[Wanted]]:
+    def match() -> tuple[Differences, list[WantedBox]]:
         shards = [shard for shard in parts.strategy.shards(prepared) if shard.name.startswith(f"model/{name}/")]
         differences, wanted = match_weights(
             weights,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from disttrain.checkpoint import Checkpoint, Differences, Place
+from disttrain.checkpoint import Checkpoint, Differences, Location
 from disttrain.config import Config
 from disttrain.engine.checkpointing import restoring, snapshot
 from disttrain.engine.checkpointing.frozen_parameters import Base
@@ -79,7 +79,7 @@ class RunState:
         self.refuse_spoilt()
         return snapshot.take(self._parts, self.progress, self._record.evaluation_of(self.progress.steps))
 
-    def save(self) -> Place | None:
+    def save(self) -> Location | None:
         """Write a checkpoint of this step, unless it has one; None then, and where it failed and the run goes on."""
         self._refuse_within_step()
         self.saver.wait()
@@ -117,7 +117,7 @@ class RunState:
             self.saver.meet()
             self._record.started(self.progress, self._datasets.total_steps, self._parts.prepared)
 
-    def load(self, path: str | Place) -> None:
+    def load(self, path: str | Location) -> None:
         """Everything from a run's newest whole checkpoint, or from the one named; before the loop begins."""
         if self.begun:
             raise ConfigError(
@@ -151,7 +151,7 @@ class RunState:
     def load_weights(
         self,
         name: str,
-        path: str | Place,
+        path: str | Location,
         *,
         strict: bool,
         only: Sequence[str] = (),
@@ -162,7 +162,7 @@ class RunState:
         self._record.weights_loaded(path, found)
         return found
 
-    def load_for_evaluation(self, name: str, path: str | Place) -> None:
+    def load_for_evaluation(self, name: str, path: str | Location) -> None:
         """One prepared model's weights, its objective's, and where its draws stand."""
         restoring.load_for_evaluation(self._parts, name, self._record.open_checkpoint(path))
 

@@ -13,16 +13,16 @@ import threading
 import time
 from dataclasses import replace
 
-from disttrain.checkpoint import Best, Place, PlanMemory, Ranks, Retention, SoleRank, StagingBuffer
+from disttrain.checkpoint import Best, Location, PlanCache, Ranks, Retention, ShardCopies, SoleRank
 from disttrain.config.schema import CheckpointConfig
 from disttrain.engine.checkpointing import snapshot
 from disttrain.engine.checkpointing.snapshot import Snapshot
 from disttrain.engine.run_log import Record
 from disttrain.errors import CheckpointError
-from disttrain.logs import room_logger
+from disttrain.logs import package_logger
 from disttrain.runtime import Group
 
-_log = room_logger("checkpoint")
+_log = package_logger("checkpoint")
 
 _TRIES, _PAUSE_S = 3, 1.0
 """How often `on_failure: retry` tries in all, and the first pause, which doubles."""
@@ -38,8 +38,8 @@ class Saver:
         self._config, self._record, self._group = config, record, group
         best = Best(**vars(config.best)) if config.best is not None else None
         self._retention = Retention(record.checkpoints, config.keep_last, config.keep_every, best)
-        self._staging = StagingBuffer()
-        self._plans = PlanMemory()
+        self._staging = ShardCopies()
+        self._plans = PlanCache()
         self._beside: Ranks | None = None
         self._running: _Background | None = None
         self.saved_at = -1
@@ -55,13 +55,13 @@ class Saver:
         """Whether a save is being written in the background. Local."""
         return self._running is not None and self._running.is_alive()
 
-    def found(self, step: int, path: Place) -> None:
+    def found(self, step: int, path: Location) -> None:
         """The run goes on from this whole checkpoint of its own. Local."""
         self.saved_at = step
         if self._group.rank == 0:
-            self._retention.found_whole(path)
+            self._retention.mark_intact(path)
 
-    def save(self, taken: Snapshot, *, last: bool = False) -> Place | None:
+    def save(self, taken: Snapshot, *, last: bool = False) -> Location | None:
         """Write a snapshot and return when it is durable; None where it failed and the run goes on without.
 
         Nothing is under way: the caller has waited. The `last` of a run has nothing to go on to: it raises whatever
@@ -134,7 +134,7 @@ class Saver:
                 _log.warning("step %d was not saved: %s", self._running.step, self._running.error)
             self.settle()
 
-    def _commit(self, taken: Snapshot, ranks: Ranks) -> Place:
+    def _commit(self, taken: Snapshot, ranks: Ranks) -> Location:
         """Write, again if that is the policy; then let go of what need not be kept."""
         root, first = self._record.checkpoints, None
         for tried in range(1, _TRIES + 1):
@@ -166,7 +166,7 @@ class _Background(threading.Thread):
         super().__init__(name=f"save-{taken.step}", daemon=True)
         self._saver, self._taken, self._ranks = saver, taken, ranks
         self.step = taken.step
-        self.path: Place | None = None
+        self.path: Location | None = None
         self.error: BaseException | None = None
 
     def run(self) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from disttrain.checkpoint import PlaceT, PlanMemory, Ranks, Shard, save_checkpoint
+from disttrain.checkpoint import LocationT, PlanCache, Ranks, Shard, save_checkpoint
 from disttrain.config import Config
 from disttrain.engine.checkpointing.documents import (
     optimizer_document,
@@ -89,7 +89,7 @@ def take(parts: Parts, progress: Progress, evaluation: Mapping[str, float]) -> S
     return Snapshot(progress.steps, shards, document, frozenset(_trained(parts.prepared)))
 
 
-def commit(snapshot: Snapshot, root: PlaceT, ranks: Ranks, plans: PlanMemory | None = None) -> PlaceT:
+def commit(snapshot: Snapshot, root: LocationT, ranks: Ranks, plans: PlanCache | None = None) -> LocationT:
     """Write a snapshot as a checkpoint; returns its folder. Collective over `ranks`; any thread may do it.
 
     Raises TrainingError on every rank where weights are not finite: such a checkpoint would end every resume.

@@ -26,7 +26,7 @@ from disttrain.config.foreign.deepspeed_native import CLIP_DEFAULT, clip_left_ou
 from disttrain.config.schema import PrecisionConfig
 from disttrain.data import MicroBatch
 from disttrain.errors import ConfigError, LaunchError, explain
-from disttrain.logs import room_logger
+from disttrain.logs import package_logger
 from disttrain.model import build_model, says_how
 from disttrain.objective import Context, Objective
 from disttrain.optim.combined import factories_of
@@ -55,7 +55,7 @@ from disttrain.strategy.deepspeed.reached_parameters import agree_on_reached
 from disttrain.strategy.objective_call import ObjectiveCall
 from disttrain.strategy.step.arithmetic import refuse_non_finite, run_micro_batches
 
-_log = room_logger("strategy")
+_log = package_logger("strategy")
 
 _GROUPS_KEPT = (
     "_WORLD_GROUP",

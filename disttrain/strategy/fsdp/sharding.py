@@ -19,12 +19,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from disttrain.config.strategy_options import FSDPOptions
 from disttrain.errors import ConfigError, explain
-from disttrain.logs import room_logger
+from disttrain.logs import package_logger
 from disttrain.strategy.blocks import choose_blocks
 from disttrain.strategy.construction import lay_out_rows
 from disttrain.strategy.contract import DTYPES, World
 
-_log = room_logger("strategy")
+_log = package_logger("strategy")
 
 _SHARE_OF_FREE = 4
 """`reduce: auto` keeps whole gradients through an accumulation while they take at most a fourth of the free memory."""

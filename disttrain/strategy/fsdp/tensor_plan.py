@@ -18,13 +18,13 @@ from torch.distributed.tensor import Placement, Replicate, Shard
 from disttrain.config.problems import suggest
 from disttrain.config.strategy_options import TensorOptions
 from disttrain.errors import ConfigError, explain
-from disttrain.logs import room_logger
+from disttrain.logs import package_logger
 
 WHOLE, FEATURES, TIME = Replicate(), Shard(-1), Shard(1)
 """Layouts of activations [batch, time, features]: on every rank, cut by features, cut by time."""
 
 
-_log = room_logger("strategy")
+_log = package_logger("strategy")
 
 
 @dataclass(frozen=True)

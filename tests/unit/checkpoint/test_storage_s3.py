@@ -23,14 +23,14 @@ from disttrain.checkpoint import (
     Checkpoint,
     Shard,
     SoleRank,
+    full_shard,
     list_checkpoints,
-    newest_whole,
+    newest_intact,
     prune,
-    refuse_unwritable,
+    reject_unwritable,
     remove_stale_staging,
     save_checkpoint,
     set_aside,
-    whole_shard,
 )
 from disttrain.errors import CheckpointError, ConfigError
 
@@ -87,7 +87,7 @@ def save_part(endpoint: str, step: int) -> str:
     group = Group(launch, choose_device("cpu", launch, 1), timeout_s=60.0)
     try:
         mine = state(group.rank, group.size)
-        shards = [mine["part"], whole_shard(V, mine["whole"], (group.rank, group.size))]
+        shards = [mine["part"], full_shard(V, mine["whole"], (group.rank, group.size))]
         return str(save_checkpoint(ROOT, step, shards, {"step": step}, group))
     finally:
         group.close()
@@ -100,12 +100,12 @@ def load_part(endpoint: str) -> tuple[int, list[bool]]:
     launch = read_launch()
     group = Group(launch, choose_device("cpu", launch, 1), timeout_s=60.0)
     try:
-        found, rejected = newest_whole(ROOT, group)
+        found, rejected = newest_intact(ROOT, group)
         assert found is not None, rejected
         mine = state(group.rank, group.size)
         part = mine["part"]
         into, other = torch.zeros(part.box.sizes), torch.zeros(1000)
-        found.load_into([Shard(W, (9, MIB), part.box, into), whole_shard(V, other)])
+        found.load_into([Shard(W, (9, MIB), part.box, into), full_shard(V, other)])
         same = [torch.equal(into.view(torch.int32), part.tensor.view(torch.int32)), torch.equal(other, mine["whole"])]
         return found.step, same
     finally:
@@ -113,7 +113,7 @@ def load_part(endpoint: str) -> tuple[int, list[bool]]:
 
 
 def save(step: int, value: float = 1.0) -> Address:
-    return save_checkpoint(ROOT, step, [whole_shard(W, torch.full((1500,), value))], {}, SoleRank(), chunk_bytes=4096)
+    return save_checkpoint(ROOT, step, [full_shard(W, torch.full((1500,), value))], {}, SoleRank(), chunk_bytes=4096)
 
 
 def test_saved_by_two_ranks_in_parts_and_loaded_by_three_bit_equal(endpoint: str, bucket: Any) -> None:
@@ -129,8 +129,8 @@ def test_saved_by_two_ranks_in_parts_and_loaded_by_three_bit_equal(endpoint: str
 KILLED = """
 import os, signal, sys
 import torch
-from disttrain.checkpoint import Address, Disk, SoleRank, save_checkpoint, whole_shard
-state = [whole_shard("model/m/w", torch.ones(10 * 2**20))]
+from disttrain.checkpoint import Address, Disk, SoleRank, save_checkpoint, full_shard
+state = [full_shard("model/m/w", torch.ones(10 * 2**20))]
 for number, (operation, name, count) in enumerate([
     ("write", "rank-00000.safetensors", 5), ("sync", "rank-00000.safetensors", 1),
     ("create", "manifest.json", 1), ("write", "manifest.json", 1), ("sync", "manifest.json", 1), ("never", "", 1),
@@ -153,13 +153,13 @@ for number, (operation, name, count) in enumerate([
 def test_a_killed_writer_leaves_no_checkpoint_and_the_previous_one_loads(bucket: Any) -> None:
     for number in range(6):
         root = Address(f"s3://models/killed/{number}")
-        save_checkpoint(root, 100, [whole_shard(W, torch.zeros(10))], {}, SoleRank())
+        save_checkpoint(root, 100, [full_shard(W, torch.zeros(10))], {}, SoleRank())
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[3]), *sys.path])}
     done = subprocess.run([sys.executable, "-c", KILLED], env=env, timeout=200, capture_output=True, text=True)
     assert done.stdout.split() == ["-9"] * 5 + ["0"], done.stderr
     for number in range(6):
         root = Address(f"s3://models/killed/{number}")
-        checkpoint, rejected = newest_whole(root, SoleRank())
+        checkpoint, rejected = newest_intact(root, SoleRank())
         assert checkpoint is not None
         assert (checkpoint.step, rejected) == (100 if number < 5 else 200, [])
         # Killed before its file was complete the first left none; what the others left is removed, the commits stay.
@@ -176,7 +176,7 @@ def test_a_save_that_fails_in_the_middle_of_an_upload_leaves_nothing(bucket: Any
         if operation == "sync":
             raise OSError(5, "Input/output error", str(place))
 
-    state = [whole_shard(W, torch.ones(10 * MIB))]
+    state = [full_shard(W, torch.ones(10 * MIB))]
     with pytest.raises(CheckpointError, match="Input/output error"):
         save_checkpoint(ROOT, 100, state, {}, SoleRank(), disk=Disk(before), chunk_bytes=4 * MIB)
     assert bucket.find("models") == []
@@ -194,7 +194,7 @@ def test_rot_on_the_server_is_found_and_the_one_before_is_taken(bucket: Any) -> 
         bucket.pipe_file(key, bytes(rotten))
     key = "models/team/run/step-00000200/rank-00000.safetensors"
     bucket.pipe_file(key, bucket.cat_file(key)[:-1])
-    found, rejected = newest_whole(ROOT, SoleRank())
+    found, rejected = newest_intact(ROOT, SoleRank())
     assert found is not None
     assert torch.equal(found.read(W), torch.full((1500,), 100.0))
     reasons = [reason for _, reason in rejected]
@@ -218,10 +218,10 @@ def test_pruning_removes_every_key_of_the_old(bucket: Any) -> None:
 def test_a_bucket_that_is_not_there_is_named(bucket: Any) -> None:
     root = Address("s3://nowhere/run")
     with pytest.raises(CheckpointError, match=r"s3://nowhere/run[^\n]*\n.*bucket does not exist"):
-        refuse_unwritable(root)
+        reject_unwritable(root)
     with pytest.raises(CheckpointError, match=r"(?s)could not be saved to s3://nowhere/run.*bucket does not exist"):
-        save_checkpoint(root, 1, [whole_shard(W, torch.ones(3))], {}, SoleRank())
-    assert newest_whole(root, SoleRank()) == (None, [])
+        save_checkpoint(root, 1, [full_shard(W, torch.ones(3))], {}, SoleRank())
+    assert newest_intact(root, SoleRank()) == (None, [])
     with pytest.raises(CheckpointError, match="no such folder"):
         Checkpoint.open(root / "step-00000001")
 
@@ -236,11 +236,11 @@ def test_credentials_that_may_not_are_named(endpoint: str, bucket: Any) -> None:
     path = save(100)
     check_keys(endpoint, b"0")
     try:
-        with pytest.raises(CheckpointError, match=r"(?s)s3://models/team/run is to.*Access Key.*to do: "):
-            refuse_unwritable(ROOT)
+        with pytest.raises(CheckpointError, match=r"(?s)s3://models/team/run is to.*Access Key.*fix: "):
+            reject_unwritable(ROOT)
         for act in (
             lambda: save(200),
-            lambda: newest_whole(ROOT, SoleRank()),
+            lambda: newest_intact(ROOT, SoleRank()),
             lambda: Checkpoint.open(path),
             lambda: list_checkpoints(ROOT),
         ):

@@ -221,8 +221,8 @@ def assert_told(bad: Bad, text: str) -> None:
     for (key, line, found, do), at in zip(bad.says, range(0, len(lines), 3), strict=True):
         head, found_line, do_line = lines[at : at + 3]
         assert head == f"  {key or 'config'} ({place(bad, line)})"
-        assert found_line.startswith("    found: ") and found in found_line, text
-        assert do_line.startswith("    to do: ") and do in do_line, text
+        assert found_line.startswith("    problem: ") and found in found_line, text
+        assert do_line.startswith("    fix: ") and do in do_line, text
 
 
 def test_the_good_config_is_good(

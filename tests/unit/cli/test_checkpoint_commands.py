@@ -638,7 +638,7 @@ def test_an_address_without_a_checkpoint_is_refused_with_what_is_there(
     save_in(Address("memory://bucket/runs/one"), 1)
     for words in (["ls"], ["inspect"], ["verify"], ["prune", "--keep-last", "1"]):
         done = ckpt(words[0], path, *words[1:])
-        assert (done.code, done.out) == (5, "") and found in done.err and "  to do: " in done.err, done.err
+        assert (done.code, done.out) == (5, "") and found in done.err and "  fix: " in done.err, done.err
 
 
 # ---------------------------------------------------------------------- bad input
@@ -690,8 +690,8 @@ def test_a_path_without_a_checkpoint_is_refused_with_what_is_there(
             assert (done.code, done.out) == (5, ""), case
             head, found_line, do_line = done.err.splitlines()
             assert head.startswith(f"error (exit 5): {path}"), case
-            assert found_line.startswith("  found: ") and found in found_line, (case, found_line)
-            assert do_line.startswith("  to do: "), case
+            assert found_line.startswith("  problem: ") and found in found_line, (case, found_line)
+            assert do_line.startswith("  fix: "), case
         assert contents(tmp_path) == before
 
 

@@ -270,7 +270,7 @@ def test_sample_refuses_a_model_that_is_none_over_bytes(
     assert disttrain("sample", f"runs/{run}") == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert found in err and "to do: sample from a language model over" in err
+    assert found in err and "fix: sample from a language model over" in err
 
 
 @pytest.mark.parametrize(
@@ -296,6 +296,6 @@ def test_a_path_that_is_no_run_is_refused_with_code_5(
     assert out == ""
     head, found_line, do_line = err.splitlines()
     assert head.startswith(f"error (exit 5): {path} is ")
-    assert found_line.startswith("  found: ") and found in found_line
-    assert do_line.startswith("  to do: name ")
+    assert found_line.startswith("  problem: ") and found in found_line
+    assert do_line.startswith("  fix: name ")
     assert contents(project) == before

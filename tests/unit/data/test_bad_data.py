@@ -30,9 +30,9 @@ def refusal(dataset: Any, **more: Any) -> str:
 
 
 def test_too_little_data() -> None:
-    assert "global_batch=4 samples make a step.\n  found: Numbers is empty" in refusal(Numbers(0))
-    assert "found: Numbers has 3\n  to do: lower data.global_batch" in refusal(Numbers(3))
-    assert "found: list is empty" in refusal([])
+    assert "global_batch=4 samples make a step.\n  problem: Numbers is empty" in refusal(Numbers(0))
+    assert "problem: Numbers has 3\n  fix: lower data.global_batch" in refusal(Numbers(3))
+    assert "problem: list is empty" in refusal([])
 
 
 class Endless(IterableDataset):
@@ -43,12 +43,12 @@ class Endless(IterableDataset):
 @pytest.mark.parametrize(
     ("thing", "said"),
     [
-        (None, "found: a NoneType"),
-        (7, "found: a int"),
-        (test_too_little_data, "found: a function"),
-        (Numbers, "found: the class Numbers, not an object of it"),
-        (Endless, "found: the class Endless, not an object of it"),
-        (DataLoader(Numbers(8)), "found: a DataLoader\n  to do: give the dataset within"),
+        (None, "problem: a NoneType"),
+        (7, "problem: a int"),
+        (test_too_little_data, "problem: a function"),
+        (Numbers, "problem: the class Numbers, not an object of it"),
+        (Endless, "problem: the class Endless, not an object of it"),
+        (DataLoader(Numbers(8)), "problem: a DataLoader\n  fix: give the dataset within"),
     ],
 )
 def test_what_is_no_dataset(thing: Any, said: str) -> None:
@@ -87,12 +87,12 @@ class Ragged(Numbers):
 def test_items_of_different_shape_are_named(item: Any, odd: Any, said: str, workers: int) -> None:
     message = refusal(Ragged(item, odd), workers=workers)
     assert message.startswith("The items of Ragged are to be put into one batch.\n"), "no worker's traceback before it"
-    assert f"found: {said}\n" in message
+    assert f"problem: {said}\n" in message
     assert "data.collate" in message
 
 
 def test_items_that_no_batch_can_be_made_of() -> None:
-    assert "found: items of object: default_collate" in refusal([object()] * 8)
+    assert "problem: items of object: default_collate" in refusal([object()] * 8)
 
 
 class Items(IterableDataset):
@@ -110,7 +110,7 @@ class Short(Numbers):
 
 
 def test_fewer_items_than_asked_for() -> None:
-    assert "Short.__getitems__ was asked for 4 items.\n  found: 3 came back" in refusal(Short(8))
+    assert "Short.__getitems__ was asked for 4 items.\n  problem: 3 came back" in refusal(Short(8))
 
 
 class TwoPartError(Exception):
@@ -193,6 +193,6 @@ class Killed(Numbers):
 
 def test_a_killed_worker_is_told_with_what_to_do() -> None:
     message = refusal(Killed(12), workers=2, prefetch=1)
-    assert "data.workers processes fetch the items of Killed.\n  found: DataLoader worker (pid" in message
+    assert "data.workers processes fetch the items of Killed.\n  problem: DataLoader worker (pid" in message
     assert "set data.workers=0" in message
     assert [int(i) for (micro,) in read(Killed(12)) for i in micro.batch] == list(range(12))

@@ -213,8 +213,8 @@ class Workers(Numbers):
         ({"global_batch": 0}, "global_batch=0"),
         ({"micro_batch": 0}, "micro_batch=0"),
         ({"micro_batch": -2}, "micro_batch=-2"),
-        ({"last": "keep"}, "data.last='keep'\n  found: known: short and drop"),
-        ({"on_resume": "skip"}, "data.on_resume='skip'\n  found: known: exact and replay"),
+        ({"last": "keep"}, "data.last='keep'\n  problem: known: short and drop"),
+        ({"on_resume": "skip"}, "data.on_resume='skip'\n  problem: known: exact and replay"),
     ],
 )
 def test_a_setting_that_means_nothing_is_refused(setting: dict[str, Any], said: str) -> None:

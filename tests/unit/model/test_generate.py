@@ -126,10 +126,10 @@ def test_no_tokens_are_asked_for_none_come(model: GPT) -> None:
     [
         ({"prompt_tokens": []}, "prompt"),
         ({"prompt_tokens": torch.empty(1, 0)}, "prompt"),
-        ({"length": -1}, "length is to be at least 0.\n  found: -1"),
+        ({"length": -1}, "length is to be at least 0.\n  problem: -1"),
         ({"context": 0}, "context is to be at least 1"),
-        ({"temperature": -0.5}, "temperature .*\n  found: -0.5"),
-        ({"temperature": math.nan}, "temperature .*\n  found: nan"),
+        ({"temperature": -0.5}, "temperature .*\n  problem: -0.5"),
+        ({"temperature": math.nan}, "temperature .*\n  problem: nan"),
         ({"top_k": 0}, "top_k is to be at least 1"),
     ],
     ids=str,
@@ -155,5 +155,5 @@ def test_logits_that_are_no_numbers_are_refused(logits: list[float], temperature
     ],
 )
 def test_a_model_without_logits_is_refused(form: Any, named: str) -> None:
-    with pytest.raises(TrainingError, match=f"logits(.|\n)*found: {named}"):
+    with pytest.raises(TrainingError, match=f"logits(.|\n)*problem: {named}"):
         generate(Returns([0.0, 1.0], form), [0], length=1, context=1)

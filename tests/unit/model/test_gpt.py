@@ -215,7 +215,7 @@ def test_bf16_autocast_stays_near_float32_and_gives_finite_gradients() -> None:
     ids=str,
 )
 def test_sizes_that_do_not_fit_are_refused_by_name(change: dict[str, Any], named: str) -> None:
-    with pytest.raises(ConfigError, match=f"found: .*{named}"):
+    with pytest.raises(ConfigError, match=f"problem: .*{named}"):
         GPT(**{**TINY, **change})
 
 

@@ -160,7 +160,7 @@ def test_a_users_module_is_what_its_constructor_makes_in_a_plain_script(make: Ca
     [(lambda: None, "a NoneType"), (lambda: GPT, "a type"), (dict, "a dict"), (lambda: (MLP, 1), "a tuple")],
 )
 def test_a_model_that_is_no_module_is_refused(make: Callable[[], Any], named: str) -> None:
-    with pytest.raises(ConfigError, match=f"model.target .*torch.nn.Module(.|\n)*found: {named}"):
+    with pytest.raises(ConfigError, match=f"model.target .*torch.nn.Module(.|\n)*problem: {named}"):
         build_model(make, seed=0, meta=False)
 
 
@@ -222,7 +222,7 @@ def test_a_tied_weight_is_written_under_either_name(tie: str) -> None:
 def test_what_nobody_wrote_is_an_error_with_its_name(left_out: tuple[str, ...], named: str, meta: bool) -> None:
     module = build_model(Said, seed=0, meta=meta)
     module.leaves_out = left_out
-    with pytest.raises(ConfigError, match=f"Said.init_weights yields every(.|\n)*found: {named}\n"):
+    with pytest.raises(ConfigError, match=f"Said.init_weights yields every(.|\n)*problem: {named}\n"):
         fill(module, generators_for(0), lambda name, value: None)
 
 
@@ -239,5 +239,5 @@ def test_what_nobody_wrote_is_an_error_with_its_name(left_out: tuple[str, ...], 
 def test_values_that_fit_nowhere_are_refused(values: Any, named: str) -> None:
     module = nn.Linear(2, 3, bias=False)
     module.init_weights = lambda generator_for: values
-    with pytest.raises(ConfigError, match=f"Linear.init_weights(.|\n)*found: {named}"):
+    with pytest.raises(ConfigError, match=f"Linear.init_weights(.|\n)*problem: {named}"):
         fill(module, generators_for(0), lambda name, value: None)

@@ -304,11 +304,11 @@ def test_summarize_reads_the_sums_of_all_and_adds_to_the_loss() -> None:
 @pytest.mark.parametrize(
     ("summary", "named"),
     [
-        (None, "found: None"),
-        ([("f1", 1.0)], "found: a list of 1: tuple"),
-        ({"f1": "high"}, "found: 'f1': a str"),
-        ({"f1": torch.zeros(2), "ok": 1.0}, r"found: 'f1': a float32 tensor of shape \(2,\)\n"),
-        ({"loss": 1.0}, "found: 'loss', which is reported already"),
+        (None, "problem: None"),
+        ([("f1", 1.0)], "problem: a list of 1: tuple"),
+        ({"f1": "high"}, "problem: 'f1': a str"),
+        ({"f1": torch.zeros(2), "ok": 1.0}, r"problem: 'f1': a float32 tensor of shape \(2,\)\n"),
+        ({"loss": 1.0}, "problem: 'loss', which is reported already"),
     ],
     ids=str,
 )
@@ -355,7 +355,7 @@ def test_a_wrong_return_says_what_was_found_and_what_to_do(returned: Any, found:
     def mine(model: Any, batch: Any) -> Any:
         return returned
 
-    with pytest.raises(TrainingError, match=f"^Objective .*mine(.|\n)*  found: {found}\n  to do: .*{do}"):
+    with pytest.raises(TrainingError, match=f"^Objective .*mine(.|\n)*  problem: {found}\n  fix: .*{do}"):
         Objective(mine)(model, BATCH, at())
 
 
@@ -383,7 +383,7 @@ def test_terms_that_do_not_fit_their_weights_are_refused(weights: Any, totals: A
         def loss(self, output: Tensor, batch: Any) -> Any:
             return totals
 
-    with pytest.raises(TrainingError, match=f"^Objective .*Mine(.|\n)*  found: {found}\n  to do: "):
+    with pytest.raises(TrainingError, match=f"^Objective .*Mine(.|\n)*  problem: {found}\n  fix: "):
         Objective(Mine())(model, BATCH, at())
 
 
@@ -410,10 +410,10 @@ class ModuleOfOne(nn.Module):
 @pytest.mark.parametrize(
     ("user", "named"),
     [
-        (Fuller, "found: the class Fuller, not yet built\n  to do: give an instance"),
-        ("mse", "found: a str\n"),
-        (None, "found: a NoneType\n"),
-        (ForwardAlone(), "found: a ForwardAlone\n"),
+        (Fuller, "problem: the class Fuller, not yet built\n  fix: give an instance"),
+        ("mse", "problem: a str\n"),
+        (None, "problem: a NoneType\n"),
+        (ForwardAlone(), "problem: a ForwardAlone\n"),
         (nn.CrossEntropyLoss(), "torch's own CrossEntropyLoss.*\n.*take cross_entropy"),
         (nn.MSELoss(reduction="sum"), "torch's own MSELoss"),
         (F.mse_loss, "torch's own mse_loss"),

@@ -116,7 +116,7 @@ def test_names_keep_their_order_within_a_group() -> None:
 @pytest.mark.parametrize("decay", [0.1, 0.0])
 def test_a_pattern_that_matches_nothing_is_refused(decay: float) -> None:
     build = optimizer_factory(torch.optim.AdamW, {"weight_decay": decay}, no_decay=["norm.*", "emebd.*"])
-    with pytest.raises(ConfigError, match=r"found: 'emebd.\*', which none of 5 matches\n.*embed.weight, block.weight"):
+    with pytest.raises(ConfigError, match=r"problem: 'emebd.\*', which none of 5 matches\n.*embed.weight, block.weight"):
         build(named_parameters())
 
 
@@ -287,12 +287,12 @@ def test_arguments_it_does_not_take_are_refused_before_there_is_a_model(args: Ma
     ids=str,
 )
 def test_values_that_torch_refuses_are_the_configs_fault(make: Any, args: dict[str, Any], named: str) -> None:
-    with pytest.raises(ConfigError, match=f"optim.args(.|\n)*found: .*{named}"):
+    with pytest.raises(ConfigError, match=f"optim.args(.|\n)*problem: .*{named}"):
         optimizer_factory(make, args)(named_parameters())
 
 
 def test_what_makes_no_optimizer_is_refused() -> None:
-    with pytest.raises(ConfigError, match="found: a dict"):
+    with pytest.raises(ConfigError, match="problem: a dict"):
         optimizer_factory(lambda params: {"params": params}, {})(named_parameters())
 
 

@@ -213,7 +213,7 @@ def test_an_amount_that_is_neither_steps_nor_a_share_is_refused(name: str, key: 
     with pytest.raises(ConfigError) as error:
         build(name, args, total=10)
     assert str(error.value).startswith(f"schedule.args.{key} is a number of steps, or a share")
-    assert f"found: {amount!r}\n" in str(error.value)
+    assert f"problem: {amount!r}\n" in str(error.value)
 
 
 @pytest.mark.parametrize("end", [-0.1, math.nan, math.inf, "0.1", True], ids=repr)
@@ -251,7 +251,7 @@ def test_a_schedule_that_cannot_be_called_is_refused_before_there_is_an_optimize
             ConfigError,
             "total_steps=4, of a run of 5",
         ),
-        (lambda optimizer: 3, {}, ConfigError, "found: a int"),
+        (lambda optimizer: 3, {}, ConfigError, "problem: a int"),
         (lambda optimizer: int("x"), {}, ValueError, "invalid literal"),  # a user's own bug stays what it is
     ],
 )

@@ -131,36 +131,36 @@ def test_every_launcher_is_known(environ: dict[str, str], expected: Launch) -> N
 @pytest.mark.parametrize(
     ("environ", "said"),
     [
-        ({"RANK": "0"}, "found: RANK but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
-        ({"WORLD_SIZE": "2"}, "found: WORLD_SIZE but not RANK, MASTER_ADDR, MASTER_PORT"),
-        ({"RANK": ""}, "found: none but not RANK"),
-        ({**BY_HAND, "RANK": "2"}, "found: rank 2 of 2"),
-        ({**BY_HAND, "RANK": "-1"}, "found: rank -1 of 2"),
-        ({**BY_HAND, "WORLD_SIZE": "0"}, "found: rank 1 of 0"),
-        ({**BY_HAND, "RANK": "one"}, "RANK is to be a whole number.\n  found: 'one'"),
-        ({**BY_HAND, "MASTER_PORT": "http"}, "MASTER_PORT is to be a whole number.\n  found: 'http'"),
+        ({"RANK": "0"}, "problem: RANK but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
+        ({"WORLD_SIZE": "2"}, "problem: WORLD_SIZE but not RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"RANK": ""}, "problem: none but not RANK"),
+        ({**BY_HAND, "RANK": "2"}, "problem: rank 2 of 2"),
+        ({**BY_HAND, "RANK": "-1"}, "problem: rank -1 of 2"),
+        ({**BY_HAND, "WORLD_SIZE": "0"}, "problem: rank 1 of 0"),
+        ({**BY_HAND, "RANK": "one"}, "RANK is to be a whole number.\n  problem: 'one'"),
+        ({**BY_HAND, "MASTER_PORT": "http"}, "MASTER_PORT is to be a whole number.\n  problem: 'http'"),
         ({**ELASTIC, "LOCAL_RANK": "4"}, "local rank 4 of 4"),
         ({**ELASTIC, "LOCAL_WORLD_SIZE": "1"}, "local rank 1 of 1"),
-        ({**SRUN, "SLURM_PROCID": "7"}, "srun says where this process stands.\n  found: rank 7 of 7"),
+        ({**SRUN, "SLURM_PROCID": "7"}, "srun says where this process stands.\n  problem: rank 7 of 7"),
         ({**SRUN, "SLURM_LOCALID": "1"}, "local rank 1 of 1"),
         ({**SRUN, "SLURM_STEP_NUM_TASKS": "many"}, "SLURM_STEP_NUM_TASKS is to be a whole number"),
         # MULTI_CPU, or no type, with num_processes: 2: accelerate exports where to meet, and starts one
         ({**ACCELERATE_ONE, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}, "to start several processes"),
-        ({**SRUN, **ACCELERATE_ONE, "MASTER_ADDR": "127.0.0.1"}, "found: a world of 1: for distributed_type MULTI_CPU"),
+        ({**SRUN, **ACCELERATE_ONE, "MASTER_ADDR": "127.0.0.1"}, "problem: a world of 1: for distributed_type MULTI_CPU"),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE=2: so many processes were started together"),
-        ({"PMI_SIZE": "3"}, "found: this one by plain python, in a world of one"),
+        ({"PMI_SIZE": "3"}, "problem: this one by plain python, in a world of one"),
         ({"MV2_COMM_WORLD_SIZE": "4"}, "MV2_COMM_WORLD_SIZE=4"),
         ({**ACCELERATE_ONE, "OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE=2"),
         ({**ELASTIC, **ALONE_EACH, "OMPI_COMM_WORLD_SIZE": "2"}, "this one by torchrun, in a world of one"),
         ({**ELASTIC, **ALONE_EACH, **SRUN, **ACCELERATE_ONE}, "SLURM_STEP_NUM_TASKS=7"),
-        ({**SRUN, "SLURM_STEP_NODELIST": "gpu["}, "SLURM names the nodes of this job.\n  found: 'gpu['"),
+        ({**SRUN, "SLURM_STEP_NODELIST": "gpu["}, "SLURM names the nodes of this job.\n  problem: 'gpu['"),
     ],
 )
 def test_an_environment_that_contradicts_itself_is_refused(environ: dict[str, str], said: str) -> None:
     with pytest.raises(LaunchError) as refused:
         read_launch(environ)
     assert said in str(refused.value)
-    assert "to do: " in str(refused.value)
+    assert "fix: " in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_fewer_processes_than_accelerate_was_asked_for(
     if not refused:
         assert read_launch(environ).world_size == int(environ.get("WORLD_SIZE", 1))
         return
-    with pytest.raises(LaunchError, match="found: a world of"):
+    with pytest.raises(LaunchError, match="problem: a world of"):
         read_launch(environ)
 
 

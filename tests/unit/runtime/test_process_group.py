@@ -235,7 +235,7 @@ def test_a_world_that_does_not_gather_is_a_launch_error(
     message = str(refused.value)
     assert message.startswith(f"2 process(es) are to meet at 127.0.0.1:{port} within 1 s (run.timeout_s).\n")
     assert said in message
-    assert "to do: start them all" in message
+    assert "fix: start them all" in message
     assert not dist.is_initialized()
     capfd.readouterr()  # torch writes a stack of its own
 
