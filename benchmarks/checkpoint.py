@@ -225,7 +225,7 @@ def load(mib: int, rounds: int, folder: str) -> dict[str, list[float]]:
     import torch
     import torch.distributed.checkpoint as dcp
 
-    from disttrain.checkpoint import newest_whole, save_checkpoint
+    from disttrain.checkpoint import newest_intact, save_checkpoint
 
     shapes = shapes_of(mib, size)
     parts = parts_of(shapes, rank, size)
@@ -249,11 +249,11 @@ def load(mib: int, rounds: int, folder: str) -> dict[str, list[float]]:
         read(buffer for _ in range(0, mib * 2**20, PIECE))
 
     def resume() -> None:
-        found, rejected = newest_whole(root / "ours", ranks, lambda one: _fill(one, shards))
+        found, rejected = newest_intact(root / "ours", ranks, lambda one: _fill(one, shards))
         assert found is not None and not rejected
 
     def verify_and_load() -> None:
-        found, rejected = newest_whole(root / "ours", ranks)
+        found, rejected = newest_intact(root / "ours", ranks)
         assert found is not None and not rejected
         _fill(found, shards)
 
@@ -392,15 +392,15 @@ def agree(mine: bool) -> bool:
 def memory(mib: int, folder: str) -> dict[str, float]:
     """MiB that the process holds at most while it loads, above what it holds before. Collective."""
     rank, size = world()
-    from disttrain.checkpoint import newest_whole, save_checkpoint
+    from disttrain.checkpoint import newest_intact, save_checkpoint
 
     shapes = shapes_of(mib, size)
     parts = parts_of(shapes, rank, size)
     shards, ranks = shards_of(shapes, parts, rank), Ranks()
     save_checkpoint(Path(folder) / "ours", 1, shards, {}, ranks)
-    newest_whole(Path(folder) / "ours", ranks)  # whatever is allocated once is there
+    newest_intact(Path(folder) / "ours", ranks)  # whatever is allocated once is there
     before = resident()
-    newest_whole(Path(folder) / "ours", ranks, lambda one: _fill(one, shards))
+    newest_intact(Path(folder) / "ours", ranks, lambda one: _fill(one, shards))
     return {"state": mib, "above it": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before}
 
 
@@ -421,7 +421,8 @@ def manifest(most: int, tensors: int = 1000) -> Iterator[str]:
     from disttrain.checkpoint import Box, Manifest, Shard
     from disttrain.checkpoint.form.manifest import FileInfo, decode_manifest, encode_manifest
     from disttrain.checkpoint.form.tensor_bytes import Entry
-    from disttrain.checkpoint.write.save import PlanMemory, judge_tensors, plan_digest
+    from disttrain.checkpoint.write.save import PlanCache
+    from disttrain.checkpoint.write.write_plan import combine_plans, plan_digest
 
     for layout in ("each tensor cut over all ranks", "each tensor on one rank"):
         for ranks in (one for one in (1, 8, 64, 512, 1024) if one <= most):
@@ -438,14 +439,14 @@ def manifest(most: int, tensors: int = 1000) -> Iterator[str]:
             began = time.perf_counter()
             plans = [pickle.loads(one) for one in told]
             read = time.perf_counter()
-            infos = judge_tensors([], plans)
+            infos = combine_plans([], plans)
             judged = time.perf_counter()
             raw = encode_manifest(Manifest(1, 2**24, infos, files, {}))
             encoded = time.perf_counter()
             decode_manifest(raw, where="bench")
             decoded = time.perf_counter()
             own = [Shard(e.name, e.shape, e.box, torch.empty(0)) for e in plans[0]]
-            memory, digests = PlanMemory(), [bytes(32)] * ranks
+            memory, digests = PlanCache(), [bytes(32)] * ranks
             memory.keep([pickle.loads(pickle.dumps(one)) for one in digests], infos)
             again = time.perf_counter()
             plan_digest(own, 0)

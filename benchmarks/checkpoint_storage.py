@@ -64,7 +64,7 @@ def acts(mib: int) -> dict[str, Callable[[], Any]]:
     import s3fs
     import torch
 
-    from disttrain.checkpoint import Address, Checkpoint, SoleRank, newest_whole, prune, save_checkpoint, whole_shard
+    from disttrain.checkpoint import Address, Checkpoint, SoleRank, full_shard, newest_intact, prune, save_checkpoint
 
     system = s3fs.S3FileSystem(use_listings_cache=False)
     system.mkdir("models")
@@ -80,18 +80,18 @@ def acts(mib: int) -> dict[str, Callable[[], Any]]:
 
     def save() -> None:
         steps[0] += 1
-        save_checkpoint(root, steps[0], [whole_shard("model/m/w", tensor)], {}, SoleRank())
+        save_checkpoint(root, steps[0], [full_shard("model/m/w", tensor)], {}, SoleRank())
 
     def get() -> None:
         for start in range(0, len(content), PART):
             system.cat_file("models/raw", start=start, end=start + PART)
 
     def fill(checkpoint: Checkpoint) -> None:
-        checkpoint.load_into([whole_shard("model/m/w", into)])
+        checkpoint.load_into([full_shard("model/m/w", into)])
 
     def resume() -> None:
         into.zero_()
-        newest_whole(root, SoleRank(), fill)
+        newest_intact(root, SoleRank(), fill)
         assert torch.equal(into, tensor)
 
     def load() -> None:

@@ -7,27 +7,28 @@ fit its checksums.
 
 from __future__ import annotations
 
-from disttrain.checkpoint.form.boxes import Box, flat_range_to_boxes, overlap, tiling_fault, whole
-from disttrain.checkpoint.form.fingerprint import add_up, fingerprint
+from disttrain.checkpoint.form.boxes import Box, flat_range_to_boxes, full_box, overlap, tiling_fault
+from disttrain.checkpoint.form.fingerprint import combine_fingerprints, fingerprint
 from disttrain.checkpoint.form.manifest import Manifest, StoredBox, TensorInfo
-from disttrain.checkpoint.form.shards import KINDS, Ranks, Shard, SoleRank, whole_shard
+from disttrain.checkpoint.form.shards import KINDS, Shard, full_shard
 from disttrain.checkpoint.keep.discovery import (
     holds_checkpoints,
     list_checkpoints,
-    newest_whole,
+    newest_intact,
     prune,
-    refuse_unwritable,
+    reject_unwritable,
     remove_stale_staging,
     set_aside,
 )
 from disttrain.checkpoint.keep.retention import Best, Retention
-from disttrain.checkpoint.read.reader import Checkpoint, Differences, PlacedBox
-from disttrain.checkpoint.storage.address import Address, Place, PlaceT, place_of, step_folder, step_of
-from disttrain.checkpoint.storage.disk import Disk
-from disttrain.checkpoint.storage.remote import address_fault
-from disttrain.checkpoint.storage.storage import storage_of
-from disttrain.checkpoint.write.save import PlanMemory, save_checkpoint
-from disttrain.checkpoint.write.staging import StagingBuffer
+from disttrain.checkpoint.ranks import Ranks, SoleRank
+from disttrain.checkpoint.read.reader import Checkpoint, Differences, LocatedBox
+from disttrain.checkpoint.storage.durable_files import Disk
+from disttrain.checkpoint.storage.interface import storage_of
+from disttrain.checkpoint.storage.location import Address, Location, LocationT, parse_location, step_folder, step_of
+from disttrain.checkpoint.storage.remote_storage import address_fault
+from disttrain.checkpoint.write.save import PlanCache, save_checkpoint
+from disttrain.checkpoint.write.shard_copies import ShardCopies
 
 __all__ = [
     "KINDS",
@@ -37,29 +38,31 @@ __all__ = [
     "Checkpoint",
     "Differences",
     "Disk",
+    "LocatedBox",
+    "Location",
+    "LocationT",
     "Manifest",
-    "Place",
-    "PlaceT",
-    "PlacedBox",
-    "PlanMemory",
+    "PlanCache",
     "Ranks",
     "Retention",
     "Shard",
+    "ShardCopies",
     "SoleRank",
-    "StagingBuffer",
     "StoredBox",
     "TensorInfo",
-    "add_up",
     "address_fault",
+    "combine_fingerprints",
     "fingerprint",
     "flat_range_to_boxes",
+    "full_box",
+    "full_shard",
     "holds_checkpoints",
     "list_checkpoints",
-    "newest_whole",
+    "newest_intact",
     "overlap",
-    "place_of",
+    "parse_location",
     "prune",
-    "refuse_unwritable",
+    "reject_unwritable",
     "remove_stale_staging",
     "save_checkpoint",
     "set_aside",
@@ -67,6 +70,4 @@ __all__ = [
     "step_of",
     "storage_of",
     "tiling_fault",
-    "whole",
-    "whole_shard",
 ]

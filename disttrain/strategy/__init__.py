@@ -5,7 +5,7 @@ the step's arithmetic, and how models are built, stepped and cut into boxes. Wha
 `StrategyEntry` and `StrategyOptions`, is in `disttrain.config`, which imports no torch.
 """
 
-from disttrain.checkpoint import Box, Shard, whole_shard
+from disttrain.checkpoint import Box, Shard, full_shard
 from disttrain.config.schema import MemoryConfig, PrecisionConfig
 from disttrain.data import MicroBatch
 from disttrain.objective import Context, Objective
@@ -52,6 +52,7 @@ __all__ = [
     "check_same_everywhere",
     "copy_part",
     "equip",
+    "full_shard",
     "local_shard",
     "name_parameters",
     "refuse_axes",
@@ -61,6 +62,5 @@ __all__ = [
     "sharded_shards",
     "strategy_class",
     "torch_step",
-    "whole_shard",
     "whole_tensors",
 ]

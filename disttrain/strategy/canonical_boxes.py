@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim import Optimizer
 
-from disttrain.checkpoint import Box, Shard, whole_shard
+from disttrain.checkpoint import Box, Shard, full_shard
 from disttrain.errors import CheckpointError, explain
 from disttrain.strategy.contract import LoadingNumber, Prepared
 
@@ -31,7 +31,7 @@ _DTYPES = {bool: torch.bool, int: torch.int64, float: torch.float64}
 
 def replicated_shards(prepared: Prepared, stored: Mapping[str, Any] | None, *, replica: Replica) -> list[Shard]:
     """Every tensor whole on every rank; one of them will write it. Local."""
-    return [whole_shard(name, tensor.detach(), replica) for name, tensor in _tensors(prepared, stored)]
+    return [full_shard(name, tensor.detach(), replica) for name, tensor in _tensors(prepared, stored)]
 
 
 def sharded_shards(prepared: Prepared, stored: Mapping[str, Any] | None, *, rank: int, size: int) -> list[Shard]:
@@ -39,7 +39,7 @@ def sharded_shards(prepared: Prepared, stored: Mapping[str, Any] | None, *, rank
     shards = []
     for name, tensor in _tensors(prepared, stored):
         if not isinstance(tensor, DTensor):
-            shards.append(whole_shard(name, tensor.detach(), (rank, size)))
+            shards.append(full_shard(name, tensor.detach(), (rank, size)))
             continue
         shards.append(local_shard(name, tensor))
     return shards

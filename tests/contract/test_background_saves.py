@@ -167,9 +167,9 @@ def test_one_save_at_a_time_and_the_end_waits_for_the_last(tmp_path: Path) -> No
 
 def disk_fills(folder: Path, policy: str, failures: int, how: list[str]) -> Any:
     """Rank 1's disk refuses to write, so often; (the error's kind, where the loop stood, ...)."""
-    from disttrain.checkpoint.storage import disk
+    from disttrain.checkpoint.storage import durable_files
 
-    write, left = disk.DiskFile.write, [failures]
+    write, left = durable_files.DiskFile.write, [failures]
 
     def full(self: Any, content: Any) -> None:
         if engine.rank == 1 and engine.progress.steps >= 4 and left[0]:
@@ -177,14 +177,14 @@ def disk_fills(folder: Path, policy: str, failures: int, how: list[str]) -> Any:
             raise OSError(errno.ENOSPC, "No space left on device")
         write(self, content)
 
-    disk.DiskFile.write = full
+    durable_files.DiskFile.write = full
     try:
         with start(folder, policy, [*how, f"checkpoint.on_failure={policy}", "strategy.name=ddp"]) as engine:
             loop(engine, lambda engine: time.sleep(0.3))
     except CheckpointError as error:
         return "stopped", engine.progress.steps, "No space left" in str(error), "needs" in str(error)
     finally:
-        disk.DiskFile.write = write
+        durable_files.DiskFile.write = write
     return "finished", engine.progress.steps
 
 

@@ -26,7 +26,7 @@ from contract.checkpoint_cells import (
 from contract.engine_runs import worst
 from world import run_world
 
-from disttrain.checkpoint import SoleRank, save_checkpoint, whole_shard
+from disttrain.checkpoint import SoleRank, full_shard, save_checkpoint
 
 BOUND = 1e-5
 """Of the losses after loading, relative. Parameters and optimizer state need none: they are equal bit for bit."""
@@ -68,7 +68,7 @@ def test_a_difference_of_one_bit_is_told(tmp_path: Path) -> None:
         if flipped:
             tensors["optim/model/w:step"].view(torch.int32).bitwise_xor_(1)
         document = {"progress": {"steps": 4 + flipped}, "user": {}, "optim": {"model": {"groups": [], "updates": 4}}}
-        shards = [whole_shard(name, tensor) for name, tensor in tensors.items()]
+        shards = [full_shard(name, tensor) for name, tensor in tensors.items()]
         paths.append(save_checkpoint(tmp_path / str(flipped), SAVED, shards, document, SoleRank()))
     told, count = differences(*paths)
     assert count == 2

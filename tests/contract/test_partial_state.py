@@ -79,7 +79,7 @@ def test_frozen_parameters_of_a_damaged_checkpoint_do_not_stay_where_the_one_bef
     run_world(2, adapt, tmp_path, "run", [*STRATEGIES["ddp"], "checkpoint.keep_last=9"], 2)
     run_world(2, adapt, tmp_path, "run", [*STRATEGIES["ddp"], "checkpoint.only=all", "checkpoint.keep_last=9"], 4)
     newest = list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
-    (base,) = Checkpoint.open(newest).located("model/model/base.weight")
+    (base,) = Checkpoint.open(newest).locate("model/model/base.weight")
     content = bytearray((newest / base.file).read_bytes())
     content[base.start + 3] ^= 1
     (newest / base.file).write_bytes(content)

@@ -214,7 +214,7 @@ def test_a_script_goes_on_from_scratch_where_a_load_failed_on_one_rank(strategy:
     run_world(2, go, tmp_path, "run", STRATEGIES["fsdp"], "counting", 5)
     path = list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
     torn = shutil.copytree(path, tmp_path / "torn" / path.name)
-    (_, rows) = Checkpoint.open(torn).located("model/model/first.weight")
+    (_, rows) = Checkpoint.open(torn).locate("model/model/first.weight")
     assert rows.file == "rank-00001.safetensors"
     content = bytearray((torn / rows.file).read_bytes())
     content[rows.start] ^= 1

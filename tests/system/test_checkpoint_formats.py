@@ -20,7 +20,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import disttrain
-from disttrain.checkpoint import SoleRank, save_checkpoint, whole_shard
+from disttrain.checkpoint import SoleRank, full_shard, save_checkpoint
 from disttrain.cli.ckpt.convert import convert
 from disttrain.errors import CheckpointError
 
@@ -123,7 +123,7 @@ def test_a_models_own_config_goes_out_with_it(tmp_path: Path, run_convert: Calla
         "folder": str(tmp_path),
         "optim": {"model": {}},
     }
-    shards = [whole_shard(f"model/model/{name}", tensor) for name, tensor in model.state_dict().items()]
+    shards = [full_shard(f"model/model/{name}", tensor) for name, tensor in model.state_dict().items()]
     source = save_checkpoint(tmp_path, 1, shards, document, SoleRank())
     assert run_convert(str(source), str(tmp_path / "out")).exit_code == 0
     written = json.loads((tmp_path / "out" / "config.json").read_text())

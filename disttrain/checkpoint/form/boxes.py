@@ -48,7 +48,7 @@ class Box:
         return "[" + ",".join(f"{a}:{b}" for a, b in zip(self.offsets, self.stops, strict=True)) + "]"
 
 
-def whole(shape: Sequence[int]) -> Box:
+def full_box(shape: Sequence[int]) -> Box:
     """The box that is all of a tensor."""
     return Box((0,) * len(shape), tuple(shape))
 

@@ -23,14 +23,14 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _FACTOR = -0xAE502812AA7333  # 0xFF51AFD7ED558CCD as a signed word
 
 
-def add_up(parts: Iterable[int]) -> int:
+def combine_fingerprints(parts: Iterable[int]) -> int:
     """The fingerprint of a tensor from those of its boxes."""
     return sum(parts) % _WORD
 
 
 def fingerprint(shard: Shard) -> int:
     """What one box adds to its tensor's fingerprint: a 64-bit number. Local; holds a few MiB."""
-    return add_up(_piece(shard.tensor, shard.box, shard.shape, piece) for piece in _pieces(shard.box))
+    return combine_fingerprints(_piece(shard.tensor, shard.box, shard.shape, piece) for piece in _pieces(shard.box))
 
 
 def _pieces(box: Box) -> Iterator[Box]:

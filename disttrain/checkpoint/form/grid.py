@@ -40,7 +40,7 @@ class Grid:
         """The rank that wrote the box at a place."""
         return self.first + sum(k * stride for k, stride in zip(place, self.strides, strict=True))
 
-    def meeting(self, wanted: Box) -> Iterator[tuple[Box, int]]:
+    def overlapping(self, wanted: Box) -> Iterator[tuple[Box, int]]:
         """The boxes that share something with `wanted`, each with its writer; looks at no other."""
         spans = [
             range(offset // step, -(-stop // step))

@@ -58,11 +58,11 @@ class TensorInfo:
             return self.listed
         return tuple(StoredBox(box, rank_file(rank)) for box, rank in self.grid.all())
 
-    def meeting(self, wanted: Box) -> list[StoredBox]:
+    def overlapping(self, wanted: Box) -> list[StoredBox]:
         """Those that share something with a box. Costs nothing for the others of a grid."""
         if self.grid is None:
             return [stored for stored in self.listed if overlap(stored.box, wanted)]
-        return [StoredBox(box, rank_file(rank)) for box, rank in self.grid.meeting(wanted)]
+        return [StoredBox(box, rank_file(rank)) for box, rank in self.grid.overlapping(wanted)]
 
 
 def rank_file(rank: int) -> str:

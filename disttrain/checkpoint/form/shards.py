@@ -1,23 +1,19 @@
 """What callers bring to this room: the shards a rank holds, and a way to speak with the other ranks.
 
-Owns the names of tensors (`KIND/OWNER/NAME`), and `take_step`: how all ranks learn that one of them failed.
+Owns the names of tensors (`KIND/OWNER/NAME`), and `run_collectively`: how all ranks learn that one of them failed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
-from disttrain.checkpoint.form.boxes import Box, whole
+from disttrain.checkpoint.form.boxes import Box, full_box
 from disttrain.errors import CheckpointError, explain
 
 KINDS = ("model", "optim", "objective", "ema", "user")
-
-Local = TypeVar("Local")
-Agreed = TypeVar("Agreed")
 
 
 @dataclass(frozen=True)
@@ -36,9 +32,9 @@ class Shard:
     replica: tuple[int, int] = (0, 1)
 
 
-def whole_shard(name: str, tensor: Tensor, replica: tuple[int, int] = (0, 1)) -> Shard:
+def full_shard(name: str, tensor: Tensor, replica: tuple[int, int] = (0, 1)) -> Shard:
     """A tensor that this rank holds whole."""
-    return Shard(name, tuple(tensor.shape), whole(tensor.shape), tensor, replica)
+    return Shard(name, tuple(tensor.shape), full_box(tensor.shape), tensor, replica)
 
 
 def name_fault(name: str) -> str | None:
@@ -67,84 +63,7 @@ def shard_fault(shard: Shard) -> str | None:
     return None
 
 
-class Ranks(Protocol):
-    """The world, as far as this room needs it. All methods are collective; values are small and picklable."""
-
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def size(self) -> int: ...
-
-    def gather(self, value: Any, /) -> list[Any] | None:
-        """Every rank's value, in rank order, on rank 0; None elsewhere."""
-        ...
-
-    def broadcast(self, value: Any, /) -> Any:
-        """Rank 0's value, on all ranks."""
-        ...
-
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        ...
-
-
-@dataclass(frozen=True)
-class SoleRank:
-    """A world of one, for a process without a process group."""
-
-    rank: int = 0
-    size: int = 1
-
-    def gather(self, value: Any, /) -> list[Any] | None:
-        return [value]
-
-    def broadcast(self, value: Any, /) -> Any:
-        return value
-
-    def barrier(self) -> None:
-        return
-
-
-def take_step(ranks: Ranks, act: Callable[[], Local], judge: Callable[[list[Local]], Agreed], *, asked: str) -> Agreed:
-    """Each rank acts, rank 0 judges what all brought, every rank gets the verdict. Collective.
-
-    Raises CheckpointError with the first cause on every rank if any rank's act, or the judgement, fails: one gather
-    and one broadcast happen whatever fails, so no rank is left waiting.
-    """
-    value, cause = _attempt(act)
-    gathered = ranks.gather((value, _told(cause)))
-    verdict: tuple[Any, str | None] = (None, None)
-    if gathered is not None:
-        failures = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(gathered) if text is not None]
-        if failures:
-            verdict = (None, failures[0])
-        else:
-            agreed, cause = _attempt(lambda: judge([brought for brought, _ in gathered]))
-            verdict = (agreed, _told(cause))
-    result, failure = ranks.broadcast(verdict)
-    try:
-        if failure is not None:
-            raise CheckpointError(f"{asked}\n  {failure}") from cause
-    finally:
-        del cause  # its traceback holds this frame: what `act` had in hand would live until garbage is collected
-    return result  # type: ignore[no-any-return]
-
-
-def _attempt(act: Callable[[], Local]) -> tuple[Local | None, Exception | None]:
-    try:
-        return act(), None
-    except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks wait for word of it; raised by the caller
-        return None, error
-
-
-def _told(error: Exception | None) -> str | None:
-    if error is None:
-        return None
-    return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
-
-
-def refuse_bad_shards(shards: Sequence[Shard]) -> None:
+def reject_invalid_shards(shards: Sequence[Shard]) -> None:
     """Raise CheckpointError with every fault that shards have in themselves, twice-named boxes included. Local."""
     faults = [fault for fault in map(shard_fault, shards) if fault]
     seen: set[tuple[str, Box]] = set()

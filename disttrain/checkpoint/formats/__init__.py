@@ -7,12 +7,12 @@ are read by restricted loaders with an explicit list of classes each. Entered by
 
 from __future__ import annotations
 
-from disttrain.checkpoint.formats.convert import EXPORTS, Converted, Extras, export_weights, import_checkpoint
+from disttrain.checkpoint.formats.convert import EXPORTS, ConversionResult, Extras, export_weights, import_checkpoint
 from disttrain.checkpoint.formats.detect import FORMATS, format_of, open_weights
 from disttrain.checkpoint.formats.native import NativeWeights
 from disttrain.checkpoint.formats.weights import (
     Rename,
-    Wanted,
+    WantedBox,
     WeightInfo,
     Weights,
     match_weights,
@@ -22,11 +22,11 @@ from disttrain.checkpoint.formats.weights import (
 __all__ = [
     "EXPORTS",
     "FORMATS",
-    "Converted",
+    "ConversionResult",
     "Extras",
     "NativeWeights",
     "Rename",
-    "Wanted",
+    "WantedBox",
     "WeightInfo",
     "Weights",
     "export_weights",

@@ -9,15 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from disttrain.checkpoint.form.shards import Shard, SoleRank, whole_shard
+from disttrain.checkpoint.form.shards import Shard, full_shard
 from disttrain.checkpoint.formats.detect import carries_state, open_weights, read_state
+from disttrain.checkpoint.formats.foreign_state import ForeignState
 from disttrain.checkpoint.formats.huggingface import SHARD_BYTES, write_folder, write_safetensors
-from disttrain.checkpoint.formats.restricted import refuse_rot
+from disttrain.checkpoint.formats.restricted_pickle import reject_corrupt_zip
 from disttrain.checkpoint.formats.torch_file import TorchWeights, write_torch
-from disttrain.checkpoint.formats.training_state import ForeignState
 from disttrain.checkpoint.formats.weights import Weights
 from disttrain.checkpoint.keep.discovery import STAGING
-from disttrain.checkpoint.storage.disk import Disk
+from disttrain.checkpoint.ranks import SoleRank
+from disttrain.checkpoint.storage.durable_files import Disk
 from disttrain.checkpoint.write.save import save_checkpoint
 from disttrain.errors import CheckpointError, explain
 
@@ -33,7 +34,7 @@ class Extras:
 
 
 @dataclass(frozen=True)
-class Converted:
+class ConversionResult:
     """What was written where, and in words what was found and is not in it."""
 
     path: Path
@@ -49,7 +50,7 @@ def export_weights(
     extras: Extras | None = None,
     disk: Disk | None = None,
     shard_bytes: int = SHARD_BYTES,
-) -> Converted:
+) -> ConversionResult:
     """Write one model's weights as `to`, one of EXPORTS. Holds one tensor at a time. Local; raises CheckpointError."""
     disk, extras = disk or Disk(), extras or Extras()
 
@@ -63,10 +64,12 @@ def export_weights(
             write_torch(weights, staging, extras.aliases)
 
     _staged(target, disk, write)
-    return Converted(target, len(weights.tensors))
+    return ConversionResult(target, len(weights.tensors))
 
 
-def import_checkpoint(source: Path, target: Path, *, owner: str = "model", disk: Disk | None = None) -> Converted:
+def import_checkpoint(
+    source: Path, target: Path, *, owner: str = "model", disk: Disk | None = None
+) -> ConversionResult:
     """Make `target` a disttrain checkpoint of what `source` holds, under the name `owner`. Local; CheckpointError.
 
     With optimizer state where the source has it by name; weights alone otherwise. Tensors stay in the source's mapped
@@ -85,16 +88,16 @@ def import_checkpoint(source: Path, target: Path, *, owner: str = "model", disk:
 
     _staged(target, disk, write)
     told = [f"{alias} is another name of {name}" for alias, name in state.ties.items()]
-    return Converted(target, len({shard.name for shard in state.shards}), (*told, *state.left_out))
+    return ConversionResult(target, len({shard.name for shard in state.shards}), (*told, *state.left_out))
 
 
 def _of_weights(source: Path, owner: str) -> ForeignState:
     weights = open_weights(source, owner)
     for file in [source] if source.is_file() else sorted(source.glob("*.bin")):
-        refuse_rot(file)
+        reject_corrupt_zip(file)
     ties = weights.ties() if isinstance(weights, TorchWeights) else {}
     shards: list[Shard] = [
-        whole_shard(f"model/{owner}/{name}", weights.whole(name)) for name in weights.tensors if name not in ties
+        full_shard(f"model/{owner}/{name}", weights.full_tensor(name)) for name in weights.tensors if name not in ties
     ]
     return ForeignState(source, "weights", tuple(shards), ties=ties)
 

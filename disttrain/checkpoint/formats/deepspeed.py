@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from disttrain.checkpoint.form.boxes import flat_range_to_boxes
-from disttrain.checkpoint.form.shards import Shard, whole_shard
-from disttrain.checkpoint.formats.restricted import load_torch_file, record_class, refuse_rot
-from disttrain.checkpoint.formats.training_state import ForeignState, optimizer_shard
+from disttrain.checkpoint.form.shards import Shard, full_shard
+from disttrain.checkpoint.formats.foreign_state import ForeignState, optimizer_shard
+from disttrain.checkpoint.formats.restricted_pickle import load_torch_file, reject_corrupt_zip, stand_in_class
 from disttrain.errors import CheckpointError, explain
 
 KIND = "a DeepSpeed checkpoint"
@@ -30,7 +30,7 @@ KIND = "a DeepSpeed checkpoint"
 ALLOWED: dict[str, Any] = {
     "deepspeed.runtime.zero.config.ZeroStageEnum": int,
     **{
-        f"deepspeed.{where}.{name}": record_class(name)
+        f"deepspeed.{where}.{name}": stand_in_class(name)
         for where, name in (
             ("utils.tensor_fragment", "fragment_address"),
             ("runtime.fp16.loss_scaler", "LossScaler"),
@@ -61,7 +61,7 @@ def read_deepspeed(path: Path, owner: str) -> ForeignState:
 
 
 @dataclass(frozen=True)
-class _Range:
+class _FlatSlice:
     """Elements `start` to `start + count` of a flat parameter lie at `place` of flat tensor `group` of `rank`."""
 
     rank: int
@@ -74,7 +74,7 @@ class _Range:
 def _read(folder: Path, owner: str) -> ForeignState:
     models, optimizers = _files(folder)
     for file in (*models, *optimizers):
-        refuse_rot(file)
+        reject_corrupt_zip(file)
     first = load_torch_file(models[0], ALLOWED)
     held = [load_torch_file(file, ALLOWED)["optimizer_state_dict"] for file in optimizers]
     stage = int(held[0]["zero_stage"])
@@ -107,7 +107,7 @@ def _read(folder: Path, owner: str) -> ForeignState:
         ties,
         (*left_out, *(f"{key} of the run" for key in ("lr_scheduler", "data_sampler") if first.get(key) is not None)),
     )
-    state.refuse_holes()
+    state.reject_incomplete()
     return state
 
 
@@ -157,14 +157,14 @@ def _refuse_other_counts(folder: Path, held: Sequence[Mapping[str, Any]], files:
 
 def _sliced_ranges(
     folder: Path, shapes: Sequence[Mapping[str, torch.Size]], mappings: Sequence[Sequence[Mapping[str, Any]]]
-) -> dict[str, list[_Range]]:
+) -> dict[str, list[_FlatSlice]]:
     """Stages 1 and 2: what each rank says of its own partition; a parameter goes on where the rank before left off."""
-    ranges: dict[str, list[_Range]] = {name: [] for group in shapes for name in group}
+    ranges: dict[str, list[_FlatSlice]] = {name: [] for group in shapes for name in group}
     for rank, groups in enumerate(mappings):
         for group, slices in enumerate(groups):
             for name, piece in slices.items():
                 start = sum(one.count for one in ranges[name])
-                ranges[name].append(_Range(rank, group, int(piece.start), start, int(piece.numel)))
+                ranges[name].append(_FlatSlice(rank, group, int(piece.start), start, int(piece.numel)))
     for group_shapes in shapes:
         for name, shape in group_shapes.items():
             held = sum(one.count for one in ranges[name])
@@ -175,9 +175,9 @@ def _sliced_ranges(
 
 def _equal_ranges(
     folder: Path, shapes: Sequence[Mapping[str, torch.Size]], masters: Sequence[Sequence[Tensor]]
-) -> dict[str, list[_Range]]:
+) -> dict[str, list[_FlatSlice]]:
     """Stage 3: every parameter in as many equal parts as ranks, the last padded, in the order of the groups."""
-    ranges: dict[str, list[_Range]] = {}
+    ranges: dict[str, list[_FlatSlice]] = {}
     ranks, group, place = len(masters), 0, 0
     for name, shape in ((name, shape) for own in shapes for name, shape in own.items()):
         part = -(-shape.numel() // ranks)
@@ -186,7 +186,7 @@ def _equal_ranges(
         if place + part > masters[0][group].numel():
             raise _refusal(folder, f"{name} does not end where its flat partition does", "write it with deepspeed 0.19")
         ranges[name] = [
-            _Range(rank, group, place, start, min(part, shape.numel() - start))
+            _FlatSlice(rank, group, place, start, min(part, shape.numel() - start))
             for rank in range(ranks)
             if (start := rank * part) < shape.numel()
         ]
@@ -195,11 +195,11 @@ def _equal_ranges(
 
 
 def _cut(
-    full: str, shape: tuple[int, ...], ranges: Sequence[_Range], flats: Sequence[Sequence[Tensor | None]]
+    full: str, shape: tuple[int, ...], ranges: Sequence[_FlatSlice], flats: Sequence[Sequence[Tensor | None]]
 ) -> Iterator[Shard]:
     """Views of the flat tensors `flats[rank][group]`, as boxes; of a tensor of no elements, itself."""
     if not ranges:
-        yield whole_shard(full, torch.empty(shape))
+        yield full_shard(full, torch.empty(shape))
     for one in ranges:
         flat = flats[one.rank][one.group]
         if flat is None:
@@ -211,7 +211,7 @@ def _cut(
 
 
 def _optimizer_state(
-    full: str, shape: tuple[int, ...], ranges: Sequence[_Range], states: Sequence[Sequence[Mapping[str, Any]]]
+    full: str, shape: tuple[int, ...], ranges: Sequence[_FlatSlice], states: Sequence[Sequence[Mapping[str, Any]]]
 ) -> Iterator[Shard]:
     """State as long as the flat masters (or padded beyond) is cut as they are; what is 0-d is the same on all ranks.
 
@@ -257,7 +257,7 @@ def _untrained(
         for name, shape in frozen.items():
             part = parts[0][name].numel()
             ranges = [
-                _Range(rank, 0, 0, start, min(part, shape.numel() - start))
+                _FlatSlice(rank, 0, 0, start, min(part, shape.numel() - start))
                 for rank in range(len(parts))
                 if (start := rank * part) < shape.numel()
             ]
@@ -270,7 +270,7 @@ def _untrained(
         if stage == 3 and name not in buffers:
             lost.append(f"{name}, another name of a tied weight (stage 3 does not say of which)")
             continue
-        shards.append(whole_shard(f"model/{owner}/{name}", tensor.detach()))
+        shards.append(full_shard(f"model/{owner}/{name}", tensor.detach()))
     return shards, ties, lost
 
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from disttrain.checkpoint.form.manifest import MANIFEST
 from disttrain.checkpoint.formats import deepspeed, huggingface, torch_distributed
+from disttrain.checkpoint.formats.foreign_state import ForeignState, ForeignWeights
 from disttrain.checkpoint.formats.huggingface import SafetensorsWeights
 from disttrain.checkpoint.formats.native import NativeWeights
 from disttrain.checkpoint.formats.torch_file import TorchWeights
-from disttrain.checkpoint.formats.training_state import ForeignState, ForeignWeights
 from disttrain.checkpoint.formats.weights import Weights
 from disttrain.checkpoint.read.reader import Checkpoint
-from disttrain.checkpoint.storage.address import step_of
+from disttrain.checkpoint.storage.location import step_of
 from disttrain.errors import CheckpointError, explain
 
 _OPEN: dict[str, Callable[[Path, str], Weights]] = {

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from disttrain.checkpoint.form.boxes import whole
+from disttrain.checkpoint.form.boxes import full_box
 from disttrain.checkpoint.form.tensor_bytes import Entry, plan_file, tensor_bytes
 from disttrain.checkpoint.formats.torch_file import TorchWeights
-from disttrain.checkpoint.formats.weights import Wanted, WeightInfo, Weights, bytes_of, read_weights
-from disttrain.checkpoint.storage.disk import Disk
+from disttrain.checkpoint.formats.weights import WantedBox, WeightInfo, Weights, bytes_of, read_weights
+from disttrain.checkpoint.storage.durable_files import Disk
 from disttrain.errors import CheckpointError, explain
 
 SHARD_BYTES = 5 * 10**9
@@ -68,17 +68,17 @@ class SafetensorsWeights:
                 self.tensors[name] = WeightInfo(tuple(part.get_shape()), _dtype(file, name, part.get_dtype()))
                 self._file_of[name] = file
 
-    def fill(self, wanted: Sequence[Wanted]) -> None:
+    def fill(self, wanted: Sequence[WantedBox]) -> None:
         """The data is mapped, not read whole."""
         with torch.no_grad():
             for one in wanted:
-                if one.box == whole(self.tensors[one.name].shape):
-                    one.into.copy_(self.whole(one.name))
+                if one.box == full_box(self.tensors[one.name].shape):
+                    one.into.copy_(self.full_tensor(one.name))
                 else:
                     opened = self._opened[self._file_of[one.name]]
                     one.into.copy_(opened.get_slice(one.name)[one.box.slices()])
 
-    def whole(self, name: str) -> torch.Tensor:
+    def full_tensor(self, name: str) -> torch.Tensor:
         """A view of the mapped file."""
         found: torch.Tensor = self._opened[self._file_of[name]].get_tensor(name)
         return found
@@ -91,14 +91,14 @@ class SeveralFiles:
         self.path, self._parts = path, parts
         self.tensors = {name: info for part in parts for name, info in part.tensors.items()}
 
-    def fill(self, wanted: Sequence[Wanted]) -> None:
+    def fill(self, wanted: Sequence[WantedBox]) -> None:
         """Part by part."""
         for part in self._parts:
             part.fill([one for one in wanted if one.name in part.tensors])
 
-    def whole(self, name: str) -> torch.Tensor:
+    def full_tensor(self, name: str) -> torch.Tensor:
         """From the part that has it."""
-        return next(part for part in self._parts if name in part.tensors).whole(name)
+        return next(part for part in self._parts if name in part.tensors).full_tensor(name)
 
 
 def open_folder(path: Path) -> Weights:
@@ -166,7 +166,7 @@ def write_safetensors(weights: Weights, names: Sequence[str], path: Path, disk: 
             do = "use --to torch, which has it"
             raise CheckpointError(explain(f"{name} is to be written as safetensors.", "complex128: no such type", do))
     stored = [(name, weights.tensors[name]) for name in names]
-    entries = [Entry(name, info.shape, info.dtype, whole(info.shape)) for name, info in stored]
+    entries = [Entry(name, info.shape, info.dtype, full_box(info.shape)) for name, info in stored]
     head, placed = plan_file(entries, {"format": "pt"})
     with disk.create(path, placed[-1].stop if placed else 0) as file:
         file.write(head)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from disttrain.checkpoint.form.shards import Shard
-from disttrain.checkpoint.formats.weights import Wanted, WeightInfo
+from disttrain.checkpoint.formats.weights import WantedBox, WeightInfo
 from disttrain.checkpoint.read.reader import Checkpoint
 from disttrain.errors import CheckpointError, explain
 
@@ -30,17 +30,17 @@ class NativeWeights:
                 explain(f"The model {owner!r} of {checkpoint.path} is to be loaded.", found, "name one of them")
             )
 
-    def fill(self, wanted: Sequence[Wanted]) -> None:
+    def fill(self, wanted: Sequence[WantedBox]) -> None:
         """Two passes: nothing is written before every chunk needed was read and checked."""
         self.checkpoint.load_into(self._shards(wanted), strict=False)
 
-    def check(self, wanted: Sequence[Wanted]) -> None:
+    def check(self, wanted: Sequence[WantedBox]) -> None:
         """The first of them alone; DamagedError."""
         self.checkpoint.check(self._shards(wanted))
 
-    def _shards(self, wanted: Sequence[Wanted]) -> list[Shard]:
+    def _shards(self, wanted: Sequence[WantedBox]) -> list[Shard]:
         return [Shard(self._prefix + w.name, self.tensors[w.name].shape, w.box, w.into) for w in wanted]
 
-    def whole(self, name: str) -> Tensor:
+    def full_tensor(self, name: str) -> Tensor:
         """In memory of its own, as what is read is checked."""
         return self.checkpoint.read(self._prefix + name)

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from disttrain.checkpoint.form.boxes import Box
 from disttrain.checkpoint.form.shards import Shard
-from disttrain.checkpoint.formats.restricted import load_torch, read_pickle, record_class
-from disttrain.checkpoint.formats.torch_record import DTYPES, mapped_tensor
-from disttrain.checkpoint.formats.training_state import ForeignState, optimizer_shard
+from disttrain.checkpoint.formats.foreign_state import ForeignState, optimizer_shard
+from disttrain.checkpoint.formats.mapped_tensor import DTYPES, mapped_tensor
+from disttrain.checkpoint.formats.restricted_pickle import load_torch, read_pickle, stand_in_class
 from disttrain.errors import CheckpointError, explain
 
 METADATA = ".metadata"
@@ -34,8 +34,8 @@ _OPTIMIZER_KEYS = ("optim", "optimizer", "optimizers", "optim_state", "optimizer
 _FILE = re.compile(r"[A-Za-z0-9_.-]{1,250}\.distcp")
 
 _HOME = "torch.distributed.checkpoint"
-_Tensor = record_class("TensorStorageMetadata")
-_Bytes = record_class("BytesStorageMetadata")
+_Tensor = stand_in_class("TensorStorageMetadata")
+_Bytes = stand_in_class("BytesStorageMetadata")
 
 
 def _joined(*parts: str) -> str:
@@ -52,13 +52,13 @@ def _layout(name: str) -> str:
 
 ALLOWED: dict[str, Any] = {
     **{
-        f"{_HOME}.metadata.{name}": record_class(name)
+        f"{_HOME}.metadata.{name}": stand_in_class(name)
         for name in ("Metadata", "MetadataIndex", "ChunkStorageMetadata", "TensorProperties", "StorageMeta")
     },
     f"{_HOME}.metadata.TensorStorageMetadata": _Tensor,
     f"{_HOME}.metadata.BytesStorageMetadata": _Bytes,
     f"{_HOME}.metadata._MEM_FORMAT_ENCODING": _encoded,
-    f"{_HOME}.filesystem._StorageInfo": record_class("_StorageInfo"),
+    f"{_HOME}.filesystem._StorageInfo": stand_in_class("_StorageInfo"),
     "torch.Size": torch.Size,
     "torch.serialization._get_layout": _layout,
     "pathlib.PosixPath": _joined,
@@ -71,7 +71,7 @@ ALLOWED: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class _Place:
+class _FileSpan:
     file: str
     start: int
     length: int
@@ -81,7 +81,7 @@ def read_torch_distributed(path: Path, owner: str) -> ForeignState:
     """The folder's state under the names of `owner`. Local; raises CheckpointError for what it cannot carry rightly."""
     try:
         folder = _Folder(path, read_pickle(path / METADATA, ALLOWED))
-        return _State(folder, owner).read()
+        return _StateReader(folder, owner).read()
     except (AttributeError, KeyError, TypeError, ValueError, IndexError, OSError, RuntimeError) as error:
         found = f"{type(error).__name__}: {error}"
         raise _refusal(path, found, "it is damaged, or of a version not known here: load and save it anew") from error
@@ -95,13 +95,13 @@ class _Folder:
         self.entries: Mapping[str, Any] = metadata.fields["state_dict_metadata"]
         self.keys: Mapping[str, tuple[Any, ...]] = metadata.fields.get("planner_data") or {}
         self._maps: dict[str, memoryview] = {}
-        self._places: dict[tuple[str, tuple[int, ...] | None], _Place] = {}
+        self._places: dict[tuple[str, tuple[int, ...] | None], _FileSpan] = {}
         for index, info in metadata.fields["storage_data"].items():
             if info.fields.get("transform_descriptors"):
                 found = f"{index.fqn} transformed by {', '.join(map(str, info.transform_descriptors))}"
                 raise _refusal(path, found, "save it without extensions (compression)")
             offset = index.fields.get("offset")
-            place = _Place(str(info.relative_path), int(info.offset), int(info.length))
+            place = _FileSpan(str(info.relative_path), int(info.offset), int(info.length))
             self._places[index.fqn, tuple(offset) if offset is not None else None] = place
 
     def tensors(self) -> Iterator[tuple[str, Any]]:
@@ -126,7 +126,7 @@ class _Folder:
         place = self._places[name, None]
         return load_torch(self.path / place.file, io.BytesIO(self._window(place)))
 
-    def _window(self, place: _Place) -> memoryview:
+    def _window(self, place: _FileSpan) -> memoryview:
         if place.file not in self._maps:
             file = self.path / place.file
             if not _FILE.fullmatch(place.file) or file.is_symlink() or not file.is_file():
@@ -142,7 +142,7 @@ class _Folder:
 
 
 @dataclass
-class _State:
+class _StateReader:
     """Sorts a folder's entries into weights, optimizer state and the rest."""
 
     folder: _Folder
@@ -176,7 +176,7 @@ class _State:
                 steps = max(steps, *(int(one.tensor) for one in own if key == "step")) if key == "step" else steps
                 shards += own
         state_of = ForeignState(self.folder.path, KIND, tuple(shards), steps, 0, ties, tuple(rest))
-        state_of.refuse_holes()
+        state_of.reject_incomplete()
         return state_of
 
     def _sorted(self) -> tuple[dict[str, str], dict[str, dict[str, str]], list[str]]:

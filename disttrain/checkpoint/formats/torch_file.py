@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from disttrain.checkpoint.form.tensor_bytes import ALIGNMENT, tensor_bytes
-from disttrain.checkpoint.formats.restricted import load_torch_file
-from disttrain.checkpoint.formats.weights import Wanted, WeightInfo, Weights, bytes_of, read_weights
+from disttrain.checkpoint.formats.restricted_pickle import load_torch_file
+from disttrain.checkpoint.formats.weights import WantedBox, WeightInfo, Weights, bytes_of, read_weights
 from disttrain.errors import CheckpointError, explain
 
 _INNER = ("state_dict", "model_state_dict", "model", "module")
@@ -46,13 +46,13 @@ class TorchWeights:
             name: WeightInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in self._found.items()
         }
 
-    def fill(self, wanted: Sequence[Wanted]) -> None:
+    def fill(self, wanted: Sequence[WantedBox]) -> None:
         """From mapped memory."""
         with torch.no_grad():
             for one in wanted:
                 one.into.copy_(self._found[one.name][one.box.slices()])
 
-    def whole(self, name: str) -> Tensor:
+    def full_tensor(self, name: str) -> Tensor:
         """A view of the mapped file."""
         return self._found[name]
 

@@ -16,10 +16,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from disttrain.checkpoint.form.boxes import Box, whole
+from disttrain.checkpoint.form.boxes import Box, full_box
 from disttrain.checkpoint.form.shards import Shard
 from disttrain.checkpoint.read.reader import Differences
-from disttrain.checkpoint.storage.address import Place
+from disttrain.checkpoint.storage.location import Location
 from disttrain.errors import CheckpointError, explain
 
 Rename = Callable[[str], str]
@@ -34,7 +34,7 @@ class WeightInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class WantedBox:
     """`into`, of exactly `box.sizes`, is to be filled with that box of the stored weight `name`."""
 
     name: str
@@ -46,18 +46,18 @@ class Weights(Protocol):
     """One model's weights on disk, under the model's own names."""
 
     @property
-    def path(self) -> Place: ...
+    def path(self) -> Location: ...
 
     @property
     def tensors(self) -> Mapping[str, WeightInfo]:
         """What is stored, by name."""
         ...
 
-    def fill(self, wanted: Sequence[Wanted]) -> None:
+    def fill(self, wanted: Sequence[WantedBox]) -> None:
         """Read these boxes and, where the format allows, nothing else; dtypes are converted. Local."""
         ...
 
-    def whole(self, name: str) -> Tensor:
+    def full_tensor(self, name: str) -> Tensor:
         """A whole weight in its stored dtype; a view of the mapped file where the format allows. Local."""
         ...
 
@@ -87,7 +87,7 @@ def read_weights(weights: Weights, names: Sequence[str]) -> Iterator[tuple[str, 
 
 def _read_batch(weights: Weights, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
     infos = [(name, weights.tensors[name]) for name in names]
-    wanted = [Wanted(name, whole(info.shape), torch.empty(info.shape, dtype=info.dtype)) for name, info in infos]
+    wanted = [WantedBox(name, full_box(info.shape), torch.empty(info.shape, dtype=info.dtype)) for name, info in infos]
     weights.fill(wanted)
     while wanted:
         one = wanted.pop(0)
@@ -109,7 +109,7 @@ def match_weights(
     only: Sequence[str] = (),
     rename: Rename | None = None,
     do: str = "use the model these weights are of",
-) -> tuple[Differences, list[Wanted]]:
+) -> tuple[Differences, list[WantedBox]]:
     """What of the stored weights goes into which shards named `model/OWNER/NAME`, for `weights.fill`; reads no tensor.
 
     `rename` makes the model's name of a stored one. `only` are glob patterns of the model's names: others keep their
@@ -131,7 +131,7 @@ def match_weights(
     if misshapen or (strict and (missing or unexpected)):
         raise _misfits(weights.path, do, missing, unexpected, misshapen)
     wanted = [
-        Wanted(stored[name], shard.box, shard.tensor.detach())
+        WantedBox(stored[name], shard.box, shard.tensor.detach())
         for name in fitting
         for shard in held[name]
         if shard.box.numel
@@ -175,7 +175,7 @@ def _misfit(name: str, info: WeightInfo, shard: Shard) -> str | None:
     return f"{name} is {info.dtype} there, {mine} here"
 
 
-def _misfits(path: Place, do: str, *differences: Sequence[str]) -> CheckpointError:
+def _misfits(path: Location, do: str, *differences: Sequence[str]) -> CheckpointError:
     found = [
         f"{title}: {', '.join(names[:10])}" + (f" and {len(names) - 10} more" if len(names) > 10 else "")
         for title, names in zip(("missing", "unexpected", "misshapen"), differences, strict=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 from disttrain.checkpoint.form.boxes import Box, flat_range_to_boxes
 from disttrain.checkpoint.form.manifest import TensorInfo
 from disttrain.checkpoint.form.shards import Shard
-from disttrain.checkpoint.read.reader import Checkpoint, PlacedBox
+from disttrain.checkpoint.read.reader import Checkpoint, LocatedBox
 
 BATCH_BYTES = 64 * 2**20
 """How much of each checkpoint is held at once."""
@@ -29,7 +29,7 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
-class Largest:
+class LargestDifference:
     """A largest difference: its `value` (exact for whole numbers), its index and what either checkpoint holds there."""
 
     value: float | int
@@ -39,7 +39,7 @@ class Largest:
 
 
 @dataclass(frozen=True)
-class TensorDifference:
+class StoredTensorDifference:
     """A tensor of one name, shape and dtype that is not the same in both.
 
     `differing` of `numel` elements have other bits and are not both NaN. `absolute` and `relative` (to the larger
@@ -50,10 +50,10 @@ class TensorDifference:
     shape: tuple[int, ...]
     dtype: torch.dtype
     differing: int
-    absolute: Largest | None
-    relative: Largest | None
+    absolute: LargestDifference | None
+    relative: LargestDifference | None
     nans: int
-    nan: Largest | None
+    nan: LargestDifference | None
 
     @property
     def numel(self) -> int:
@@ -67,7 +67,7 @@ class TensorDifference:
 
 
 @dataclass(frozen=True)
-class Misfit:
+class TensorMismatch:
     """A name whose tensors cannot be compared: (shape, dtype) in either checkpoint."""
 
     name: str
@@ -81,8 +81,8 @@ class Comparison:
 
     only_a: tuple[str, ...]
     only_b: tuple[str, ...]
-    misfits: tuple[Misfit, ...]
-    differences: tuple[TensorDifference, ...]
+    misfits: tuple[TensorMismatch, ...]
+    differences: tuple[StoredTensorDifference, ...]
     equal: int
 
     @property
@@ -116,7 +116,7 @@ def compare_tensors(
     return Comparison(
         only_a=tuple(name for name in names_a if name not in b.tensors),
         only_b=tuple(name for name in names_b if name not in a.tensors),
-        misfits=tuple(Misfit(name, *kinds[name]) for name in both if kinds[name][0] != kinds[name][1]),
+        misfits=tuple(TensorMismatch(name, *kinds[name]) for name in both if kinds[name][0] != kinds[name][1]),
         differences=tuple(sorted(differences, key=lambda one: one.rank, reverse=True)),
         equal=len(fitting) - len(differences),
     )
@@ -137,7 +137,7 @@ class _Piece:
 def _batches(a: Checkpoint, names: Sequence[str], batch_bytes: int) -> Iterator[list[_Piece]]:
     """The tensors in the order in which they lie in the first checkpoint, as much at once as may be held."""
     places = sorted(
-        ((stored.file, stored.start, name, stored) for name in names for stored in a.located(name)),
+        ((stored.file, stored.start, name, stored) for name in names for stored in a.locate(name)),
         key=lambda place: place[:3],
     )
     batch: list[_Piece] = []
@@ -153,7 +153,7 @@ def _batches(a: Checkpoint, names: Sequence[str], batch_bytes: int) -> Iterator[
         yield batch
 
 
-def _pieces(name: str, stored: PlacedBox, dtype: torch.dtype, chunk_bytes: int, most: int) -> Iterator[_Piece]:
+def _pieces(name: str, stored: LocatedBox, dtype: torch.dtype, chunk_bytes: int, most: int) -> Iterator[_Piece]:
     """A stored box, cut where it is more than may be held: at the ends of chunks, so that none is read twice."""
     item, numel = dtype.itemsize, stored.box.numel
     begin = 0
@@ -185,9 +185,9 @@ class _Running:
 
     differing: int = 0
     nans: int = 0
-    absolute: Largest | None = None
-    relative: Largest | None = None
-    nan: Largest | None = None
+    absolute: LargestDifference | None = None
+    relative: LargestDifference | None = None
+    nan: LargestDifference | None = None
 
     def add(self, box: Box, a: Tensor, b: Tensor) -> None:
         """Count one more box of it in."""
@@ -196,10 +196,10 @@ class _Running:
             parts = [every[start : start + _AT_ONCE] for every in bits]
             if not torch.equal(*parts):
                 other = (parts[0] != parts[1]).any(dim=1).nonzero().flatten()
-                places = _Places(box, (other + start).numpy())
+                places = _ElementIndices(box, (other + start).numpy())
                 self._add_values(_values(parts[0][other], a.dtype), _values(parts[1][other], a.dtype), places)
 
-    def _add_values(self, a: _Array, b: _Array, places: _Places) -> None:
+    def _add_values(self, a: _Array, b: _Array, places: _ElementIndices) -> None:
         """Elements whose bits differ."""
         nan_a, nan_b = a != a, b != b
         one_sided, numbers = np.flatnonzero(nan_a != nan_b), np.flatnonzero(~(nan_a | nan_b))
@@ -207,23 +207,23 @@ class _Running:
         self.nans += len(one_sided)
         if len(one_sided) and self.nan is None:
             first = int(one_sided[0])
-            self.nan = Largest(math.nan, places[first], a[first].item(), b[first].item())
+            self.nan = LargestDifference(math.nan, places[first], a[first].item(), b[first].item())
         if len(numbers):
             a, b, places = a[numbers], b[numbers], places.only(numbers)
             absolute, relative = _distances(a, b)
             self.absolute = _larger(self.absolute, absolute, a, b, places)
             self.relative = _larger(self.relative, relative, a, b, places)
 
-    def difference(self, name: str, info: TensorInfo) -> TensorDifference | None:
+    def difference(self, name: str, info: TensorInfo) -> StoredTensorDifference | None:
         """The verdict; None where nothing differs."""
         if not self.differing:
             return None
         found = (self.differing, self.absolute, self.relative, self.nans, self.nan)
-        return TensorDifference(name, info.shape, info.dtype, *found)
+        return StoredTensorDifference(name, info.shape, info.dtype, *found)
 
 
 @dataclass(frozen=True)
-class _Places:
+class _ElementIndices:
     """Where elements lie in a tensor: numbers in the row-major order of a box of it."""
 
     box: Box
@@ -236,8 +236,8 @@ class _Places:
             index.append(offset + inside)
         return tuple(reversed(index))
 
-    def only(self, which: _Array) -> _Places:
-        return _Places(self.box, self.numbers[which])
+    def only(self, which: _Array) -> _ElementIndices:
+        return _ElementIndices(self.box, self.numbers[which])
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -270,8 +270,10 @@ def _distances(a: _Array, b: _Array) -> tuple[_Array, _Array]:
     return absolute, np.where(np.isnan(relative), math.inf, relative)
 
 
-def _larger(known: Largest | None, values: _Array, a: _Array, b: _Array, places: _Places) -> Largest:
+def _larger(
+    known: LargestDifference | None, values: _Array, a: _Array, b: _Array, places: _ElementIndices
+) -> LargestDifference:
     at = int(values.argmax())
     if known is not None and known.value >= values[at]:
         return known
-    return Largest(values[at].item(), places[at], a[at].item(), b[at].item())
+    return LargestDifference(values[at].item(), places[at], a[at].item(), b[at].item())

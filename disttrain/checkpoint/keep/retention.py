@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 
 from disttrain.checkpoint.keep.discovery import list_checkpoints, prune
 from disttrain.checkpoint.read.reader import Checkpoint
-from disttrain.checkpoint.storage.address import Place
+from disttrain.checkpoint.storage.location import Location
 from disttrain.errors import CheckpointError
-from disttrain.logs import room_logger
+from disttrain.logs import package_logger
 
-_log = room_logger("checkpoint")
+_log = package_logger("checkpoint")
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,14 @@ def choose_kept(
 class Retention:
     """Rank 0's hand on the checkpoints in `root`. `verified` are the folders known to be whole."""
 
-    root: Place
+    root: Location
     keep_last: int
     keep_every: int | None = None
     best: Best | None = None
-    verified: dict[Place, float | None] = field(default_factory=dict)
-    _damaged: set[Place] = field(default_factory=set)
+    verified: dict[Location, float | None] = field(default_factory=dict)
+    _damaged: set[Location] = field(default_factory=set)
 
-    def committed(self, path: Place) -> list[Place]:
+    def committed(self, path: Location) -> list[Location]:
         """A checkpoint was written whole: let go of what need not be kept any more; returns that. Local.
 
         What cannot be removed stays, with a warning: it is no fault of the checkpoint.
@@ -75,11 +75,11 @@ class Retention:
             _log.warning("checkpoints of %s that need not be kept stay: %s", self.root, error)
             return []
 
-    def found_whole(self, path: Place) -> None:
+    def mark_intact(self, path: Location) -> None:
         """One that was read whole, by whom it matters not."""
         self.verified[path] = self._score(path)
 
-    def _verify(self, path: Place) -> None:
+    def _verify(self, path: Location) -> None:
         try:
             Checkpoint.open(path).verify()
         except CheckpointError as error:
@@ -88,7 +88,7 @@ class Retention:
         else:
             self.verified[path] = self._score(path)
 
-    def _score(self, path: Place) -> float | None:
+    def _score(self, path: Location) -> float | None:
         if self.best is None:
             return None
         document = Checkpoint.open(path, verify=False).document

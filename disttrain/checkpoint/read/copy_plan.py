@@ -15,7 +15,7 @@ from disttrain.checkpoint.form.tensor_bytes import raw_bytes
 
 
 @dataclass(frozen=True)
-class Job:
+class FillTask:
     """Fill `into`, which is `box` of a tensor, from what a `stored` box, from byte `start` on, shares with it."""
 
     stored: Box
@@ -38,7 +38,7 @@ class Job:
         last = Box(tuple(stop - 1 for stop in shared.stops), (1,) * len(shared.sizes))
         return self.place(shared), self.place(last) + self.dtype.itemsize
 
-    def copies(self, begin: int, end: int) -> Iterator[Copy]:
+    def copies(self, begin: int, end: int) -> Iterator[ChunkCopy]:
         """What to copy of the file's bytes `begin` to `end`."""
         first, item, box = self.start, self.dtype.itemsize, self.stored
         start = max(begin - first, 0) // item
@@ -47,14 +47,14 @@ class Job:
             held = piece.shifted(box.offsets)
             shared = overlap(held, self.box)
             if shared:
-                yield Copy(self, held, shared)
+                yield ChunkCopy(self, held, shared)
 
 
 @dataclass(frozen=True)
-class Copy:
+class ChunkCopy:
     """`held` is contiguous in the file; `shared` is what is asked of it."""
 
-    job: Job
+    job: FillTask
     held: Box
     shared: Box
 
@@ -79,7 +79,9 @@ class Copy:
         into.copy_(source[self.shared.slices(self.held.offsets)])
 
 
-def ways(copies: Sequence[Copy], known: bool) -> tuple[list[tuple[Copy, memoryview]], list[Copy]]:
+def split_direct(
+    copies: Sequence[ChunkCopy], known: bool
+) -> tuple[list[tuple[ChunkCopy, memoryview]], list[ChunkCopy]]:
     """The copies of a chunk that can be read straight into their tensors, with those bytes; the others.
 
     A chunk that is not `known` to be right is summed as it is read, every byte once: all of it goes one way.
@@ -91,9 +93,9 @@ def ways(copies: Sequence[Copy], known: bool) -> tuple[list[tuple[Copy, memoryvi
     return (direct, through) if known or (apart and not through) else ([], list(copies))
 
 
-def plan_copies(jobs: Sequence[Job], chunk_bytes: int) -> Iterator[tuple[int, list[Copy]]]:
+def plan_copies(jobs: Sequence[FillTask], chunk_bytes: int) -> Iterator[tuple[int, list[ChunkCopy]]]:
     """The chunks of a file that hold something asked for, in order, each with what to copy of it."""
-    by_chunk: dict[int, list[Job]] = defaultdict(list)
+    by_chunk: dict[int, list[FillTask]] = defaultdict(list)
     for job in jobs:
         first, last = job.hull()
         for chunk in range(first // chunk_bytes, (last - 1) // chunk_bytes + 1):

@@ -2,7 +2,7 @@
 
 `Checkpoint` is local: no rank waits for another. Holds one chunk in memory beyond the tensors it fills. Refuses links,
 paths that leave the folder, and every byte whose checksum does not fit: before a tensor is touched, or, where its owner
-says so, while tensors are filled (`check_on_the_way`).
+says so, while tensors are filled (`verify_while_loading`).
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from disttrain.checkpoint.form.boxes import Box, whole
+from disttrain.checkpoint.form.boxes import Box, full_box
 from disttrain.checkpoint.form.manifest import MANIFEST, Manifest, StoredBox, TensorInfo, decode_manifest
-from disttrain.checkpoint.form.shards import Shard, refuse_bad_shards
+from disttrain.checkpoint.form.shards import Shard, reject_invalid_shards
 from disttrain.checkpoint.form.tensor_bytes import Header
-from disttrain.checkpoint.read.chunk_shares import ChunkRun, every_chunk, runs_of
-from disttrain.checkpoint.read.chunks import ChunkReader
-from disttrain.checkpoint.read.copy_plan import Job, plan_copies, ways
-from disttrain.checkpoint.storage.address import Place, place_of
-from disttrain.checkpoint.storage.storage import Storage, storage_of
+from disttrain.checkpoint.read.chunk_ranges import ChunkRange, all_chunks, merge_chunks
+from disttrain.checkpoint.read.copy_plan import FillTask, plan_copies, split_direct
+from disttrain.checkpoint.storage.chunk_reader import ChunkReader
+from disttrain.checkpoint.storage.interface import Storage, storage_of
+from disttrain.checkpoint.storage.location import Location, parse_location
 from disttrain.errors import CheckpointError, DamagedError, explain
 
 _MOST_HEADERS = 64 * 2**10
@@ -32,7 +32,7 @@ _MOST_HEADERS = 64 * 2**10
 
 
 @dataclass(frozen=True, slots=True)
-class PlacedBox:
+class LocatedBox:
     """A stored box, with the first byte of its row-major bytes in the file."""
 
     box: Box
@@ -51,9 +51,9 @@ class Differences:
 class Checkpoint:
     """A committed checkpoint, on a disk or in a store. Made by `Checkpoint.open`."""
 
-    def __init__(self, path: Place, manifest: Manifest, *, verify: bool) -> None:
+    def __init__(self, path: Location, manifest: Manifest, *, verify: bool) -> None:
         self.path = path
-        self._storage: Storage[Place] = storage_of(path)
+        self._storage: Storage[Location] = storage_of(path)
         self._manifest = manifest
         self._verify = verify
         self._checked: set[tuple[str, int]] = set()
@@ -61,13 +61,13 @@ class Checkpoint:
         self._headers: dict[str, tuple[Header, bytes]] = {}
 
     @classmethod
-    def open(cls, path: str | Place, *, verify: bool = True) -> Checkpoint:
+    def open(cls, path: str | Location, *, verify: bool = True) -> Checkpoint:
         """Read and check the manifest, and that every file is there with its size; tensors stay there. Local.
 
         With `verify`, every chunk read later is held against its checksum. Raises CheckpointError for whatever is no
         whole checkpoint.
         """
-        path = place_of(path)
+        path = parse_location(path)
         storage = storage_of(path)
         manifest = decode_manifest(storage.read_manifest(path), where=str(path / MANIFEST))
         for _, error in storage.unusable(path, manifest.files):
@@ -101,10 +101,10 @@ class Checkpoint:
             found = f"{len(self.tensors)} other tensors" + (f", such as {', '.join(near)}" if near else "")
             raise CheckpointError(explain(f"{self.path} has no tensor {name}.", found, "see its `tensors`"))
         info = self.tensors[name]
-        box = whole(info.shape) if box is None else box
+        box = full_box(info.shape) if box is None else box
         into = torch.empty(box.sizes, dtype=info.dtype)
         shards = [Shard(name, info.shape, box, into)]
-        refuse_bad_shards(shards)
+        reject_invalid_shards(shards)
         for file, jobs in self._plan_jobs(shards).items():  # memory that nobody else has: checked on the way
             self._fill(file, jobs)
         return into
@@ -113,29 +113,29 @@ class Checkpoint:
         """Copy what is stored into the shards' tensors, whatever boxes it was saved in. Local.
 
         Nothing is written before all names and shapes fit (`judge`) and every chunk needed was found right (`check`);
-        after `check_on_the_way` it is read and checked at once. Raises CheckpointError for what does not fit,
+        after `verify_while_loading` it is read and checked at once. Raises CheckpointError for what does not fit,
         DamagedError for bytes that do not.
         """
-        differences = self.judge(shards, strict=strict, ignore=ignore)
+        differences = self.check_fit(shards, strict=strict, ignore=ignore)
         self.check(shards)
         for file, jobs in self._plan_jobs(shards).items():
             self._fill(file, jobs)
         return differences
 
-    def judge(self, shards: Sequence[Shard], *, strict: bool = True, ignore: Collection[str] = ()) -> Differences:
+    def check_fit(self, shards: Sequence[Shard], *, strict: bool = True, ignore: Collection[str] = ()) -> Differences:
         """Whether these shards can be filled, by names, shapes and dtypes. Local; reads no tensor.
 
         `strict` refuses missing names, and stored ones that no shard asks for, but for those in `ignore`. Floating
         dtypes are converted to the shard's; any other change of dtype is refused. Raises CheckpointError with all
         missing, unexpected and misshapen names.
         """
-        refuse_bad_shards(shards)
+        reject_invalid_shards(shards)
         return self._compare(shards, strict, ignore)
 
     def check(self, shards: Sequence[Shard]) -> None:
         """Read every chunk that these shards need and that is not known to be right; DamagedError. Local.
 
-        Without `verify`, and after `check_on_the_way`, it does nothing.
+        Without `verify`, and after `verify_while_loading`, it does nothing.
         """
         if not self._verify or self._on_the_way:
             return
@@ -144,14 +144,14 @@ class Checkpoint:
             file: {chunk for chunk, _ in plan_copies(jobs, size)} | set(self._header_chunks(file))
             for file, jobs in self._plan_jobs(shards).items()
         }
-        self.verify(runs_of((file, chunk) for file, chunks in needed.items() for chunk in chunks))
+        self.verify(merge_chunks((file, chunk) for file, chunks in needed.items() for chunk in chunks))
 
-    def located(self, name: str, box: Box | None = None) -> list[PlacedBox]:
+    def locate(self, name: str, box: Box | None = None) -> list[LocatedBox]:
         """A tensor's stored boxes, or those that meet a box, with their first bytes. Reads headers. Local."""
         info = self.tensors[name]
-        return [self._locate(name, info, one) for one in (info.boxes if box is None else info.meeting(box))]
+        return [self._locate_box(name, info, one) for one in (info.boxes if box is None else info.overlapping(box))]
 
-    def check_on_the_way(self) -> None:
+    def verify_while_loading(self) -> None:
         """From here on `load_into` reads what it needs once, straight to its tensors, and checks it as it comes.
 
         For tensors that nobody uses before all is known to be whole: what they hold after a DamagedError is no state.
@@ -159,13 +159,13 @@ class Checkpoint:
         self._on_the_way = True
 
     @property
-    def checked(self) -> list[ChunkRun]:
+    def checked(self) -> list[ChunkRange]:
         """The chunks that this process has found right. Local."""
-        return runs_of(self._checked)
+        return merge_chunks(self._checked)
 
-    def verify(self, runs: Sequence[ChunkRun] | None = None) -> None:
+    def verify(self, runs: Sequence[ChunkRange] | None = None) -> None:
         """Read these chunks, or all; DamagedError that names those which do not fit their checksums. Local."""
-        chosen = runs_of(every_chunk(self._manifest.files)) if runs is None else runs
+        chosen = merge_chunks(all_chunks(self._manifest.files)) if runs is None else runs
         faults = [fault for file, first, stop in chosen for fault in self._check(file, range(first, stop))]
         if faults:
             raise self._damaged(faults)
@@ -202,23 +202,23 @@ class Checkpoint:
             None if floating or info.dtype == mine else f"{shard.name} is {info.dtype} in the checkpoint, {mine} here"
         )
 
-    def _plan_jobs(self, shards: Sequence[Shard]) -> dict[str, list[Job]]:
-        jobs: dict[str, list[Job]] = defaultdict(list)
+    def _plan_jobs(self, shards: Sequence[Shard]) -> dict[str, list[FillTask]]:
+        jobs: dict[str, list[FillTask]] = defaultdict(list)
         for shard in shards:
             info = self.tensors.get(shard.name)
             if info is None:
                 continue
-            for stored in self.located(shard.name, shard.box):
-                job = Job(stored.box, stored.start, info.dtype, shard.box, shard.tensor.detach())
+            for stored in self.locate(shard.name, shard.box):
+                job = FillTask(stored.box, stored.start, info.dtype, shard.box, shard.tensor.detach())
                 jobs[stored.file].append(job)
         return {file: sorted(own, key=lambda job: job.start) for file, own in sorted(jobs.items())}
 
-    def _locate(self, name: str, info: TensorInfo, stored: StoredBox) -> PlacedBox:
+    def _locate_box(self, name: str, info: TensorInfo, stored: StoredBox) -> LocatedBox:
         if stored.start is not None:
-            return PlacedBox(stored.box, stored.file, stored.start)
+            return LocatedBox(stored.box, stored.file, stored.start)
         try:
             start = self._header(stored.file).start(name, info.shape, info.dtype, stored.box)
-            return PlacedBox(stored.box, stored.file, start)
+            return LocatedBox(stored.box, stored.file, start)
         except (ValueError, KeyError, TypeError) as error:
             raise self._damaged([f"the header of {stored.file} does not fit the manifest: {error}"]) from None
 
@@ -260,12 +260,12 @@ class Checkpoint:
         with self._open(file) as reader:
             return [fault for chunk in rest if (fault := self._take(reader, chunk, []))]
 
-    def _fill(self, file: str, jobs: Sequence[Job]) -> None:
+    def _fill(self, file: str, jobs: Sequence[FillTask]) -> None:
         with self._open(file) as reader, torch.no_grad():
             for chunk, copies in plan_copies(jobs, self._manifest.chunk_bytes):
-                direct, through = ways(copies, self._is_known(file, chunk))
+                direct, through = split_direct(copies, self._is_known(file, chunk))
                 begin, end = reader.span(chunk)
-                if reader.asks_cost and [len(view) for _, view in direct] != [end - begin]:
+                if reader.requests_are_slow and [len(view) for _, view in direct] != [end - begin]:
                     direct, through = [], copies  # one that is a whole chunk goes straight, else the chunk is asked for
                 fault = None
                 if direct:

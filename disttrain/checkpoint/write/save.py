@@ -7,32 +7,29 @@ name; leaves nothing behind when it fails.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from hashlib import sha256
 from typing import Any, cast
 
 import torch
 
-from disttrain.checkpoint.form.boxes import tiling_fault
 from disttrain.checkpoint.form.checksum import crc32
-from disttrain.checkpoint.form.grid import find_grid
 from disttrain.checkpoint.form.manifest import (
     MANIFEST,
     FileInfo,
     Manifest,
-    StoredBox,
     TensorInfo,
     checked_document,
     encode_manifest,
     rank_file,
 )
-from disttrain.checkpoint.form.shards import Ranks, Shard, refuse_bad_shards, take_step
-from disttrain.checkpoint.form.tensor_bytes import Entry, dtype_name, plan_file, tensor_bytes
-from disttrain.checkpoint.storage.address import Place, PlaceT, below, step_folder
-from disttrain.checkpoint.storage.disk import Disk
-from disttrain.checkpoint.storage.storage import NewFile, Storage, storage_of
+from disttrain.checkpoint.form.shards import Shard, reject_invalid_shards
+from disttrain.checkpoint.form.tensor_bytes import Entry, plan_file, tensor_bytes
+from disttrain.checkpoint.ranks import Ranks, run_collectively
+from disttrain.checkpoint.storage.durable_files import Disk
+from disttrain.checkpoint.storage.interface import NewFile, Storage, storage_of
+from disttrain.checkpoint.storage.location import Location, LocationT, child, step_folder
+from disttrain.checkpoint.write.write_plan import choose_shards, combine_plans, plan_digest
 from disttrain.errors import CheckpointError, explain
 
 CHUNK_BYTES = 16 * 2**20
@@ -40,7 +37,7 @@ CHUNK_BYTES = 16 * 2**20
 
 
 def save_checkpoint(
-    root: PlaceT,
+    root: LocationT,
     step: int,
     shards: Sequence[Shard],
     document: Mapping[str, Any],
@@ -48,8 +45,8 @@ def save_checkpoint(
     *,
     disk: Disk | None = None,
     chunk_bytes: int = CHUNK_BYTES,
-    plans: PlanMemory | None = None,
-) -> PlaceT:
+    plans: PlanCache | None = None,
+) -> LocationT:
     """Save all ranks' shards and rank 0's document as `root/step-NNNNNNNN`; returns that place. Collective.
 
     When it returns, the checkpoint is whole and durable; when it raises CheckpointError (on every rank, with the
@@ -57,25 +54,25 @@ def save_checkpoint(
     tuples in it come back as lists. `plans`, given to one save after the other, spares all but the first what
     grows with ranks times tensors.
     """
-    storage, target = storage_of(cast(Place, root), disk), root / step_folder(step)
-    save = _Save(storage, target, step, tuple(shards), ranks, chunk_bytes, plans or PlanMemory())
+    storage, target = storage_of(cast(Location, root), disk), root / step_folder(step)
+    save = _Save(storage, target, step, tuple(shards), ranks, chunk_bytes, plans or PlanCache())
     asked = f"The checkpoint of step {step} could not be saved to {save.target}."
     head, entries, staging, tensors = save.agree_on_plan(document, asked)
     try:
-        take_step(
+        run_collectively(
             ranks,
             lambda: save.write(staging, head, entries),
             lambda written: save.commit(staging, written, tensors, document),
-            asked=asked,
+            failed=asked,
         )
     except BaseException:
         if ranks.rank == 0 and not save.committed:  # every other rank has told how it ended: nobody writes here
             save.storage.discard(staging.folder)
         raise
-    return below(root, save.target.name)
+    return child(root, save.target.name)
 
 
-class PlanMemory:
+class PlanCache:
     """What rank 0 made of all ranks' plans, and by which digests it knows them again. Empty on the other ranks."""
 
     def __init__(self) -> None:
@@ -105,20 +102,20 @@ class _Plan:
 
 @dataclass(frozen=True)
 class _Staging:
-    folder: Place
+    folder: Location
     needed: int
     free: int | None
 
 
 @dataclass(frozen=True)
 class _Save:
-    storage: Storage[Place]
-    target: Place
+    storage: Storage[Location]
+    target: Location
     step: int
     shards: tuple[Shard, ...]
     ranks: Ranks
     chunk_bytes: int
-    plans: PlanMemory
+    plans: PlanCache
     committed: list[bool] = field(default_factory=list)
 
     def agree_on_plan(
@@ -133,7 +130,7 @@ class _Save:
         digests: list[bytes] = []
 
         def plan() -> bytes:
-            refuse_bad_shards(self.shards)
+            reject_invalid_shards(self.shards)
             entries = [Entry(s.name, s.shape, s.tensor.dtype, s.box) for s in choose_shards(self.shards)]
             metadata = {"format": "pt", "disttrain": f"step {self.step}, rank {self.ranks.rank} of {self.ranks.size}"}
             head, placed = plan_file([entry for entry in entries if entry.box.numel], metadata)
@@ -148,7 +145,7 @@ class _Save:
 
         def judge(plans: list[_Plan]) -> _Staging:
             known = self.plans.recall(digests)
-            tensors.update(judge_tensors(self.shards, [plan.entries for plan in plans]) if known is None else known)
+            tensors.update(combine_plans(self.shards, [plan.entries for plan in plans]) if known is None else known)
             self.plans.keep(digests, tensors)
             checked_document(document)
             needed, free = sum(plan.size for plan in plans), self.storage.free_bytes(self.target.parent)
@@ -160,10 +157,10 @@ class _Save:
             except OSError as error:
                 raise self._refusal(error, _Staging(self.target.parent, needed, free)) from error
 
-        known = take_step(self.ranks, plan, recall, asked=asked)
+        known = run_collectively(self.ranks, plan, recall, failed=asked)
         head, placed, own = mine[0]
         brought = replace(own, entries=()) if known else own
-        return head, placed, take_step(self.ranks, lambda: brought, judge, asked=asked), tensors
+        return head, placed, run_collectively(self.ranks, lambda: brought, judge, failed=asked), tensors
 
     def write(self, staging: _Staging, head: bytes, entries: Sequence[Entry]) -> FileInfo | None:
         """This rank's file, synced; its size and checksums, None where it writes nothing. Local."""
@@ -213,7 +210,7 @@ class _Save:
         except OSError as error:
             raise self._refusal(error, staging) from error
 
-    def _refuse_absent(self, path: Place, size: int) -> None:
+    def _refuse_absent(self, path: Location, size: int) -> None:
         found = self.storage.size(path)
         if found != size:
             raise CheckpointError(
@@ -232,76 +229,6 @@ class _Save:
         found += f", {staging.free} were free before it and {self.storage.free_bytes(staging.folder)} are now"
         do = "make room or name another run.dir; on several nodes it must be a folder that all of them see"
         return CheckpointError(explain("the disk refused.", found, do))
-
-
-def choose_shards(shards: Sequence[Shard]) -> list[Shard]:
-    """Those of a rank's shards that it writes: all it holds alone, and its even share of what others hold too.
-
-    Every holder comes to the same division without asking: among tensors with the same number of holders, biggest
-    first, each goes to the least loaded. Weighed by the global size, which is the same on all holders whatever their
-    boxes are.
-    """
-    chosen = [shard for shard in shards if shard.replica[1] == 1]
-    shared: dict[int, list[Shard]] = defaultdict(list)
-    for shard in shards:
-        if shard.replica[1] > 1:
-            shared[shard.replica[1]].append(shard)
-    for count, group in shared.items():
-        load = [0] * count
-        for shard in sorted(group, key=lambda s: (-torch.Size(s.shape).numel(), s.name, s.box.offsets)):
-            writer = load.index(min(load))
-            load[writer] += torch.Size(shard.shape).numel() * shard.tensor.dtype.itemsize
-            if writer == shard.replica[0]:
-                chosen.append(shard)
-    return chosen
-
-
-def plan_digest(shards: Sequence[Shard], head_bytes: int) -> bytes:
-    """Of all that a rank's plan, and what rank 0 makes of it, come from. Pure."""
-    told = [(s.name, s.shape, s.tensor.dtype, s.box.offsets, s.box.sizes, s.replica) for s in shards]
-    return sha256(repr((told, head_bytes)).encode()).digest()
-
-
-def judge_tensors(shards: Sequence[Shard], plans: Sequence[Sequence[Entry]]) -> dict[str, TensorInfo]:
-    """What all ranks' entries make of each tensor; `shards` are rank 0's, which names those without elements too.
-
-    Raises CheckpointError unless the boxes tile every tensor and the ranks agree on its shape and dtype.
-    """
-    found = {s.name: TensorInfo(s.shape, s.tensor.dtype) for s in shards if not torch.Size(s.shape).numel()}
-    tensors: dict[str, list[tuple[int, Entry]]] = defaultdict(list)
-    for rank, entries in enumerate(plans):
-        for entry in entries:
-            tensors[entry.name].append((rank, entry))
-    faults = []
-    for name, held in tensors.items():
-        fault = _disagreement(name, held)
-        boxes = {entry.box: rank for rank, entry in held if entry.box.numel}
-        shape, dtype = held[0][1].shape, held[0][1].dtype
-        grid = None if fault else find_grid(shape, boxes)
-        if grid is not None and len(boxes) == sum(1 for _, entry in held if entry.box.numel):
-            found[name] = TensorInfo(shape, dtype, grid=grid)
-            continue
-        if fault is None and (tiling := tiling_fault(shape, [entry.box for _, entry in held])):
-            fault = f"{name}: {tiling} (ranks {', '.join(str(rank) for rank, _ in held[:8])})"
-        if fault:
-            faults.append(fault)
-        listed = [StoredBox(entry.box, rank_file(rank), entry.start) for rank, entry in held if entry.box.numel]
-        found[name] = TensorInfo(shape, dtype, tuple(listed))
-    if faults:
-        more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
-        do = "mend the strategy that made these shards"
-        raise CheckpointError(explain("the ranks' shards do not fit together.", "; ".join(faults[:5]) + more, do))
-    return found
-
-
-def _disagreement(name: str, held: Sequence[tuple[int, Entry]]) -> str | None:
-    first_rank, first = held[0]
-    dtype_name(first.dtype)
-    for rank, entry in held:
-        if entry.dtype != first.dtype or entry.shape != first.shape:
-            here, there = f"{first.dtype} {first.shape}", f"{entry.dtype} {entry.shape}"
-            return f"{name} is {here} on rank {first_rank} but {there} on rank {rank}"
-    return None
 
 
 class _SummedFile:

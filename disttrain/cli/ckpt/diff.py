@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from disttrain.checkpoint import Checkpoint
-from disttrain.checkpoint.keep.compare import Largest, TensorDifference, compare_tensors
+from disttrain.checkpoint.keep.compare import LargestDifference, StoredTensorDifference, compare_tensors
 from disttrain.cli.ckpt.pages import named, table
 from disttrain.errors import ConfigError, explain
 
@@ -71,7 +71,7 @@ def _kind(shape: Sequence[int], dtype: torch.dtype) -> dict[str, Any]:
     return {"shape": list(shape), "dtype": str(dtype).removeprefix("torch.")}
 
 
-def _difference(one: TensorDifference) -> dict[str, Any]:
+def _difference(one: StoredTensorDifference) -> dict[str, Any]:
     return {
         "name": one.name,
         **_kind(one.shape, one.dtype),
@@ -84,7 +84,7 @@ def _difference(one: TensorDifference) -> dict[str, Any]:
     }
 
 
-def _largest(one: Largest | None) -> dict[str, Any] | None:
+def _largest(one: LargestDifference | None) -> dict[str, Any] | None:
     if one is None:
         return None
     a, b = (str(value) if isinstance(value, complex) else value for value in (one.a, one.b))

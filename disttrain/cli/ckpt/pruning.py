@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from disttrain.checkpoint import Best, Place, prune, storage_of
+from disttrain.checkpoint import Best, Location, prune, storage_of
 from disttrain.checkpoint.keep.retention import choose_kept
 from disttrain.cli.ckpt.pages import size_text
 from disttrain.cli.ckpt.survey import Listing, Survey, find_checkpoints, surveys
@@ -42,7 +42,7 @@ class Wish:
 def plan_prune(found: Sequence[Survey], wish: Wish) -> Plan:
     """Divide the checkpoints, given oldest first, by what is wished. Reads every chunk of what is to be kept. Local."""
     left = {one.path: one.faults[0] for one in found if one.faults}
-    verified: set[Place] = set()
+    verified: set[Location] = set()
     while True:
         there = {one.required().step: one for one in found if one.path not in left}
         scores = {step: _score(one, wish.best) for step, one in there.items()}
@@ -115,7 +115,7 @@ def render_pruning(found: dict[str, Any]) -> str:
     return "\n".join([*lines, f"{verb} {len(found['removed'])}, {size_text(found['bytes'])}"])
 
 
-def _remove(root: Place, plan: Plan) -> None:
+def _remove(root: Location, plan: Plan) -> None:
     """Through the room that owns the order of it: a rename first, so that a kill leaves no half checkpoint."""
     staying = [*(one.path for one in plan.kept), *(one.path for one, _ in plan.left)]
     asked = f"{len(plan.gone)} checkpoints in {root} are to be removed."

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from disttrain.checkpoint import Box, Shard, flat_range_to_boxes, whole_shard
+from disttrain.checkpoint import Box, Shard, flat_range_to_boxes, full_shard
 from disttrain.strategy.canonical_boxes import NUMBER, home_of_scalar, number_tensors, refuse_opaque
 from disttrain.strategy.contract import Prepared
 from disttrain.strategy.deepspeed.gradients import is_stage_three
@@ -55,11 +55,11 @@ def partition_shards(prepared: Prepared, stored: Mapping[str, Any] | None, *, ra
                 shape = tuple(parameter.ds_shape)
                 shards += _cut(full, shape, _equal_range(parameter, parameter.ds_tensor, 0, rank), parameter.ds_tensor)
             else:
-                shards.append(whole_shard(full, parameter.detach(), (rank, size)))
+                shards.append(full_shard(full, parameter.detach(), (rank, size)))
         state = set(module.state_dict()) if module is not None else set()
         for name, buffer in module.named_buffers() if module is not None else ():
             if name in state:
-                shards.append(whole_shard(f"{kind}/{prepared.name}/{name}", buffer, (rank, size)))
+                shards.append(full_shard(f"{kind}/{prepared.name}/{name}", buffer, (rank, size)))
     return shards
 
 
@@ -158,13 +158,13 @@ def _optimizer_shards(
             sizes = found.flat.shape if info.shape else ()
             state[key] = torch.zeros(sizes, dtype=info.dtype, device=home)
     for name, number in number_tensors(prepared, state, prefix, stored):
-        yield whole_shard(name, number, (rank, size))
+        yield full_shard(name, number, (rank, size))
     for key, value in state.items():
         if not isinstance(value, Tensor):
             continue
         if value.shape == found.flat.shape:
             yield from _cut(prefix + key, shape, found, value)
         elif value.dim() == 0:
-            yield whole_shard(prefix + key, value, (rank, size))
+            yield full_shard(prefix + key, value, (rank, size))
         else:
             refuse_opaque(prefix + key, value)

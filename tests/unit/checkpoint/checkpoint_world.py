@@ -14,7 +14,7 @@ import fsspec
 import torch
 from torch import Tensor
 
-from disttrain.checkpoint import Box, Shard, flat_range_to_boxes, whole_shard
+from disttrain.checkpoint import Box, Shard, flat_range_to_boxes, full_shard
 
 TIMEOUT_S = 20.0
 
@@ -77,7 +77,7 @@ def on_ranks(size: int, act: Callable[[ThreadRanks], Any]) -> list[Any]:
 
 def whole_on_every_rank(tensors: Mapping[str, Tensor], rank: int, size: int) -> list[Shard]:
     """As DDP holds them."""
-    return [whole_shard(name, tensor.clone(), (rank, size)) for name, tensor in tensors.items()]
+    return [full_shard(name, tensor.clone(), (rank, size)) for name, tensor in tensors.items()]
 
 
 def cut_along(dim: int) -> Callable[[Mapping[str, Tensor], int, int], list[Shard]]:
@@ -87,7 +87,7 @@ def cut_along(dim: int) -> Callable[[Mapping[str, Tensor], int, int], list[Shard
         made = []
         for name, tensor in tensors.items():
             if tensor.dim() <= dim:
-                made.append(whole_shard(name, tensor.clone(), (rank, size)))
+                made.append(full_shard(name, tensor.clone(), (rank, size)))
                 continue
             rows = tensor.shape[dim]
             per = -(-rows // size)

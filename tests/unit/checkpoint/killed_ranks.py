@@ -19,7 +19,7 @@ import torch
 from checkpoint_world import LAYOUTS
 
 from disttrain.checkpoint import Disk, prune, save_checkpoint
-from disttrain.checkpoint.storage import disk
+from disttrain.checkpoint.storage import durable_files
 
 LOST = 3
 """The exit code of a rank whose peer went away."""
@@ -104,7 +104,7 @@ def save_with(root: Path, size: int, step: int, victim: int = -1, at: int = -1) 
 
 
 def main(folder: Path, size: int) -> None:
-    disk._PIECE = 4096  # so that these files go past the page cache, as large ones do, and the manifest does not
+    durable_files._PIECE = 4096  # so that these files bypass the page cache as large ones do, and the manifest does not
     trials = []
     for victim in range(size):
         at = 0

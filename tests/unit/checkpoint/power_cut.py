@@ -15,7 +15,7 @@ from itertools import product
 from pathlib import Path
 
 from disttrain.checkpoint import Disk
-from disttrain.checkpoint.storage.disk import DiskFile
+from disttrain.checkpoint.storage.durable_files import DiskFile
 
 
 @dataclass

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disttrain.checkpoint import Box, flat_range_to_boxes, overlap, tiling_fault, whole
+from disttrain.checkpoint import Box, flat_range_to_boxes, full_box, overlap, tiling_fault
 
 SHAPES = st.lists(st.integers(0, 5), max_size=4).map(tuple)
 
@@ -94,10 +94,10 @@ def test_a_grid_of_sixteen_thousand_boxes_is_checked_in_a_blink() -> None:
 
 
 def test_a_scalar_is_one_box_without_dims() -> None:
-    assert whole(()) == Box((), ()) == overlap(whole(()), whole(()))
-    assert whole(()).numel == 1
-    assert tiling_fault((), [whole(())]) is None
-    assert tiling_fault((), [whole(()), whole(())]) is not None
+    assert full_box(()) == Box((), ()) == overlap(full_box(()), full_box(()))
+    assert full_box(()).numel == 1
+    assert tiling_fault((), [full_box(())]) is None
+    assert tiling_fault((), [full_box(()), full_box(())]) is not None
     assert tiling_fault((), []) is not None
 
 

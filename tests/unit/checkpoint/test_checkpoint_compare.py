@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from disttrain.checkpoint import Checkpoint, save_checkpoint
-from disttrain.checkpoint.keep.compare import BATCH_BYTES, Comparison, TensorDifference, compare_tensors
-from disttrain.checkpoint.read.chunks import ChunkReader
+from disttrain.checkpoint.keep.compare import BATCH_BYTES, Comparison, StoredTensorDifference, compare_tensors
+from disttrain.checkpoint.storage.chunk_reader import ChunkReader
 from disttrain.checkpoint.write.save import CHUNK_BYTES
 from disttrain.errors import CheckpointError
 
@@ -35,7 +35,7 @@ def saved(
     return Checkpoint.open(found)
 
 
-def compared(tmp_path: Path, a: Tensor, b: Tensor) -> TensorDifference | None:
+def compared(tmp_path: Path, a: Tensor, b: Tensor) -> StoredTensorDifference | None:
     """One tensor against another of its shape and dtype."""
     left, right = saved(tmp_path / "a", {"user/u/t": a}), saved(tmp_path / "b", {"user/u/t": b})
     found = compare_tensors(left, right)

@@ -24,12 +24,12 @@ from disttrain.checkpoint import (
     Disk,
     Shard,
     SoleRank,
+    full_shard,
     list_checkpoints,
-    newest_whole,
+    newest_intact,
     prune,
     save_checkpoint,
     set_aside,
-    whole_shard,
 )
 from disttrain.errors import CheckpointError, UnreadableError
 
@@ -91,14 +91,14 @@ def test_two_hundred_bit_flips_each_send_the_run_back_to_the_previous_and_name_t
         content = bytearray(original)
         content[bit // 8] ^= 1 << bit % 8
         file.write_bytes(content)
-        checkpoint, rejected = newest_whole(tmp_path, SoleRank())
+        checkpoint, rejected = newest_intact(tmp_path, SoleRank())
         assert checkpoint is not None
         assert checkpoint.step == 100
         ((what, why),) = rejected
         assert what == path
         assert file.name in why, (bit, why)
         file.write_bytes(original)
-    assert newest_whole(tmp_path, SoleRank())[1] == []
+    assert newest_intact(tmp_path, SoleRank())[1] == []
 
 
 def test_any_zeroed_piece_and_any_two_swapped_ones_are_detected(tmp_path: Path) -> None:
@@ -158,19 +158,19 @@ def test_damage_done_after_all_was_verified_is_found_while_tensors_are_filled(tm
     """In the bytes asked for, between them, in the header: in every chunk that this process has not read before."""
     tensors = {f"model/m/{name}": torch.arange(float(size)) for name, size in (("a", 300), ("b", 2500), ("c", 40))}
     path = save_checkpoint(
-        tmp_path, 1, [whole_shard(*item) for item in tensors.items()], {}, SoleRank(), chunk_bytes=4096
+        tmp_path, 1, [full_shard(*item) for item in tensors.items()], {}, SoleRank(), chunk_bytes=4096
     )
     file = path / "rank-00000.safetensors"
     found = Checkpoint.open(path)
-    starts = {name: found.located(name)[0].start for name in tensors}
+    starts = {name: found.locate(name)[0].start for name in tensors}
     a, b = starts["model/m/a"], starts["model/m/b"]
     assert a < b < 4096 < b + 4 * 2500 - 4096 < starts["model/m/c"], "three chunks: b begins in the first"
 
     def load(*names: str) -> list[torch.Tensor]:
         checkpoint = Checkpoint.open(path)
-        checkpoint.check_on_the_way()  # as after `newest_whole`: other ranks have read it
+        checkpoint.verify_while_loading()  # as after `newest_intact`: other ranks have read it
         into = [torch.zeros(tensors[name].shape, dtype=dtype) for name in names]
-        checkpoint.load_into([whole_shard(*item) for item in zip(names, into, strict=True)], strict=False)
+        checkpoint.load_into([full_shard(*item) for item in zip(names, into, strict=True)], strict=False)
         return into
 
     assert torch.equal(load("model/m/b")[0], tensors["model/m/b"].to(dtype))
@@ -187,17 +187,17 @@ def test_damage_done_after_all_was_verified_is_found_while_tensors_are_filled(tm
 @pytest.mark.parametrize("at_once", [False, True])
 def test_shards_may_ask_for_the_same_bytes_and_in_any_order(tmp_path: Path, at_once: bool) -> None:
     rows = torch.arange(120.0).view(30, 4)
-    path = save_checkpoint(tmp_path, 1, [whole_shard("model/m/w", rows)], {}, SoleRank(), chunk_bytes=4096)
+    path = save_checkpoint(tmp_path, 1, [full_shard("model/m/w", rows)], {}, SoleRank(), chunk_bytes=4096)
     line = torch.arange(4000.0)
-    other = save_checkpoint(tmp_path, 2, [whole_shard("model/m/w", line)], {}, SoleRank(), chunk_bytes=4096)
+    other = save_checkpoint(tmp_path, 2, [full_shard("model/m/w", line)], {}, SoleRank(), chunk_bytes=4096)
     boxes = [Box((first, 0), (count, 4)) for first, count in ((20, 10), (0, 20), (10, 15), (0, 30), (29, 1))]
-    second = (4096 - Checkpoint.open(other).located("model/m/w")[0].start) // 4  # the second chunk's first element
+    second = (4096 - Checkpoint.open(other).locate("model/m/w")[0].start) // 4  # the second chunk's first element
     parts = [Box((0,), (4000,)), Box((second,), (1024,)), Box((second + 1024,), (100,))]
     cases = [(path, rows, boxes), (path, rows, boxes[:2]), (other, line, parts), (other, line, parts[:2])]
     for where, tensor, chosen in [*cases, *((where, tensor, chosen[::-1]) for where, tensor, chosen in cases)]:
         checkpoint = Checkpoint.open(where)
         if at_once:
-            checkpoint.check_on_the_way()
+            checkpoint.verify_while_loading()
         shards = [Shard("model/m/w", tuple(tensor.shape), box, torch.zeros(box.sizes)) for box in chosen]
         checkpoint.load_into(shards)
         assert all(torch.equal(shard.tensor, tensor[shard.box.slices()]) for shard in shards)
@@ -211,7 +211,7 @@ def test_resuming_goes_on_from_the_newest_whole_one_and_says_what_was_wrong(tmp_
     file.write_bytes(file.read_bytes()[:-4] + b"abcd")
     (tmp_path / "step-00000200").rename(tmp_path / "step-00000250")  # whole, but not what its name says
     for size in (1, 3):
-        found = on_ranks(size, lambda ranks: newest_whole(tmp_path, ranks))
+        found = on_ranks(size, lambda ranks: newest_intact(tmp_path, ranks))
         for checkpoint, rejected in found:
             assert checkpoint.step == 100
             assert [path.name for path, _ in rejected] == ["step-00000400", "step-00000300", "step-00000250"]
@@ -226,14 +226,14 @@ def test_one_of_a_newer_format_ends_the_search_and_is_left_alone(tmp_path: Path)
     save(tmp_path, 100)
     newer = save(tmp_path, 200)
     seal(newer, lambda m: m.update(version=2))
-    for found in on_ranks(2, lambda own: newest_whole(tmp_path, own)):
+    for found in on_ranks(2, lambda own: newest_intact(tmp_path, own)):
         assert isinstance(found, UnreadableError) and "format version 2" in str(found)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000100", "step-00000200"]
 
 
 def test_there_is_nothing_to_resume_from_in_an_empty_or_absent_folder(tmp_path: Path) -> None:
-    assert newest_whole(tmp_path, SoleRank()) == (None, [])
-    assert newest_whole(tmp_path / "absent", SoleRank()) == (None, [])
+    assert newest_intact(tmp_path, SoleRank()) == (None, [])
+    assert newest_intact(tmp_path / "absent", SoleRank()) == (None, [])
 
 
 def _evil(name: str, change: Callable[[dict[str, Any]], None], found: str) -> Any:
@@ -330,7 +330,7 @@ def test_a_header_that_lies_is_refused_before_anything_is_written(tmp_path: Path
     file.write_bytes(changed)
     chunks = [zlib.crc32(changed[at : at + 4096]) for at in range(0, len(changed), 4096)]
     seal(path, lambda m: m["files"].update({FIRST: {"size": len(changed), "chunks": chunks}}))
-    target = whole_shard("model/m/w", torch.zeros(1500))
+    target = full_shard("model/m/w", torch.zeros(1500))
     with pytest.raises(CheckpointError, match=r"header of rank-00000.safetensors does not fit") as caught:
         Checkpoint.open(path).load_into([target])
     assert found in str(caught.value)
@@ -362,7 +362,7 @@ def test_random_values_anywhere_in_a_manifest_never_end_in_another_error(tmp_pat
         try:
             checkpoint = Checkpoint.open(path)
             checkpoint.verify()
-            checkpoint.load_into([whole_shard(W, torch.zeros(1500))])
+            checkpoint.load_into([full_shard(W, torch.zeros(1500))])
         except CheckpointError:
             pass
 
@@ -423,7 +423,7 @@ def test_a_folder_of_someone_elses_format_is_named(tmp_path: Path, content: list
 def test_a_full_disk_is_named_with_the_room_needed_and_found_and_leaves_nothing(small_disk: Path) -> None:
     root = small_disk / "checkpoints"
     first = save(root, 100)
-    state = [whole_shard("model/m/w", torch.zeros(200_000)), whole_shard("model/m/v", torch.zeros(200_000))]
+    state = [full_shard("model/m/w", torch.zeros(200_000)), full_shard("model/m/v", torch.zeros(200_000))]
     found = on_ranks(2, lambda ranks: save_checkpoint(root, 200, state if ranks.rank else [], {}, ranks))
     for error in found:
         assert isinstance(error, CheckpointError)
@@ -462,7 +462,7 @@ def test_whatever_operation_fails_all_ranks_learn_it_and_nothing_is_left(tmp_pat
             assert len({str(error) for error in found}) == 1
         assert sorted(root.iterdir()) == [first, *([root / "step-00000200"] if committed else [])]
         load_all(first)
-        assert newest_whole(root, SoleRank())[1] == []
+        assert newest_intact(root, SoleRank())[1] == []
         failing += 1
     assert {"create", "write", "sync", "sync_folder"} <= set(seen)
 

@@ -13,7 +13,7 @@ import pytest
 from checkpoint_world import LAYOUTS, on_ranks, same_bits
 from killed_ranks import state_of
 
-from disttrain.checkpoint import SoleRank, list_checkpoints, newest_whole, remove_stale_staging, save_checkpoint
+from disttrain.checkpoint import SoleRank, list_checkpoints, newest_intact, remove_stale_staging, save_checkpoint
 
 HOME = Path(__file__).parent
 
@@ -48,7 +48,7 @@ def test_every_rank_killed_before_each_of_its_operations(size: int, tmp_path: Pa
 
 def recovered(root: Path, size: int) -> int:
     """The step that is found, after a check of every bit, and of saving again what may have been lost."""
-    found, rejected = newest_whole(root, SoleRank())
+    found, rejected = newest_intact(root, SoleRank())
     assert found is not None
     assert rejected == []
     expected = state_of(found.step)

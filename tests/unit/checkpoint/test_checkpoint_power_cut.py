@@ -16,7 +16,7 @@ from power_cut import ModelDisk, Operation, Recorder, count_states, every_state,
 from disttrain.checkpoint import (
     Checkpoint,
     SoleRank,
-    newest_whole,
+    newest_intact,
     prune,
     remove_stale_staging,
     save_checkpoint,
@@ -100,7 +100,7 @@ def replay(run: Path, operations: Sequence[Operation], place: Path, limit: int) 
 
 def fault_of(root: Path, safe: int, begun: int, *, go_on: bool) -> str | None:
     """What is wrong with what a resuming run finds: `safe` is the newest step whose save had returned, 0 for none."""
-    found, rejected = newest_whole(root, SoleRank())
+    found, rejected = newest_intact(root, SoleRank())
     if found is None:
         return f"nothing found, {safe} was saved" if safe or rejected else None
     if not max(safe, begun - 100) <= found.step <= begun:
@@ -122,7 +122,7 @@ def fault_of(root: Path, safe: int, begun: int, *, go_on: bool) -> str | None:
             set_aside(path)
         save(root, found.step + 100)
         prune(root, 1)
-        again, _ = newest_whole(root, SoleRank())
+        again, _ = newest_intact(root, SoleRank())
         if again is None or again.step != found.step + 100:
             return f"after {found.step} nothing could be saved"
     return None

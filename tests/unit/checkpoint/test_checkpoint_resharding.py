@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from disttrain.checkpoint import Box, Checkpoint, Shard, SoleRank, save_checkpoint, whole_shard
+from disttrain.checkpoint import Box, Checkpoint, Shard, SoleRank, full_shard, save_checkpoint
 from disttrain.errors import CheckpointError
 
 DOCUMENT = {"progress": {"steps": 100}, "betas": (0.9, 0.999), "name": "Zoë", "off": None, "best": float("inf")}
@@ -92,7 +92,7 @@ def test_the_manifest_is_plain_json_with_names_sizes_and_checksums(tmp_path: Pat
 def test_a_stored_float_is_converted_to_the_shards_dtype(tmp_path: Path) -> None:
     path = save(tmp_path, "rows", 2, {"model/m/w": torch.tensor([1.0, 1 / 3])})
     into = torch.zeros(2, dtype=torch.bfloat16)
-    Checkpoint.open(path).load_into([whole_shard("model/m/w", into)])
+    Checkpoint.open(path).load_into([full_shard("model/m/w", into)])
     assert torch.equal(into, torch.tensor([1.0, 1 / 3]).bfloat16())
 
 
@@ -100,7 +100,7 @@ def test_a_strided_parameter_that_needs_gradients_is_filled(tmp_path: Path) -> N
     tensor = torch.randn(6, 4)
     path = save(tmp_path, "rows", 2, {"model/m/w": tensor})
     into = torch.nn.Parameter(torch.zeros(4, 6).t())
-    Checkpoint.open(path).load_into([whole_shard("model/m/w", into)])
+    Checkpoint.open(path).load_into([full_shard("model/m/w", into)])
     assert torch.equal(into, tensor)
 
 
@@ -109,7 +109,7 @@ def test_all_missing_unexpected_and_misshapen_names_are_listed_and_nothing_is_wr
         tmp_path, "rows", 2, {"model/m/a": torch.ones(3), "model/m/b": torch.ones(4), "model/m/c": torch.ones(2)}
     )
     a, b, d = torch.zeros(3), torch.zeros(5), torch.zeros(1)
-    wanted = [whole_shard("model/m/a", a), whole_shard("model/m/b", b), whole_shard("model/m/d", d)]
+    wanted = [full_shard("model/m/a", a), full_shard("model/m/b", b), full_shard("model/m/d", d)]
     with pytest.raises(CheckpointError) as caught:
         Checkpoint.open(path).load_into(wanted)
     text = str(caught.value)
@@ -127,7 +127,7 @@ def test_all_missing_unexpected_and_misshapen_names_are_listed_and_nothing_is_wr
 def test_an_integer_never_becomes_a_float_in_silence(tmp_path: Path) -> None:
     path = save(tmp_path, "rows", 1, {"model/m/a": torch.arange(3)})
     with pytest.raises(CheckpointError, match=r"torch.int64 in the checkpoint, torch.float32 here"):
-        Checkpoint.open(path).load_into([whole_shard("model/m/a", torch.zeros(3))])
+        Checkpoint.open(path).load_into([full_shard("model/m/a", torch.zeros(3))])
 
 
 def test_an_unknown_name_is_refused_with_the_near_ones(tmp_path: Path) -> None:
@@ -139,14 +139,14 @@ def test_an_unknown_name_is_refused_with_the_near_ones(tmp_path: Path) -> None:
     ("shards", "fault"),
     [
         ([[Shard("model/m/w", (4,), Box((0,), (2,)), torch.zeros(2))]], "hold 2 of 4"),
-        ([[whole_shard("model/m/w", torch.zeros(4))], [whole_shard("model/m/w", torch.zeros(4))]], "overlap"),
-        ([[whole_shard("model/m/w", torch.zeros(4))], [whole_shard("model/m/w", torch.zeros(5))]], "on rank 1"),
-        ([[whole_shard("w", torch.zeros(4))]], "does not begin with one of model/"),
-        ([[whole_shard("model/m", torch.zeros(4))]], "KIND/OWNER/NAME"),
+        ([[full_shard("model/m/w", torch.zeros(4))], [full_shard("model/m/w", torch.zeros(4))]], "overlap"),
+        ([[full_shard("model/m/w", torch.zeros(4))], [full_shard("model/m/w", torch.zeros(5))]], "on rank 1"),
+        ([[full_shard("w", torch.zeros(4))]], "does not begin with one of model/"),
+        ([[full_shard("model/m", torch.zeros(4))]], "KIND/OWNER/NAME"),
         ([[], [Shard("model/m/w", (4,), Box((0,), (4,)), torch.zeros(3))]], "rank 1"),
-        ([[whole_shard("model/m/w", torch.zeros(4, device="meta"))]], "meta"),
-        ([[whole_shard("model/m/w", torch.zeros(4), (2, 2))]], "replica 2 of 2"),
-        ([[whole_shard("model/m/w", torch.zeros(4)), whole_shard("model/m/w", torch.ones(4))]], "twice"),
+        ([[full_shard("model/m/w", torch.zeros(4, device="meta"))]], "meta"),
+        ([[full_shard("model/m/w", torch.zeros(4), (2, 2))]], "replica 2 of 2"),
+        ([[full_shard("model/m/w", torch.zeros(4)), full_shard("model/m/w", torch.ones(4))]], "twice"),
     ],
 )
 def test_shards_that_do_not_fit_are_refused_on_all_ranks_before_a_byte_is_written(

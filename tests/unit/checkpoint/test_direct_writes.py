@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from disttrain.checkpoint.storage.disk import Disk
-from disttrain.checkpoint.storage import disk as module
+from disttrain.checkpoint.storage import durable_files as module
+from disttrain.checkpoint.storage.durable_files import Disk
 
 MIB = 2**20
 DIRECT = getattr(os, "O_DIRECT", 0)

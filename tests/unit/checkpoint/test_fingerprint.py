@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from disttrain.checkpoint import Box, Shard, add_up, fingerprint, whole_shard
+from disttrain.checkpoint import Box, Shard, combine_fingerprints, fingerprint, full_shard
 
 WORD = 2**64
 
@@ -45,27 +45,29 @@ def test_is_the_same_for_every_cut(data: st.DataObject) -> None:
     tensor = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=dtype)
     edges = [data.draw(st.lists(st.integers(1, size), max_size=2)) for size in shape]
     edges = [[edge for edge in own if edge < size] for own, size in zip(edges, shape, strict=True)]
-    assert add_up(map(fingerprint, cut(tensor, edges))) == expected(tensor)
+    assert combine_fingerprints(map(fingerprint, cut(tensor, edges))) == expected(tensor)
 
 
 @pytest.mark.parametrize("tensor", [torch.tensor(2.5), torch.zeros(0, 3), torch.tensor([True, False]), torch.arange(9)])
 def test_of_small_and_odd_tensors(tensor: Tensor) -> None:
-    assert fingerprint(whole_shard("model/m/w", tensor)) == expected(tensor)
+    assert fingerprint(full_shard("model/m/w", tensor)) == expected(tensor)
 
 
 def test_of_more_than_a_piece() -> None:
     tensor = torch.randn(3, 100_000, generator=torch.Generator().manual_seed(0))
-    assert fingerprint(whole_shard("model/m/w", tensor)) == add_up(map(fingerprint, cut(tensor, [[1], [70_000]])))
+    assert fingerprint(full_shard("model/m/w", tensor)) == combine_fingerprints(
+        map(fingerprint, cut(tensor, [[1], [70_000]]))
+    )
 
 
 def test_any_changed_bit_and_any_two_swapped_elements_change_it() -> None:
     tensor = torch.randn(40, generator=torch.Generator().manual_seed(0))
-    before = fingerprint(whole_shard("model/m/w", tensor))
+    before = fingerprint(full_shard("model/m/w", tensor))
     for place, bit in itertools.product(range(40), range(32)):
         other = tensor.clone()
         other.view(torch.int32)[place] ^= torch.tensor(1 << bit, dtype=torch.int64).to(torch.int32)
-        assert fingerprint(whole_shard("model/m/w", other)) != before
+        assert fingerprint(full_shard("model/m/w", other)) != before
     for one, two in itertools.combinations(range(40), 2):
         other = tensor.clone()
         other[[one, two]] = tensor[[two, one]]
-        assert fingerprint(whole_shard("model/m/w", other)) != before
+        assert fingerprint(full_shard("model/m/w", other)) != before

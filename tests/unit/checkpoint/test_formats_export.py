@@ -15,7 +15,7 @@ import torch
 from checkpoint_world import same_bits, some_tensors
 from torch import Tensor
 
-from disttrain.checkpoint import Disk, SoleRank, save_checkpoint, whole_shard
+from disttrain.checkpoint import Disk, SoleRank, full_shard, save_checkpoint
 from disttrain.checkpoint.formats import EXPORTS, Extras, export_weights, format_of, open_weights, read_weight
 from disttrain.engine.export import convert
 from disttrain.errors import CheckpointError, ConfigError
@@ -31,14 +31,14 @@ def weights_of_some() -> dict[str, Tensor]:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    shards = [whole_shard(name, tensor) for name, tensor in some_tensors().items()]
+    shards = [full_shard(name, tensor) for name, tensor in some_tensors().items()]
     return save_checkpoint(tmp_path / "saved", 7, shards, {"config": {}, "optim": {}}, SoleRank())
 
 
 def test_a_safetensors_file_is_read_by_safetensors(checkpoint: Path, tmp_path: Path) -> None:
     expected = weights_of_some()
     expected["wave"] = expected["wave"].to(torch.complex64)  # the format has no wider one
-    shards = [whole_shard(f"model/model/{name}", tensor) for name, tensor in expected.items()]
+    shards = [full_shard(f"model/model/{name}", tensor) for name, tensor in expected.items()]
     source = save_checkpoint(tmp_path / "narrow", 7, shards, {}, SoleRank())
     done = convert(source, tmp_path / "weights.safetensors")
     found = safetensors.torch.load_file(tmp_path / "weights.safetensors")
@@ -62,7 +62,7 @@ def test_a_torch_file_is_read_by_torch_without_running_it(checkpoint: Path, tmp_
 
 def test_a_big_model_goes_into_several_files_with_an_index(tmp_path: Path) -> None:
     tensors = {f"layers.{k}.weight": torch.full((10,), float(k)) for k in range(7)}
-    shards = [whole_shard(f"model/model/{name}", tensor) for name, tensor in tensors.items()]
+    shards = [full_shard(f"model/model/{name}", tensor) for name, tensor in tensors.items()]
     source = save_checkpoint(tmp_path, 1, shards, {}, SoleRank())
     folder = tmp_path / "folder"
     export_weights(open_weights(source), folder, "huggingface", shard_bytes=100, extras=Extras({"config.json": "{}"}))
@@ -94,7 +94,7 @@ def test_nothing_is_overwritten(to: str, checkpoint: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("to", EXPORTS)
 def test_a_full_disk_leaves_nothing(to: str, tmp_path: Path) -> None:
-    source = save_checkpoint(tmp_path / "saved", 1, [whole_shard("model/model/a", torch.ones(9))], {}, SoleRank())
+    source = save_checkpoint(tmp_path / "saved", 1, [full_shard("model/model/a", torch.ones(9))], {}, SoleRank())
 
     def full(operation: str, path: Path) -> None:
         if operation == "rename":
@@ -122,7 +122,7 @@ def test_another_name_and_another_format_are_named(checkpoint: Path, tmp_path: P
 
 
 def test_what_a_path_looks_like_says_its_format(checkpoint: Path, tmp_path: Path) -> None:
-    single = save_checkpoint(tmp_path / "one", 1, [whole_shard("model/model/a", torch.ones(9))], {}, SoleRank())
+    single = save_checkpoint(tmp_path / "one", 1, [full_shard("model/model/a", torch.ones(9))], {}, SoleRank())
     found = {"disttrain": checkpoint}
     for to in EXPORTS:
         found[to] = convert(single, tmp_path / f"as-{to}", to=to).path
@@ -147,7 +147,7 @@ print(peak() - before)
 
 @pytest.mark.parametrize("to", EXPORTS)
 def test_an_export_holds_one_tensor(to: str, tmp_path: Path) -> None:
-    tensors = [whole_shard(f"model/model/{k}", torch.full((BIG,), float(k))) for k in range(12)]
+    tensors = [full_shard(f"model/model/{k}", torch.full((BIG,), float(k))) for k in range(12)]
     source = save_checkpoint(tmp_path, 1, tensors, {}, SoleRank())
     command = [sys.executable, "-c", MEASURED, str(source), str(tmp_path / "target"), to]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)

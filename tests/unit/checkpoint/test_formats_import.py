@@ -18,9 +18,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import disttrain
-from disttrain.checkpoint import Box, Checkpoint, Shard, whole_shard
+from disttrain.checkpoint import Box, Checkpoint, Shard, full_shard
 from disttrain.checkpoint.formats import (
-    Wanted,
+    WantedBox,
     format_of,
     import_checkpoint,
     match_weights,
@@ -50,7 +50,7 @@ class Net(nn.Module):
 
 
 def shards_of(model: nn.Module) -> list[Shard]:
-    return [whole_shard(f"model/net/{name}", parameter) for name, parameter in model.named_parameters()]
+    return [full_shard(f"model/net/{name}", parameter) for name, parameter in model.named_parameters()]
 
 
 TIES = {"head.weight": "encoder.weight"}
@@ -109,7 +109,7 @@ def test_a_part_of_a_tensor_is_all_that_is_read(net: Net, tmp_path: Path, monkey
     monkeypatch.setattr(huggingface_format, "safe_open", Slices)
     weights = open_weights(written("safetensors", net, tmp_path / "there"))
     into = torch.zeros(2, 3, dtype=torch.float64)
-    weights.fill([Wanted("encoder.weight", Box((1, 1), (2, 3)), into)])
+    weights.fill([WantedBox("encoder.weight", Box((1, 1), (2, 3)), into)])
     assert torch.equal(into, net.encoder.weight[1:3, 1:4].double())
 
 

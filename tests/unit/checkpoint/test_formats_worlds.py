@@ -23,7 +23,7 @@ from world import run_world
 
 import disttrain
 from disttrain.checkpoint import Checkpoint
-from disttrain.checkpoint.formats import Wanted, format_of, import_checkpoint, open_weights
+from disttrain.checkpoint.formats import WantedBox, format_of, import_checkpoint, open_weights
 from disttrain.checkpoint.formats import huggingface as huggingface_format
 from disttrain.engine.export import convert
 from disttrain.errors import CheckpointError
@@ -198,7 +198,7 @@ def read_into(folder: Path, weights: Path, strategies: Mapping[str, Any], only: 
     read = 0
     fill = huggingface_format.SafetensorsWeights.fill
 
-    def counted(self: Any, wanted: Sequence[Wanted]) -> None:
+    def counted(self: Any, wanted: Sequence[WantedBox]) -> None:
         nonlocal read
         read += sum(one.box.numel for one in wanted)
         fill(self, wanted)

@@ -57,7 +57,7 @@ def test_what_meets_a_box_is_what_overlaps_it(case: tuple, data: st.DataObject) 
     wanted = Box(offsets, sizes)
     expected = {box: rank for box, rank in held.items() if overlap(box, wanted)}
     grid = find_grid(shape, held)
-    assert grid is None or dict(grid.meeting(wanted)) == expected
+    assert grid is None or dict(grid.overlapping(wanted)) == expected
 
 
 @given(cuts, st.data())
@@ -83,4 +83,4 @@ def test_a_thousand_ranks_are_one_line() -> None:
     grid = find_grid((4096, 64), held)
     assert grid == Grid((4096, 64), (4, 64), 0, (1, 0))
     assert math.prod(grid.counts) == 1024
-    assert [rank for _, rank in grid.meeting(Box((10, 0), (3, 64)))] == [2, 3]
+    assert [rank for _, rank in grid.overlapping(Box((10, 0), (3, 64)))] == [2, 3]

@@ -13,11 +13,11 @@ import pytest
 import torch
 from checkpoint_world import LAYOUTS, blank, empty_store, on_ranks, same_bits, some_tensors
 
-from disttrain.checkpoint import Checkpoint, SoleRank, newest_whole, place_of, save_checkpoint
+from disttrain.checkpoint import Checkpoint, SoleRank, newest_intact, parse_location, save_checkpoint
 from disttrain.checkpoint.form.manifest import FileInfo
 from disttrain.checkpoint.read import reader
-from disttrain.checkpoint.read.chunk_shares import every_chunk, runs_of, share_unread
-from disttrain.checkpoint.read.chunks import ChunkReader
+from disttrain.checkpoint.read.chunk_ranges import all_chunks, divide_unread, merge_chunks
+from disttrain.checkpoint.storage.chunk_reader import ChunkReader
 from disttrain.errors import DamagedError, UnreadableError
 
 CHUNK = 4096
@@ -40,7 +40,7 @@ def resume(root: Any, tensors: dict[str, torch.Tensor], layout: str, ranks: int)
 
     def act(own: Any) -> Any:
         shards = blank(LAYOUTS[layout](tensors, own.rank, ranks))
-        found, rejected = newest_whole(root, own, lambda checkpoint: checkpoint.load_into(shards) and None)
+        found, rejected = newest_intact(root, own, lambda checkpoint: checkpoint.load_into(shards) and None)
         return found, rejected, shards
 
     return on_ranks(ranks, act)
@@ -57,10 +57,10 @@ def test_all_ranks_together_read_every_chunk_once(
     saved: int, loaded: int, kept_in: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with empty_store():
-        root = place_of(tmp_path if kept_in == "disk" else "memory://bucket/run")
+        root = parse_location(tmp_path if kept_in == "disk" else "memory://bucket/run")
         path = save(root, 7, large_tensors(), ranks=saved)
         files = Checkpoint.open(path).manifest.files
-        chunks = every_chunk(files)
+        chunks = all_chunks(files)
         assert len(chunks) >= 2 * saved * 3
         summed: list[tuple[str, int]] = []
         read: list[int] = []
@@ -112,7 +112,7 @@ def test_a_flip_anywhere_sends_every_rank_to_the_one_before_whose_bits_it_then_h
             shards = blank(LAYOUTS[layout](old, own.rank, ranks))
             names = {shard.name for shard in shards}  # flat parts of a scalar are one rank's
             fill = lambda one: one.load_into(shards, ignore=set(one.tensors) - names)  # noqa: E731
-            return *newest_whole(tmp_path, own, fill), shards
+            return *newest_intact(tmp_path, own, fill), shards
 
         for found, rejected, shards in on_ranks(ranks, act):
             assert found.step == 100, (file.name, bit)
@@ -146,7 +146,7 @@ def test_what_filling_raises_rejects_the_candidate_on_every_rank(tmp_path: Path)
             if own.rank == 1 and one.step == 2:
                 raise RuntimeError("no room")
 
-        return newest_whole(tmp_path, own, fill)
+        return newest_intact(tmp_path, own, fill)
 
     for found, rejected in on_ranks(2, act):
         assert found.step == 1
@@ -158,16 +158,16 @@ def test_chunks_that_nobody_read_are_shared_out_evenly() -> None:
     chosen = random.Random(3)
     for _ in range(200):
         count = chosen.randrange(1, 6)
-        read = [runs_of(chosen.sample(every_chunk(files), chosen.randrange(9))) for _ in range(count)]
-        shares = share_unread(files, read, count)
+        read = [merge_chunks(chosen.sample(all_chunks(files), chosen.randrange(9))) for _ in range(count)]
+        shares = divide_unread(files, read, count)
         expand = lambda runs: [(name, k) for name, first, stop in runs for k in range(first, stop)]  # noqa: E731
         known = {one for runs in read for one in expand(runs)}
         told = Counter(one for runs in shares for one in expand(runs))
-        assert set(told) == set(every_chunk(files)) - known
+        assert set(told) == set(all_chunks(files)) - known
         assert set(told.values()) <= {1}
         sizes = [len(expand(runs)) for runs in shares]
         assert max(sizes) - min(sizes) <= 1
-    assert runs_of([("b", 1), ("a", 3), ("a", 1), ("a", 2)]) == [("a", 1, 4), ("b", 1, 2)]
+    assert merge_chunks([("b", 1), ("a", 3), ("a", 1), ("a", 2)]) == [("a", 1, 4), ("b", 1, 2)]
 
 
 def test_a_header_that_reads_otherwise_a_second_time_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +200,7 @@ def test_a_file_that_may_not_be_read_any_more_ends_the_search(tmp_path: Path) ->
             if own.rank == 1:
                 raise UnreadableError("not any more")
 
-        return newest_whole(tmp_path, own, fill)
+        return newest_intact(tmp_path, own, fill)
 
     for found in on_ranks(2, act):
         assert isinstance(found, UnreadableError) and "not any more" in str(found)
@@ -219,7 +219,7 @@ def test_what_a_rejected_candidate_was_filled_into_is_let_go_at_once(tmp_path: P
 
     gc.disable()
     try:
-        assert newest_whole(tmp_path, SoleRank(), fill)[0] is None
+        assert newest_intact(tmp_path, SoleRank(), fill)[0] is None
         assert len(made) == 3
         assert [one() for one in made] == [None] * 3
     finally:

@@ -12,7 +12,7 @@ import torch
 from checkpoint_world import LAYOUTS, ThreadRanks, on_ranks, same_bits, some_tensors
 from torch import Tensor
 
-from disttrain.checkpoint import Checkpoint, PlanMemory, Shard, save_checkpoint
+from disttrain.checkpoint import Checkpoint, PlanCache, Shard, save_checkpoint
 from disttrain.errors import CheckpointError
 
 SIZE = 3
@@ -36,7 +36,7 @@ class Counted:
         self._ranks.barrier()
 
 
-def save(root: Path, step: int, memories: list[PlanMemory], cut: Any, tensors: Mapping[str, Tensor]) -> list[Any]:
+def save(root: Path, step: int, memories: list[PlanCache], cut: Any, tensors: Mapping[str, Tensor]) -> list[Any]:
     """Bytes that each rank said, or what it raised."""
 
     def act(own: ThreadRanks) -> int:
@@ -49,9 +49,9 @@ def save(root: Path, step: int, memories: list[PlanMemory], cut: Any, tensors: M
 
 
 def test_a_save_that_is_cut_like_the_one_before_says_a_digest(tmp_path: Path) -> None:
-    memories = [PlanMemory() for _ in range(SIZE)]
+    memories = [PlanCache() for _ in range(SIZE)]
     first, again = (save(tmp_path, step, memories, LAYOUTS["rows"], MANY) for step in (1, 2))
-    fresh = save(tmp_path / "fresh", 2, [PlanMemory() for _ in range(SIZE)], LAYOUTS["rows"], MANY)
+    fresh = save(tmp_path / "fresh", 2, [PlanCache() for _ in range(SIZE)], LAYOUTS["rows"], MANY)
     assert all(said > 200 * 20 for said in first), "200 tensors, by name"
     assert all(said < 1000 for said in again), "and none"
     assert all(said > 200 * 20 for said in fresh)
@@ -64,7 +64,7 @@ def test_a_save_that_is_cut_like_the_one_before_says_a_digest(tmp_path: Path) ->
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_whatever_is_cut_otherwise_is_judged_anew(layout: str, tmp_path: Path) -> None:
     """Another cut, then a tensor more, one of another dtype, and the first cut again: each loads as it was saved."""
-    memories = [PlanMemory() for _ in range(SIZE)]
+    memories = [PlanCache() for _ in range(SIZE)]
     tensors = some_tensors()
     wider = {**tensors, "model/m/more": torch.arange(7.0)}
     retyped = {**wider, "model/m/more": torch.arange(7.0, dtype=torch.float64)}
@@ -79,7 +79,7 @@ def test_whatever_is_cut_otherwise_is_judged_anew(layout: str, tmp_path: Path) -
 
 
 def test_one_rank_that_changed_alone_is_not_taken_for_what_it_was(tmp_path: Path) -> None:
-    memories = [PlanMemory() for _ in range(SIZE)]
+    memories = [PlanCache() for _ in range(SIZE)]
 
     def cut(tensors: Mapping[str, Tensor], rank: int, size: int) -> list[Shard]:
         return LAYOUTS["rows"](tensors, rank, size)[: None if rank else -1]
@@ -92,7 +92,7 @@ def test_one_rank_that_changed_alone_is_not_taken_for_what_it_was(tmp_path: Path
 
 
 def test_a_save_that_failed_after_its_plans_were_judged_can_be_tried_again(tmp_path: Path) -> None:
-    memories = [PlanMemory() for _ in range(SIZE)]
+    memories = [PlanCache() for _ in range(SIZE)]
     save(tmp_path, 1, memories, LAYOUTS["rows"], MANY)
     told = save(tmp_path, 1, memories, LAYOUTS["rows"], MANY)
     assert all("exists already" in str(one) for one in told)

@@ -9,13 +9,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disttrain.checkpoint import Best, Retention, SoleRank, list_checkpoints, save_checkpoint, whole_shard
+from disttrain.checkpoint import Best, Retention, SoleRank, full_shard, list_checkpoints, save_checkpoint
 from disttrain.checkpoint.keep.retention import choose_kept
 
 
 def save(root: Path, step: int, loss: float | None = None) -> Path:
     document = {} if loss is None else {"evaluation": {"eval/held_out/loss": loss}}
-    return save_checkpoint(root, step, [whole_shard("model/m/w", torch.full((3,), float(step)))], document, SoleRank())
+    return save_checkpoint(root, step, [full_shard("model/m/w", torch.full((3,), float(step)))], document, SoleRank())
 
 
 def steps_in(root: Path) -> list[int]:
@@ -75,6 +75,6 @@ def test_the_best_is_known_after_a_restart(tmp_path: Path) -> None:
     for step, loss in ((1, 1.0), (2, 2.0)):
         save(tmp_path, step, loss)
     retention = Retention(tmp_path, keep_last=1, best=Best("eval/held_out/loss", "max"))
-    retention.found_whole(tmp_path / "step-00000002")
+    retention.mark_intact(tmp_path / "step-00000002")
     retention.committed(save(tmp_path, 3, 1.5))
     assert steps_in(tmp_path) == [2, 3]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from checkpoint_world import LAYOUTS, ThreadRanks, on_ranks, same_bits, some_tensors
 
-from disttrain.checkpoint import Checkpoint, StagingBuffer, save_checkpoint
+from disttrain.checkpoint import Checkpoint, ShardCopies, save_checkpoint
 
 
 @pytest.mark.parametrize("layout", sorted(LAYOUTS))
@@ -21,7 +21,7 @@ def test_a_save_of_the_copy_is_the_save_of_what_was_there_when_it_was_made(
     def save(ranks: ThreadRanks) -> tuple[int, int]:
         shards = LAYOUTS[layout](tensors, ranks.rank, ranks.size)
         save_checkpoint(tmp_path, 1, shards, {}, ranks)
-        buffer = StagingBuffer()
+        buffer = ShardCopies()
         staged = buffer.copy(shards)
         for shard in shards:
             shard.tensor.copy_(torch.zeros(shard.tensor.shape))

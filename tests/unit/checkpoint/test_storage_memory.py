@@ -19,16 +19,16 @@ from disttrain.checkpoint import (
     Disk,
     SoleRank,
     address_fault,
+    full_shard,
     holds_checkpoints,
     list_checkpoints,
-    newest_whole,
-    place_of,
+    newest_intact,
+    parse_location,
     prune,
     remove_stale_staging,
     save_checkpoint,
     set_aside,
     storage_of,
-    whole_shard,
 )
 from disttrain.errors import CheckpointError
 
@@ -119,7 +119,7 @@ class Killed(BaseException):
 
 
 def test_a_writer_stopped_at_any_operation_leaves_the_previous_or_the_new_checkpoint(store: Any) -> None:
-    state = [whole_shard(W, torch.full((1500,), 2.0)), whole_shard("model/m/v", torch.ones(7))]
+    state = [full_shard(W, torch.full((1500,), 2.0)), full_shard("model/m/v", torch.ones(7))]
     steps: list[int] = []
     killed = True
     while killed:
@@ -140,7 +140,7 @@ def test_a_writer_stopped_at_any_operation_leaves_the_previous_or_the_new_checkp
         except Killed:
             store.clear()
             store.update(as_it_was)  # a killed process tidies nothing up
-        checkpoint, rejected = newest_whole(ROOT, SoleRank())
+        checkpoint, rejected = newest_intact(ROOT, SoleRank())
         assert checkpoint is not None
         assert rejected == []
         assert torch.equal(checkpoint.read(W), torch.full((1500,), {100: 1.0, 200: 2.0}[checkpoint.step]))
@@ -159,7 +159,7 @@ def test_a_folder_without_a_manifest_is_listed_by_nobody_and_its_step_is_free_on
     save(200)
     del store["/bucket/run/step-00000200/manifest.json"]
     assert list_checkpoints(ROOT) == [ROOT / "step-00000100"]
-    found, rejected = newest_whole(ROOT, SoleRank())
+    found, rejected = newest_intact(ROOT, SoleRank())
     assert found is not None
     assert (found.step, rejected) == (100, [])
     with pytest.raises(CheckpointError, match="exists already"):
@@ -180,7 +180,7 @@ def test_one_flipped_byte_is_found_and_the_run_goes_on_from_the_one_before(store
         save(step)
     store["/bucket/run/step-00000300/rank-00001.safetensors"].getbuffer()[-1] ^= 1
     store["/bucket/run/step-00000200/manifest.json"].getbuffer()[300] ^= 1
-    found = on_ranks(3, lambda ranks: newest_whole(ROOT, ranks))
+    found = on_ranks(3, lambda ranks: newest_intact(ROOT, ranks))
     for checkpoint, rejected in found:
         assert checkpoint.step == 100
         assert [path.name for path, _ in rejected] == ["step-00000300", "step-00000200"]
@@ -197,7 +197,7 @@ def test_a_store_is_asked_once_for_a_chunk_however_many_tensors_are_in_it(
 ) -> None:
     tensors = {f"model/m/small{number:03d}": torch.full((64,), float(number)) for number in range(100)}
     tensors["model/m/zz_large"] = torch.arange(5000.0)
-    path = save_checkpoint(ROOT, 1, [whole_shard(*item) for item in tensors.items()], {}, SoleRank(), chunk_bytes=4096)
+    path = save_checkpoint(ROOT, 1, [full_shard(*item) for item in tensors.items()], {}, SoleRank(), chunk_bytes=4096)
     chunks = sum(len(info.chunks) for info in Checkpoint.open(path).manifest.files.values())
     asked: list[tuple[int, int]] = []
     system = type(fsspec.filesystem("memory"))
@@ -212,8 +212,8 @@ def test_a_store_is_asked_once_for_a_chunk_however_many_tensors_are_in_it(
     into = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
     checkpoint = Checkpoint.open(path)
     if at_once:
-        checkpoint.check_on_the_way()
-    checkpoint.load_into([whole_shard(*item) for item in into.items()])
+        checkpoint.verify_while_loading()
+    checkpoint.load_into([full_shard(*item) for item in into.items()])
     assert all(torch.equal(into[name], tensor) for name, tensor in tensors.items())
     headers = -(-asked[0][1] // 4096) + 2
     assert len(asked) <= (1 if at_once else 2) * chunks + headers, "to check it and to fill, or once"
@@ -300,9 +300,9 @@ def test_a_run_and_a_checkpoint_are_told_apart() -> None:
 
 
 def test_places_are_read_as_they_are_written() -> None:
-    assert place_of("runs/a") == Path("runs/a")
-    assert place_of("file:///data/a") == Path("/data/a")
-    place = place_of("s3://bucket/prefix/run/")
+    assert parse_location("runs/a") == Path("runs/a")
+    assert parse_location("file:///data/a") == Path("/data/a")
+    place = parse_location("s3://bucket/prefix/run/")
     assert isinstance(place, Address)
     assert str(place / "step-00000001") == "s3://bucket/prefix/run/step-00000001"
     assert (place.name, str(place.parent), str(place.with_name("b"))) == (

@@ -12,7 +12,7 @@ import torch
 
 from disttrain.checkpoint.form.boxes import Box, overlap, tiling_fault
 from disttrain.checkpoint.form.shards import Shard
-from disttrain.checkpoint.formats.weights import Wanted, WeightInfo, read_weight
+from disttrain.checkpoint.formats.weights import WantedBox, WeightInfo, read_weight
 from disttrain.errors import CheckpointError, explain
 
 
@@ -32,7 +32,7 @@ class ForeignState:
     ties: Mapping[str, str] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
 
-    def refuse_holes(self) -> None:
+    def reject_incomplete(self) -> None:
         """Raise CheckpointError where a tensor's boxes do not make all of it."""
         boxes: dict[str, list[Box]] = defaultdict(list)
         for shard in self.shards:
@@ -55,7 +55,7 @@ class ForeignWeights:
                 self._parts[shard.name.removeprefix(f"model/{owner}/")].append(shard)
         self.tensors = {name: WeightInfo(own[0].shape, own[0].tensor.dtype) for name, own in self._parts.items()}
 
-    def fill(self, wanted: Sequence[Wanted]) -> None:
+    def fill(self, wanted: Sequence[WantedBox]) -> None:
         """What the stored boxes share with those asked for, from mapped memory."""
         with torch.no_grad():
             for one in wanted:
@@ -65,7 +65,7 @@ class ForeignWeights:
                         here, there = shared.slices(one.box.offsets), shared.slices(part.box.offsets)
                         one.into[here].copy_(part.tensor[there])
 
-    def whole(self, name: str) -> torch.Tensor:
+    def full_tensor(self, name: str) -> torch.Tensor:
         """Put together from its boxes."""
         return read_weight(self, name)
 

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from disttrain.checkpoint.form.boxes import Box
 from disttrain.checkpoint.form.shards import Shard
-from disttrain.checkpoint.write.save import choose_shards
+from disttrain.checkpoint.write.write_plan import choose_shards
 
 
-class StagingBuffer:
+class ShardCopies:
     """Copies of shards, valid until the next `copy`. Local."""
 
     def __init__(self) -> None:

@@ -1,6 +1,7 @@
-"""Every file-system operation of the writer, in one place, so that a test can stop or fail it at any of them.
+"""Performs every file-system operation of a checkpoint writer, durably.
 
-Owns durability: what `sync` returned from survives a power cut. Knows nothing of checkpoints.
+Content for which `sync` has returned survives a power cut. The operations are in one module so that a test can fail or
+stop the process at any of them. This module knows nothing about checkpoints.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from disttrain.logs import room_logger
+from disttrain.logs import package_logger
 
 Before = Callable[[str, Any], None]
-"""Called with an operation's name and place before it happens; may raise, or kill the process."""
+"""Called with the name and path of an operation before it is performed. It may raise an error or kill the process."""
 
 
 def _nothing(operation: str, path: Path) -> None:
@@ -29,20 +30,24 @@ def _nothing(operation: str, path: Path) -> None:
 
 
 _DIRECT = getattr(os, "O_DIRECT", 0)
-"""Past the kernel's cache of pages; 0 where there is no such thing (macOS)."""
+"""The flag for writes that bypass the kernel's page cache. It is 0 where there is none (macOS)."""
 _DIRECT_ON = {"ext4", "xfs"}
-"""Where that is a win: ext4 was measured, XFS was made for it. A network file system would wait for each piece."""
+"""File systems on which direct writes are faster.
+
+ext4 was measured, and XFS was designed for them. A network file system would wait for each piece.
+"""
 _PIECE = 8 * 2**20
-"""What a large file is handed to the disk in, and held in memory beside the state while it is written."""
+"""Bytes written to the disk at once for a large file. A buffer of this size is held in memory during the write."""
 _BLOCK = 4096
-"""What addresses, places and lengths are multiples of on that way: the largest sector in use."""
+"""Addresses, offsets and lengths of direct writes are multiples of this: the largest sector size in use."""
 
 
 class DiskFile:
-    """A new file being written; made by `Disk.create`.
+    """A new file that is being written. `Disk.create` makes it.
 
-    A large one goes `direct`ly to a local disk: a page cache that nobody reads costs a quarter of a second and more of
-    processor for a GiB, the copy into one aligned buffer a tenth, and training beside a save has what is left.
+    A large file is written `direct`ly to a local disk. Filling a page cache that nobody reads costs a quarter of a
+    second or more of processor time per GiB, and the copy into one aligned buffer costs a tenth. Training that
+    continues during the save has the rest.
     """
 
     def __init__(self, path: Path, before: Before, *, direct: bool = False) -> None:
@@ -54,7 +59,7 @@ class DiskFile:
         self._aligned = _Aligned(self._put) if direct else None
 
     def write(self, content: memoryview | bytes) -> None:
-        """All of `content`, after what is there; it may lie in memory until `sync`."""
+        """Append all of `content`. It may stay in memory until `sync`."""
         self._before("write", self._path)
         (self._put if self._aligned is None else self._aligned.write)(memoryview(content))
 
@@ -63,7 +68,7 @@ class DiskFile:
         self._before("sync", self._path)
         if self._aligned is not None:
             self._aligned.put_blocks()
-            _set_direct(self._descriptor, False)  # what fills no block goes through the cache
+            _set_direct(self._descriptor, False)  # the remainder does not fill a block and needs the page cache
             self._put(self._aligned.rest)
             self._aligned = None
         os.fsync(self._descriptor)
@@ -74,11 +79,12 @@ class DiskFile:
             try:
                 rest = rest[os.write(self._descriptor, rest) :]
             except OSError as error:
-                # A file system that wants other blocks, or none of this; also after a write that a full disk cut short.
-                refused = error.errno in (errno.EINVAL, errno.ENOTSUP)
-                if not (refused and _set_direct(self._descriptor, False)):
+                # The file system needs other blocks or does not support direct writes. This also happens after a full
+                # disk has shortened a write.
+                unsupported = error.errno in (errno.EINVAL, errno.ENOTSUP)
+                if not (unsupported and _set_direct(self._descriptor, False)):
                     raise
-        # The disk begins at once, and the last `sync` has little left to wait for; nor does memory fill with what
+        # The disk starts writing now, so the final `sync` waits only briefly. Memory does not fill with pages that
         # nobody reads soon.
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._descriptor, begin, self._size - begin, os.POSIX_FADV_DONTNEED)
@@ -93,11 +99,11 @@ class DiskFile:
 
 
 class _Aligned:
-    """What is written, gathered in an aligned buffer, from which the disk takes it by whole blocks."""
+    """Collects content in an aligned buffer, which is written to the disk in full blocks."""
 
     def __init__(self, put: Callable[[memoryview], None]) -> None:
         self._put = put
-        # Shared: a process that is forked meanwhile (a data worker) then cannot make the kernel copy it.
+        # The mapping is shared. Otherwise the kernel would copy it when a process, such as a data worker, is forked.
         self._memory = mmap.mmap(-1, _PIECE)
         self._bytes = np.frombuffer(self._memory, np.uint8)
         self._filled = 0
@@ -106,7 +112,7 @@ class _Aligned:
         rest = np.frombuffer(content, np.uint8)
         while rest.size:
             part = rest[: _PIECE - self._filled]
-            np.copyto(self._bytes[self._filled : self._filled + part.size], part)  # without Python's lock
+            np.copyto(self._bytes[self._filled : self._filled + part.size], part)  # releases the GIL
             self._filled += part.size
             rest = rest[part.size :]
             if self._filled == _PIECE:
@@ -114,17 +120,17 @@ class _Aligned:
                 self._filled = 0
 
     def put_blocks(self) -> None:
-        """All whole blocks; `rest` is what is left."""
+        """Write all full blocks. `rest` is the remainder."""
         self._put(memoryview(self._memory)[: self._filled - self._filled % _BLOCK])
 
     @property
     def rest(self) -> memoryview:
-        """What fills no block."""
+        """The bytes that do not fill a block."""
         return memoryview(self._memory)[self._filled - self._filled % _BLOCK : self._filled]
 
 
 def file_system(descriptor: int) -> str:
-    """The kind of file system that an open file lies on, by its device in Linux's table of mounts; else empty."""
+    """Return the type of an open file's file system, by its device in Linux's mount table; empty if unknown."""
     found = os.fstat(descriptor).st_dev
     device = f"{os.major(found)}:{os.minor(found)}"
     with contextlib.suppress(OSError):
@@ -136,7 +142,7 @@ def file_system(descriptor: int) -> str:
 
 
 def _set_direct(descriptor: int, on: bool) -> bool:
-    """Write past the cache from now on, or through it; whether that is a change, which some systems refuse."""
+    """Turn direct writes on or off. Return whether that changed anything: some systems do not support it."""
     flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
     wanted = flags | _DIRECT if on else flags & ~_DIRECT
     with contextlib.suppress(OSError):
@@ -146,26 +152,26 @@ def _set_direct(descriptor: int, on: bool) -> bool:
 
 
 class Disk:
-    """The file system as the writer sees it. `before` stands in front of every operation."""
+    """The file system as the writer sees it. `before` is called before every operation."""
 
     def __init__(self, before: Before = _nothing) -> None:
         self._before = before
 
     @property
     def before(self) -> Before:
-        """What stands in front of a writer's operations, for a store that has other ones."""
+        """The function called before every operation, for storages that perform other operations."""
         return self._before
 
     def make_folder(self, path: Path) -> None:
-        """One new folder; its parents too, where they are missing. Those are on the disk when it returns."""
+        """Create a folder, and its missing parents. The parents are on the disk when this returns."""
         self._before("make_folder", path)
         for parent in [parent for parent in reversed(path.parents) if not parent.exists()]:
             parent.mkdir(exist_ok=True)
-            self.sync_folder(parent.parent)  # else a power cut takes all that was ever committed below it
+            self.sync_folder(parent.parent)  # otherwise a power cut could remove all checkpoints below it
         path.mkdir()
 
     def create(self, path: Path, size: int = 0) -> DiskFile:
-        """A new file of about `size` bytes; FileExistsError if there is something of that name."""
+        """Create a file of about `size` bytes. Raises FileExistsError if the name exists."""
         self._before("create", path)
         return DiskFile(path, self._before, direct=size >= _PIECE)
 
@@ -182,14 +188,17 @@ class Disk:
             os.close(descriptor)
 
     def rename(self, source: Path, target: Path) -> None:
-        """Give a folder its final name; FileExistsError if that name is taken (rename would replace an empty one)."""
+        """Give a folder its final name.
+
+        Raises FileExistsError if that name exists. A plain rename would replace an empty folder.
+        """
         self._before("rename", target)
         if os.path.lexists(target):
-            raise FileExistsError(errno.EEXIST, "the name is taken", str(target))
+            raise FileExistsError(errno.EEXIST, "the name exists already", str(target))
         source.rename(target)
 
     def remove_tree(self, path: Path) -> None:
-        """A folder and all in it; what cannot be removed stays and is named in the log."""
+        """Remove a folder and its content. A warning in the log names what cannot be removed."""
         self._before("remove_tree", path)
         with contextlib.suppress(FileNotFoundError):
             try:
@@ -197,11 +206,11 @@ class Disk:
             except FileNotFoundError:
                 raise
             except OSError as error:
-                room_logger("checkpoint").warning("%s could not be removed: %s", path, error)
+                package_logger("checkpoint").warning("%s could not be removed: %s", path, error)
 
 
 def free_bytes(path: Path) -> int:
-    """What a user may still write below `path`, or below its nearest parent that exists."""
+    """Return the bytes that a user can still write below `path`, or below its nearest existing parent."""
     while not path.exists() and path != path.parent:
         path = path.parent
     return shutil.disk_usage(path).free

@@ -6,18 +6,18 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from disttrain.checkpoint.form.manifest import FileInfo
 
-ChunkRun = tuple[str, int, int]
+ChunkRange = tuple[str, int, int]
 """Neighbouring chunks: their file's name, the first, and the one after the last."""
 
 
-def every_chunk(files: Mapping[str, FileInfo]) -> list[tuple[str, int]]:
+def all_chunks(files: Mapping[str, FileInfo]) -> list[tuple[str, int]]:
     """All chunks of a checkpoint, file by file."""
     return [(name, chunk) for name, info in files.items() for chunk in range(len(info.chunks))]
 
 
-def runs_of(chunks: Iterable[tuple[str, int]]) -> list[ChunkRun]:
+def merge_chunks(chunks: Iterable[tuple[str, int]]) -> list[ChunkRange]:
     """The same chunks as runs, in order."""
-    runs: list[ChunkRun] = []
+    runs: list[ChunkRange] = []
     for file, chunk in sorted(chunks):
         if runs and runs[-1][0] == file and runs[-1][2] == chunk:
             runs[-1] = (file, runs[-1][1], chunk + 1)
@@ -26,8 +26,10 @@ def runs_of(chunks: Iterable[tuple[str, int]]) -> list[ChunkRun]:
     return runs
 
 
-def share_unread(files: Mapping[str, FileInfo], read: Iterable[Sequence[ChunkRun]], count: int) -> list[list[ChunkRun]]:
+def divide_unread(
+    files: Mapping[str, FileInfo], read: Iterable[Sequence[ChunkRange]], count: int
+) -> list[list[ChunkRange]]:
     """What nobody has read, cut into `count` equal parts."""
     known = {(file, chunk) for runs in read for file, first, stop in runs for chunk in range(first, stop)}
-    rest = [one for one in every_chunk(files) if one not in known]
-    return [runs_of(rest[len(rest) * part // count : len(rest) * (part + 1) // count]) for part in range(count)]
+    rest = [one for one in all_chunks(files) if one not in known]
+    return [merge_chunks(rest[len(rest) * part // count : len(rest) * (part + 1) // count]) for part in range(count)]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from disttrain.checkpoint.formats.restricted import Unpickler, refusal
+from disttrain.checkpoint.formats.restricted_pickle import Unpickler, refusal
 from disttrain.errors import CheckpointError
 
 _STORAGES = {

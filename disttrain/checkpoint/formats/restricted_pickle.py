@@ -24,7 +24,7 @@ Allowed = Mapping[str, Any]
 """What stands in for `module.name` in a pickle: a callable without effect, or a class made of its fields alone."""
 
 
-class Record:
+class StandIn:
     """Stands in for a class of others: keeps the state that was pickled, runs nothing."""
 
     def __setstate__(self, state: Any) -> None:
@@ -37,9 +37,9 @@ class Record:
         raise AttributeError(name)
 
 
-def record_class(name: str) -> type[Record]:
+def stand_in_class(name: str) -> type[StandIn]:
     """A class of its own for each class that it stands in for. Pure."""
-    return type(name, (Record,), {})
+    return type(name, (StandIn,), {})
 
 
 class Unpickler(pickle.Unpickler):
@@ -79,7 +79,7 @@ def load_torch_file(path: Path, allowed: Allowed | None = None) -> Any:
     return load_torch(path, str(path), allowed, mapped=mapped)
 
 
-def refuse_rot(path: Path) -> None:
+def reject_corrupt_zip(path: Path) -> None:
     """Raise CheckpointError where a torch.save file's bytes do not fit their checksums, which torch does not look at.
 
     The form before torch 1.6 has none. Reads the whole file. Local.
