@@ -1,4 +1,4 @@
-"""`disttrain parity`: does a config train the same everywhere, and if not, why. A table, or JSON for programs."""
+"""Implements `disttrain parity`, which checks whether a config trains the same everywhere and explains differences."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def check_parity(
     limit_s: float,
     as_json: bool,
 ) -> int:
-    """Print what was found; returns the exit code: 0 all equal, 6 something differs, else that of the first failure."""
-    load_to_train(config, overrides)  # a bad config is told before torch is loaded
+    """Prints the result. Returns the exit code: 0 all equal, 6 something differs, else that of the first failure."""
+    load_to_train(config, overrides)  # reports a bad config before torch is imported
     sizes, micro = _numbers("--world-sizes", world_sizes), _numbers("--micro-batches", micro_batches or "")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # its processes are ended with it
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that its processes end with it
     quiet_torch()
-    from disttrain.parity.cases import Asked
     from disttrain.parity.proof import prove_parity
+    from disttrain.parity.variants import Asked
 
     asked = Asked(
         strategies=tuple(filter(None, (strategies or "").split(","))),
@@ -54,7 +54,9 @@ def check_parity(
 def _numbers(option: str, text: str) -> tuple[int, ...]:
     words = [word.strip() for word in text.split(",") if word.strip()]
     if any(not word.isdecimal() or int(word) < 1 for word in words):
-        raise ConfigError(explain(f"{option} is a list of positive numbers.", repr(text), f"write {option} 1,2"))
+        raise ConfigError(
+            explain(f"Cannot read {option}.", f"{text!r} is not a list of positive integers", f"write {option} 1,2")
+        )
     return tuple(int(word) for word in words)
 
 
@@ -63,7 +65,7 @@ def _say(line: str) -> None:
 
 
 def render_report(report: Report) -> str:
-    """The table, and below it what is to be said of each row that is not simply equal."""
+    """Returns the table, followed by details of each row that is not simply equal."""
     kind = "a plain PyTorch loop" if report.plain else "strategy none"
     head = ("case", "processes", "micro-batch", "loss", "grad norm", "parameters", "")
     lines = [_cells(row) for row in report.rows]
@@ -81,7 +83,7 @@ def render_report(report: Report) -> str:
             f"{bounds.norm:.1e}, a parameter's norm {bounds.parameters:.1e}.",
             "",
             *table,
-            *[line for row in report.rows for line in _story(row)],
+            *[line for row in report.rows for line in _details(row)],
             *_note(report),
             "",
             _summary(report),
@@ -96,8 +98,8 @@ def _cells(row: Row) -> tuple[str, ...]:
     return (row.name, str(row.world_size), str(row.micro_batch or "-"), *figures, verdict)
 
 
-def _story(row: Row) -> list[str]:
-    """What is to be said of a row; nothing of one that is equal."""
+def _details(row: Row) -> list[str]:
+    """Returns the details of a row; none for an equal row without notes."""
     found, lines = row.difference, []
     if found is not None and found.first_step is not None:
         where = (
@@ -107,7 +109,7 @@ def _story(row: Row) -> list[str]:
         )
         lines.append(f"  differs from {where}")
         lines += [f"  parameters: {_list(found.tensors)}"] if found.tensors else []
-        lines += [f"  only on one side: {', '.join(found.missing[:_SHOWN])}"] if found.missing else []
+        lines += [f"  only in one of the runs: {', '.join(found.missing[:_SHOWN])}"] if found.missing else []
     if found is not None and found.undetermined:
         lines.append(
             "  undetermined, the gradient never rises above its rounding: "
@@ -128,14 +130,14 @@ def _list(tensors: Sequence[TensorDifference]) -> str:
 
 
 def _note(report: Report) -> list[str]:
-    """A fault of the objective that happened to change nothing here."""
+    """Reports a defect of the objective that changed nothing in these runs."""
     told = any(report.note in row.causes for row in report.rows)
     return [] if report.note is None or told else ["", f"note: {report.note.text}", f"  {report.note.shown_by}"]
 
 
 def _summary(report: Report) -> str:
     verdicts = [row.verdict for row in report.rows]
-    counted = [(name, verdicts.count(name)) for name in ("equal", "draws", "differs", "refused", "failed", "skipped")]
+    counted = [(name, verdicts.count(name)) for name in ("equal", "draws", "differs", "rejected", "failed", "skipped")]
     if len(set(verdicts)) == 1 and verdicts[0] == "equal":
         return f"All {len(verdicts)} equal."
     return ", ".join(f"{count} {_VERDICTS.get(name, name)}" for name, count in counted if count) + "."

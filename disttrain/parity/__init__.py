@@ -1,1 +1,1 @@
-"""`parity`: one config under many strategies and worlds, compared with a plain single-process loop, and explained."""
+"""Compares one config under many strategies and world sizes with a plain loop, and explains differences."""

@@ -1,6 +1,6 @@
-"""Why two runs differ, by trying: what to run again with one thing changed, and what it means if both are equal then.
+"""Defines the trials that explain a difference: what to change, and what it means if both sides are then equal.
 
-Owns the list of suspects and what is said of each. Pure: the trials are run elsewhere.
+Pure: `runs` executes the trials.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ FP32 = ("precision.compute=fp32", "precision.master=null", "precision.reduce=nul
 _SAME_MATHS = ("strategy.", "mesh.", "memory.", "run.threads", "data.micro_batch", "data.workers", "data.prefetch")
 _OF_KEY = (("optim.clip_norm", CLIP), ("precision.", DTYPE), ("optim.", OPTIMIZER))
 _ADDS_UP = 1e-4
-"""Relative; float32 sums of one batch and of its parts agree within 1e-6, an average is off by the parts' number."""
+"""Relative. float32 sums of a batch and of its parts agree within 1e-6; an average is off by the number of parts."""
 
 
 @dataclass(frozen=True)
 class Cause:
-    """What explains a difference, in words for people, and `shown_by`: the trial or measurement that showed it."""
+    """The explanation of a difference. `shown_by` names the trial or measurement that showed it."""
 
     cause: str
     text: str
@@ -35,21 +35,21 @@ class Cause:
 
 @dataclass(frozen=True)
 class Trial:
-    """Both sides again under `overrides` and with `quiet` modules; `alone`, the reference only, and the case as it was.
+    """Runs both sides again under `overrides`, with the `evaluated` kinds of modules in evaluation mode.
 
-    Equal then, the difference is explained by `cause`.
+    With `alone`, only the reference runs again. If both sides are then equal, `cause` explains the difference.
     """
 
     cause: str
     text: str
     shown_by: str
     overrides: tuple[str, ...] = ()
-    quiet: tuple[str, ...] = ()
+    evaluated: tuple[str, ...] = ()
     alone: bool = False
 
     @property
     def found(self) -> Cause:
-        """What it means that this trial made both equal."""
+        """The cause that this trial shows if it makes both sides equal."""
         return Cause(self.cause, self.text, self.shown_by)
 
 
@@ -57,36 +57,36 @@ class Trial:
 
 
 def micro_batch_trials(probe: Mapping[str, Any]) -> list[Trial]:
-    """For the reference that differs from itself at another micro-batch: the cause is in the model or the objective."""
-    dropout = "dropout draws for each micro-batch anew: equal only at the same data.micro_batch"
+    """Returns trials for a reference that differs at another micro-batch, because of its model or objective."""
+    dropout = "dropout draws new random numbers for each micro-batch: equal only at the same data.micro_batch"
     norms = probe["batch_norms"]
     statistics = (
         f"batch norm ({_some(norms)}) takes mean and variance of each micro-batch: keep data.micro_batch, "
-        "or use a norm of each item (LayerNorm, GroupNorm)"
+        "or use a norm per item (LayerNorm, GroupNorm)"
     )
     trials = []
     if probe["draws"]:
-        trials.append(Trial(DROPOUT, dropout, "equal with dropout off", quiet=("dropout",)))
+        trials.append(Trial(DROPOUT, dropout, "equal with dropout off", evaluated=("dropout",)))
     if norms:
         trials.append(
-            Trial(STATISTICS, statistics, "equal with batch norm on its kept statistics", quiet=("batch_norm",))
+            Trial(STATISTICS, statistics, "equal with batch norm on its kept statistics", evaluated=("batch_norm",))
         )
     if probe["draws"] and norms:
         both = f"{statistics}; and {dropout}"
-        trials.append(Trial(STATISTICS, both, "equal with both off", quiet=("dropout", "batch_norm")))
+        trials.append(Trial(STATISTICS, both, "equal with both off", evaluated=("dropout", "batch_norm")))
     if not norms:
-        what = dropout if probe["draws"] else "the model sees its whole micro-batch, or keeps state, in training mode"
+        what = (
+            dropout if probe["draws"] else "in training mode the model mixes a batch's items, or keeps state"
+        )
         kind = DROPOUT if probe["draws"] else COUPLED
-        trials.append(Trial(kind, what, "equal with the model in evaluation mode", quiet=("everything",)))
+        trials.append(Trial(kind, what, "equal with the model in evaluation mode", evaluated=("everything",)))
     return trials
 
 
 def objective_cause(probe: Mapping[str, Any]) -> Cause | None:
-    """Whether the objective on a batch is the sum of what it says of the batch's parts; where not, how. Measured."""
+    """Returns a cause if the objective of a batch is not the sum of the objectives of its parts, else None."""
     if probe["couples_items"]:
-        text = (
-            "the objective says couples_items: its terms are of a whole micro-batch, so data.micro_batch is its maths"
-        )
+        text = "the objective sets couples_items: its terms depend on the other items, so data.micro_batch matters"
         return Cause(COUPLED, text, "its attribute couples_items")
     found = probe["objective"]
     if found is None:
@@ -98,30 +98,28 @@ def objective_cause(probe: Mapping[str, Any]) -> Cause | None:
             continue
         samples = " and ".join(map(str, found["samples"]))
         measured = (
-            f"on {sum(found['samples'])} samples it says {total:.6g} of weight {weight:g}, on their parts of {samples} "
+            f"on {sum(found['samples'])} samples it returns {total:.6g} of weight {weight:g}, on parts of {samples} "
             f"{' and '.join(f'{a:.6g} of weight {b:g}' for a, b in zip(totals, weights, strict=True))}"
         )
         if _averages(total, weight, totals, weights):
-            text = (
-                "the objective averages before it sums: let it return the sum of its items' losses (reduction='sum') "
+            text = "the objective averages before it sums: return the sum of the items' losses (reduction='sum') "
                 "and their number"
-            )
             return Cause(OBJECTIVE, text, measured)
         text = (
-            "an item's loss depends on the other items of its batch (contrastive, balance): say couples_items = True, "
-            "and keep data.micro_batch"
+            "an item's loss depends on the other items of its batch (contrastive, load balance): "
+            "set couples_items = True and keep data.micro_batch"
         )
         return Cause(COUPLED, text, measured)
     return None
 
 
 def _averages(total: float, weight: float, totals: Sequence[float], weights: Sequence[float]) -> bool:
-    """An average of a batch lies between those of its parts, however it is weighed."""
+    """Returns whether the total behaves as an average: between the averages of the parts, whatever their weights."""
     means = [part / (size or 1.0) for part, size in zip(totals, weights, strict=True)]
     mean = total / (weight or 1.0)
     slack = _ADDS_UP * max(map(abs, means))
     inside = min(means) - slack <= mean <= max(means) + slack
-    # A mean that claims to weigh its items: the total itself is the average.
+    # An objective that returns a mean with a weight: the total itself is the average.
     return inside or min(totals) - slack <= total <= max(totals) + slack
 
 
@@ -133,12 +131,12 @@ def _close(a: float, b: float) -> bool:
 
 
 def case_trials(overrides: Sequence[str], own: Config, case: Config, probe: Mapping[str, Any]) -> list[Trial]:
-    """For a case that differs from the reference at its own micro-batch; those that need no world of several first."""
+    """Returns trials for a variant that differs from the reference. Trials on one process come first."""
     return [*_settings_of(overrides), *_clips(own), *_both_sides(own, case, probe)]
 
 
 def _settings_of(overrides: Sequence[str]) -> list[Trial]:
-    """What the case itself sets that changes the maths: the reference under it, one by one and together."""
+    """Tries the reference under the variant's settings that change the mathematics, one by one and together."""
     found = [one for one in overrides if not one.startswith(_SAME_MATHS)]
     trials = []
     for one in found:
@@ -151,19 +149,19 @@ def _settings_of(overrides: Sequence[str]) -> list[Trial]:
 
 
 def _clips(own: Config) -> list[Trial]:
-    if isinstance(own.optim, tuple):  # which of several says it, an override would have to know
+    if isinstance(own.optim, tuple):  # an override would have to name one optimizer of several
         return []
     clip = own.clip_norm or None
     if not clip:
         return []
-    text = f"it does not clip, while optim.clip_norm is {clip:g}"
+    text = f"the run does not clip, although optim.clip_norm is {clip:g}"
     return [Trial(CLIP, text, "equal to a reference that does not clip", ("optim.clip_norm=null",), alone=True)]
 
 
 def clip_left_to_deepspeed(own: Config, case: Config) -> Trial | None:
-    """Where a native JSON leaves clipping open: DeepSpeed alone would clip at 1.0, here `optim.clip_norm` decides.
+    """Returns a trial that measures DeepSpeed's default clipping, if a native JSON does not set `gradient_clipping`.
 
-    The trial shows what that would have changed.
+    DeepSpeed alone would clip at 1.0; here `optim.clip_norm` decides.
     """
     native: Any = getattr(case.strategy.options, "native", None)
     if not isinstance(native, Mapping) or not clip_left_out(native):
@@ -171,59 +169,61 @@ def clip_left_to_deepspeed(own: Config, case: Config) -> Trial | None:
     if own.optim is None or isinstance(own.optim, tuple) or own.clip_norm == 1.0:
         return None
     text = (
-        "the native JSON leaves gradient_clipping open: DeepSpeed alone clips at 1.0, its default, and differs from "
-        f"every other strategy; here optim.clip_norm decides, which is {own.clip_norm or 'off'}"
+        "the native JSON does not set gradient_clipping: DeepSpeed alone clips at 1.0, its default, unlike every other "
+        f"strategy; here optim.clip_norm decides, which is {own.clip_norm or 'off'}"
     )
     return Trial(CLIP, text, "", ("optim.clip_norm=1.0",), alone=True)
 
 
 def clip_measured(difference: Difference) -> str:
-    """What a clip at 1.0 changes in one process, in words."""
+    """Describes what clipping at 1.0 changes in one process."""
     if difference.equal:
-        return "a reference that clips at 1.0 is equal in these steps: no gradient was longer"
+        return "a reference that clips at 1.0 is equal in these steps: no gradient norm exceeded it"
     largest = f"parameters by up to {difference.parameters:.1e}, the loss by {difference.loss:.1e}"
-    return f"a reference that clips at 1.0 is another from step {difference.first_step} on: {largest}"
+    return f"a reference that clips at 1.0 differs from step {difference.first_step} on: {largest}"
 
 
 def _both_sides(own: Config, case: Config, probe: Mapping[str, Any]) -> list[Trial]:
     trials = []
     if probe["batch_norms"]:
         text = (
-            f"batch norm ({_some(probe['batch_norms'])}): each process keeps statistics of its own micro-batches, "
-            "one process of all of them"
+            f"batch norm ({_some(probe['batch_norms'])}): each rank keeps statistics of its micro-batches, "
+            "one process keeps statistics of all"
         )
-        trials.append(Trial(STATISTICS, text, "equal with batch norm on its kept statistics", quiet=("batch_norm",)))
+        trials.append(
+            Trial(STATISTICS, text, "equal with batch norm on its kept statistics", evaluated=("batch_norm",))
+        )
     if probe["draws"]:
-        text = "what the forward draws (dropout) is not the same"
-        trials.append(Trial(DROPOUT, text, "equal with dropout off", quiet=("dropout",)))
+        text = "the random numbers of the forward (dropout) differ"
+        trials.append(Trial(DROPOUT, text, "equal with dropout off", evaluated=("dropout",)))
     if own.clip_norm and not isinstance(own.optim, tuple):
-        text = "clipping: its norm, or its threshold, is another one"
+        text = "clipping uses another norm or threshold"
         trials.append(Trial(CLIP, text, "equal with clipping off on both sides", ("optim.clip_norm=null",)))
     if not probe["elementwise"] and isinstance(own.optim, OptimConfig):
         rate = own.optim.args.get("lr")
         lr = rate if isinstance(rate, int | float) else 1e-3
-        text = f"{optimizer_text(own)}: cut parameters are other numbers to it"
+        text = f"{optimizer_text(own)}: it computes another update on shards"
         swap = ("optim.target=torch.optim.SGD", f"optim.args.lr={lr}")
         trials.append(Trial(OPTIMIZER, text, "equal with torch.optim.SGD on both sides", swap))
     for compute in {own.precision.compute, case.precision.compute} - {"fp32", "fp64"}:
-        text = f"precision.compute={compute} rounds otherwise here than in one process"
+        text = f"precision.compute={compute} rounds differently here than in one process"
         trials.append(Trial(DTYPE, text, "equal in fp32 on both sides", FP32))
     return trials
 
 
 def optimizer_text(own: Config) -> str:
-    """What is said of an optimizer that is not elementwise."""
+    """Names the optimizers that are not elementwise."""
     listed = own.optim if isinstance(own.optim, tuple) else [own.optim]
     targets = [one.target for one in listed if one is not None]
     names = [one if isinstance(one, str) else getattr(one, "__qualname__", str(one)) for one in targets]
-    return f"{' or '.join(names)} is not elementwise, it looks at whole parameters"
+    return f"{' or '.join(names)} is not elementwise, it needs complete parameters"
 
 
 def unexplained(probe: Mapping[str, Any]) -> Cause:
-    """Nothing tried made both equal; what is known to be possible is named."""
+    """Returns the cause of a difference that no trial explained, with possible reasons."""
     hints = []
     if probe["stream"]:
-        hints.append("the data are a stream, which processes may cut into other batches")
+        hints.append("the data are a stream, which ranks may split into other batches")
     if probe["changing_buffers"]:
         hints.append(f"a forward changes the model's state ({_some(probe['changing_buffers'])})")
     text = "; ".join(hints) or "none of the known causes: try --steps 1 and precision.compute=fp64"

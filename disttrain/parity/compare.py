@@ -1,13 +1,13 @@
-"""How far two recorded runs are apart: loss, gradient norm and every tensor at every step, against stated bounds.
+"""Compares two recorded runs: loss, gradient norm and every tensor at every step, against stated bounds.
 
-Entries whose gradient never rises above its own rounding are told apart: an optimizer such as AdamW makes steps of
-nothing there. Holds one tensor of each run at a time. Pure but for reading the recordings.
+Entries whose gradient never rises above its own rounding error are reported separately, because an optimizer such as
+AdamW turns that rounding error into steps. Holds one tensor of each run in memory at a time.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,33 +16,39 @@ from torch import Tensor
 from disttrain.parity.recorded import Recorded
 
 RISES = 10.0
-"""A gradient's entry is above rounding where it is known to better than a tenth at some step."""
+"""A gradient entry counts as determined if, at some step, its rounding error is below a tenth of its value."""
 
 _EPSILON = {"bf16": 2.0**-8, "fp16": 2.0**-11}
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """The largest relative differences that count as equal; `parameters` is of a tensor's 2-norm."""
+    """The largest relative differences that count as equal. `parameters` applies to the 2-norm of a tensor."""
 
     loss: float
     norm: float
     parameters: float
 
 
+BOUNDS: Mapping[str, Bounds] = {"fp32": Bounds(1e-5, 1e-5, 1e-4), "fp64": Bounds(1e-9, 1e-9, 1e-9)}
+"""By precision. Within these bounds only the order of sums differs."""
+
+
 def bounds_for(compute: str, master: str) -> Bounds:
-    """fp32: 1e-5, parameters 1e-4; fp64: 1e-9. bf16 and fp16: the type's epsilon e for the loss, an average over items
-    that were each rounded so; 4 e for norm and parameters, which another order of sums rounds once more at each layer.
+    """Returns the bounds for a run that computes in `compute` with master weights in `master`.
+
+    For bf16 and fp16 the loss is bounded by the dtype's epsilon, because it averages items that were each rounded once.
+    Norm and parameters are bounded by four times epsilon, because each layer rounds again if sums have another order.
     """
     if compute == "fp64":
-        return Bounds(1e-9, 1e-9, 1e-9)
+        return BOUNDS["fp64"]
     epsilon = max(_EPSILON.get(compute, 0.0), _EPSILON.get(master, 0.0))
-    return Bounds(epsilon, 4 * epsilon, 4 * epsilon) if epsilon else Bounds(1e-5, 1e-5, 1e-4)
+    return Bounds(epsilon, 4 * epsilon, 4 * epsilon) if epsilon else BOUNDS["fp32"]
 
 
 @dataclass(frozen=True)
 class TensorDifference:
-    """`relative` is norm(a - b) / norm(b) at `step`, without the `undetermined` of the tensor's `entries`."""
+    """`relative` is norm(a - b) / norm(b) at `step`. Of the tensor's `entries`, `undetermined` were left out of it."""
 
     name: str
     step: int
@@ -53,11 +59,11 @@ class TensorDifference:
 
 @dataclass(frozen=True)
 class Difference:
-    """The largest relative differences over the steps; `first_step` is the first beyond a bound, in `first_in`.
+    """The largest relative differences over the steps. `first_step` is the first step beyond a bound, in `first_in`.
 
-    Step 0 is the initial weights, which are to be bit-equal. `tensors` are those beyond the bound at some step, worst
-    first; `undetermined` those that are not, once entries without a gradient are left out; `missing` names that only
-    one side has.
+    Step 0 stands for the initial weights, which must be bit-equal. `tensors` lists the tensors beyond the bound at some
+    step, worst first. `undetermined` lists the tensors within the bound once entries without a gradient are left out.
+    `missing` lists names that only one of the runs has.
     """
 
     loss: float
@@ -76,7 +82,7 @@ class Difference:
 
 
 def relative(found: float, expected: float) -> float:
-    """Relative difference of two numbers; infinite where just one is not finite."""
+    """Returns the relative difference of two numbers: infinite if only one of them is finite."""
     if found == expected or (math.isnan(found) and math.isnan(expected)):
         return 0.0
     difference = abs(found - expected) / max(abs(expected), 1e-12)
@@ -84,7 +90,7 @@ def relative(found: float, expected: float) -> float:
 
 
 def tensor_relative(found: Tensor, expected: Tensor, determined: Tensor | None = None) -> float:
-    """norm(found - expected) / norm(expected) in float64; the difference over `determined` entries alone."""
+    """Returns norm(found - expected) / norm(expected) in float64. The difference counts `determined` entries only."""
     if found.shape != expected.shape:
         return math.inf
     wide = torch.complex128 if expected.is_complex() else torch.float64
@@ -99,13 +105,13 @@ def tensor_relative(found: Tensor, expected: Tensor, determined: Tensor | None =
 
 @dataclass(frozen=True)
 class Rounding:
-    """Two recordings of one run's gradients, in its own precision and in a wider one: what differs is rounding."""
+    """Gradients of one run in its own precision and in a wider one. Their difference is the rounding error."""
 
     own: Recorded
     wide: Recorded
 
     def determined(self, name: str) -> Tensor | None:
-        """Where the gradient of `name` rises above its rounding at some step, by entry; None for what has none."""
+        """Returns a mask of the entries whose gradient rises above its rounding error, or None without a gradient."""
         if name not in self.own.names(1, "gradients"):
             return None
         signal: Tensor | None = None
@@ -119,7 +125,7 @@ class Rounding:
 
 
 def compare_runs(found: Recorded, expected: Recorded, bounds: Bounds, rounding: Rounding | None = None) -> Difference:
-    """`found` against `expected`, step by step. Where both have another number of steps, that is a difference too."""
+    """Compares `found` with `expected` step by step. A different number of steps is a difference, too."""
     steps = min(found.steps, expected.steps)
     losses = [relative(a, b) for a, b in zip(found.losses, expected.losses, strict=False)]
     norms = [relative(a, b) for a, b in zip(found.norms, expected.norms, strict=False)]
@@ -174,7 +180,7 @@ def _series(found: Recorded, expected: Recorded, name: str, steps: int, kept: Te
 
 
 def _beyond(series: Sequence[float], bounds: Bounds) -> int | None:
-    """The first step that is too far; the initial weights are to be bit-equal."""
+    """Returns the first step beyond the bound. The initial weights, step 0, must be bit-equal."""
     if series[0] > 0.0:
         return 0
     return _first(series[1:], bounds.parameters)

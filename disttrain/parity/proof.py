@@ -1,6 +1,7 @@
-"""`prove_parity`: cases against the plain reference, then, for those that differ, trials until something explains it.
+"""Compares the variants of a config with the plain reference, and explains the differences by trials.
 
-Reads top to bottom: references, cases, rounding where parameters differ, trials, one report. Touches no run's folder.
+The order is: references, variants, rounding errors where parameters differ, trials, one report. No folder of a run is
+touched.
 """
 
 from __future__ import annotations
@@ -17,14 +18,12 @@ from disttrain.config import Config, load_to_train
 from disttrain.engine import build
 from disttrain.errors import ConfigError
 from disttrain.parity import causes
-from disttrain.parity.cases import Asked, Case, plan_cases, uneven_micro_batch
 from disttrain.parity.compare import Rounding
-from disttrain.parity.launch import Failed
 from disttrain.parity.recorded import Recorded
 from disttrain.parity.report import Report, Row
-from disttrain.parity.runs import Pair, Runs, reference_key
-from disttrain.parity.task import Job, Task
-from disttrain.parity.trials import Trials
+from disttrain.parity.runs import Pair, Runs, Trials, reference_key
+from disttrain.parity.variants import Asked, Variant, plan_variants, uneven_micro_batch
+from disttrain.parity.worlds import Failed, Job, Task
 
 WIDER = {"fp32": "fp64", "bf16": "fp32", "fp16": "fp32"}
 
@@ -38,15 +37,15 @@ def prove_parity(
     limit_s: float = 300.0,
     say: Callable[[str], None] = lambda line: None,
 ) -> Report:
-    """Run everything in processes of its own, and compare. Local.
+    """Runs the variants in separate processes and compares them. Local.
 
-    Raises ConfigError for a config or a case that cannot be read; ReferenceError where one process cannot train it.
+    Raises ConfigError for a config or a variant that cannot be read, NoReferenceError if one process cannot train it.
     """
     overrides = [*overrides, *_in_samples(load_to_train(config, overrides))]
     own = load_to_train(config, overrides)
     assert own.data is not None and isinstance(own.data.global_batch, int)
     micro_batch = own.data.micro_batch if isinstance(own.data.micro_batch, int) else None
-    cases = plan_cases(
+    cases = plan_variants(
         lambda more: load_to_train(config, [*overrides, *more]),
         asked,
         global_batch=own.data.global_batch,
@@ -58,7 +57,7 @@ def prove_parity(
 
 
 def _in_samples(config: Config) -> list[str]:
-    """Batches given in tokens, as overrides in samples: only the dataset knows."""
+    """Converts batch sizes in tokens to overrides in samples, which only the dataset can do."""
     data = config.data
     assert data is not None
     amounts = {"global_batch": data.global_batch, "micro_batch": data.micro_batch}
@@ -70,17 +69,17 @@ def _in_samples(config: Config) -> list[str]:
 
 
 class _Proof:
-    """One proof at work: its references by micro-batch, its outcomes by key."""
+    """The steps of one comparison."""
 
     def __init__(self, own: Config, runs: Runs) -> None:
         self._own, self._runs = own, runs
 
-    def of(self, cases: Sequence[Case], asked: Asked, base: int) -> Report:
+    def of(self, cases: Sequence[Variant], asked: Asked, base: int) -> Report:
         assert self._own.data is not None and isinstance(self._own.data.global_batch, int)
         default = not (asked.strategies or asked.cases or asked.micro_batches)
         uneven = uneven_micro_batch(self._own.data.global_batch, base) if default else None
         sizes = dict.fromkeys(
-            [base, *filter(None, [uneven]), *(self._seen_by(case) for case in cases if not case.refused)]
+            [base, *filter(None, [uneven]), *(self._seen_by(case) for case in cases if not case.rejected)]
         )
         pairs = [Pair(Row("one process", 1, size, ()), reference_key(size), (), base) for size in sizes if size != base]
         pairs += [self._case(number, case) for number, case in enumerate(cases)]
@@ -90,7 +89,7 @@ class _Proof:
         self._set_rounding_apart(pairs)
         trials = Trials(self._runs, self._own)
         trials.explain(pairs)
-        trials.tell_aside(pairs)
+        trials.note_clipping(pairs)
         return Report(
             rows=tuple(pair.row for pair in pairs),
             steps=reference.steps,
@@ -105,11 +104,11 @@ class _Proof:
 
     # ------------------------------------------------------------------ runs
 
-    def _case(self, number: int, case: Case) -> Pair:
+    def _case(self, number: int, case: Variant) -> Pair:
         row = Row(case.name, case.world_size, case.micro_batch, case.overrides)
         gpus = torch.cuda.device_count() if self._own.run.device != "cpu" else 0
-        if case.refused:
-            row = replace(row, verdict="refused", error=Failed(ConfigError.exit_code, case.refused))
+        if case.rejected:
+            row = replace(row, verdict="rejected", error=Failed(ConfigError.exit_code, case.rejected))
         elif case.world_size > gpus > 0:
             error = Failed(
                 0, f"it needs {case.world_size} GPUs, this machine has {gpus}; run.device=cpu runs it on CPUs"
@@ -117,25 +116,25 @@ class _Proof:
             row = replace(row, verdict="skipped", error=error)
         return Pair(row, f"case-{number}", case.overrides, self._seen_by(case))
 
-    def _seen_by(self, case: Case) -> int:
-        """The micro-batch of one process that sees what this case sees: batch norm over all ranks sees all theirs."""
+    def _seen_by(self, case: Variant) -> int:
+        """Returns the micro-batch at which one process sees the same items as synchronized batch norm."""
         assert self._own.data is not None and isinstance(self._own.data.global_batch, int)
         synchronized = self._own.model is not None and self._own.model.sync_batch_norm
         return min(case.micro_batch * (case.parts if synchronized else 1), self._own.data.global_batch)
 
     def _run_all(self, sizes: Sequence[int], base: int, pairs: Sequence[Pair]) -> Recorded:
-        """References, then the cases of a world of one in the same process, then larger worlds. Returns the base's."""
+        """Runs references, then variants of one rank, then larger worlds. Returns the base reference."""
         plain = self._runs.plain
         references = [self._runs.reference(size, probe=plain and size == base) for size in sizes]
         if not plain:
             references.append(replace(self._runs.reference(base, key="probe", probe=True), reference=True))
-        to_run = [pair for pair in pairs if pair.is_case and pair.row.verdict is None]
+        to_run = [pair for pair in pairs if pair.is_variant and pair.row.verdict is None]
         for size in sorted({1, *(pair.row.world_size for pair in to_run)}):
             here = [pair for pair in to_run if pair.row.world_size == size]
             tasks = [*(references if size == 1 else ()), *(Task(pair.key, pair.overrides) for pair in here)]
             titles = {task.key: f"one process, micro-batch {task.micro_batch}" for task in references}
             self._runs.run(tasks, size, titles | {pair.key: pair.row.title for pair in here})
-            if size == 1:  # what does not train in one process ends here
+            if size == 1:  # raises if one process cannot train it
                 self._runs.probe = self._runs.found(reference_key(base) if plain else "probe").facts["probe"]
         return self._runs.found(reference_key(base))
 
@@ -147,17 +146,17 @@ class _Proof:
         outcome, reference = self._runs.outcomes[pair.key], self._runs.outcomes[reference_key(pair.base)]
         failed = outcome if isinstance(outcome, Failed) else reference if isinstance(reference, Failed) else None
         if failed is not None:
-            verdict = "refused" if failed.exit_code in (2, 3) else "failed"
+            verdict = "rejected" if failed.exit_code in (2, 3) else "failed"
             pair.row = replace(pair.row, verdict=verdict, error=failed)
             return
         difference = self._runs.compare(pair.key, reference_key(pair.base))
         assert difference is not None
         pair.row = replace(pair.row, verdict="equal" if difference.equal else "differs", difference=difference)
-        if difference.equal and pair.is_case:
+        if difference.equal and pair.is_variant:
             shutil.rmtree(self._runs.job.folder / pair.key)
 
     def _set_rounding_apart(self, pairs: Sequence[Pair]) -> None:
-        """Where nothing but parameters differs, entries without a gradient may be all: measured in a wider type."""
+        """Measures rounding errors of gradients where only parameters differ, which they may explain."""
         trainable = set(self._runs.probe["trainable"])
         doubted = [
             pair

@@ -1,20 +1,18 @@
-"""The single-process reference: a plain PyTorch loop, and what can be found out about model and objective by trying.
+"""Trains the single-process reference of a config, and measures properties of its model and objective.
 
-Shares with the engine what is data, not arithmetic: the constructor under the seed, the order of samples, the seeds of
-micro-batches. Sums, gradients, norm, clipping and the step are written out here the plain way.
+The reference shares data with the engine, not arithmetic: the constructor under the seed, the order of samples and the
+seeds of micro-batches. Sums, gradients, norm, clipping and the step come from `plain_loop`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from disttrain.checkpoint import whole_shard
@@ -29,13 +27,37 @@ from disttrain.engine.device_batches import to_device
 from disttrain.model import build_model
 from disttrain.objective import Objective
 from disttrain.optim.trials import is_elementwise
-from disttrain.parity.quiet import batch_norms, silence
+from disttrain.parity.plain_loop import plain_loop
 from disttrain.parity.recorded import Recorder
 from disttrain.strategy import Prepared, World
 from disttrain.strategy.construction import name_parameters
 from disttrain.strategy.step.arithmetic import seed_micro_batch
 
 NAME = "model"
+
+
+_DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+_INSTANCE_NORM = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+
+
+def _is_batch_norm(module: nn.Module) -> bool:
+    """Whether the module keeps running statistics as torch's batch norms do, whatever its class."""
+    return hasattr(module, "track_running_stats") and not isinstance(module, _INSTANCE_NORM)
+
+
+_OF_KIND: Mapping[str, Callable[[nn.Module], bool]] = {
+    "dropout": lambda module: isinstance(module, _DROPOUT),
+    "batch_norm": lambda module: hasattr(module, "track_running_stats"),
+    "everything": lambda module: True,
+}
+
+
+def set_to_evaluation(model: nn.Module, kinds: Sequence[str]) -> None:
+    """Puts the model's modules of these kinds (dropout, batch_norm, everything) into evaluation mode. Local."""
+    for kind in kinds:
+        for module in model.modules():
+            if _OF_KIND[kind](module):
+                module.training = False
 
 
 @dataclass
@@ -54,11 +76,11 @@ class Plain:
 
     @property
     def named(self) -> dict[str, Tensor]:
-        """The trainable parameters by name."""
+        """The trainable parameters, by name."""
         return {one.name: one.parameter for one in self.prepared.named}
 
     def batches(self, global_batch: int, micro_batch: int) -> Iterator[list[MicroBatch]]:
-        """Steps of micro-batches on the device, in the run's order."""
+        """Yields the micro-batches of each step on the device, in the order of the run."""
         data = self.config.data
         assert data is not None
         own = data.collate
@@ -79,7 +101,7 @@ class Plain:
 
 
 def build_plain(config: Config, world: World) -> Plain:
-    """Everything as a careful single-process script would build it. Runs user code."""
+    """Builds everything as a careful single-process script would. Runs user code. Local."""
     data = config.data
     assert data is not None
     dataset = build.dataset_of(config, data.train)
@@ -104,7 +126,7 @@ def _load_weights(model: nn.Module, path: str, *, strict: bool) -> None:
 
 
 def _as_wide(micro: MicroBatch, dtype: torch.dtype) -> MicroBatch:
-    """Under float64 a batch's float32 numbers are widened: a model of that type takes no others."""
+    """Casts float32 tensors to float64 if the model is float64, because such a model accepts no other dtype."""
     if dtype != torch.float64:
         return micro
     widened = tree_map_only(Tensor, lambda one: one.double() if one.dtype == torch.float32 else one, micro.batch)
@@ -112,90 +134,66 @@ def _as_wide(micro: MicroBatch, dtype: torch.dtype) -> MicroBatch:
 
 
 def train_plain(plain: Plain, recorder: Recorder, *, steps: int, micro_batch: int, gradients: bool) -> dict[str, Any]:
-    """The plain loop; returns its losses and norms. `gradients` records those too."""
-    config, prepared, named = plain.config, plain.prepared, plain.named
+    """Runs the plain loop and records its weights, and its gradients if asked. Returns its losses and norms. Local."""
+    config, prepared, named, objective = plain.config, plain.prepared, plain.named, plain.objective
     assert config.data is not None and config.optim is not None
     batch = build.samples_of(config.data.global_batch, dataset=plain.dataset, key="data.global_batch")
     total_steps = build.total_steps_of(config, dataset=plain.dataset, global_batch=batch) or steps
     optimizer = build.optimizer_factory_of(config)(prepared.named)
     make_schedule = build.schedule_factory_of(config, total_steps)
-    schedule = make_schedule(optimizer) if make_schedule is not None else None
-    losses, norms = [], []
-    recorder.weights(0, plain.model.state_dict())
-    for step in islice(plain.batches(batch, micro_batch), min(steps, total_steps)):
-        optimizer.zero_grad()
-        loss = _accumulate(plain, step)
+
+    def loss(model: nn.Module, micro: MicroBatch) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+        context = seed_micro_batch(plain.world, prepared, micro)
+        with plain.world.computing():
+            found = objective(model, micro.batch, context)
+        return found.totals, found.weights
+
+    def record_gradients(norm: float) -> None:
+        tensors = {name: one.grad for name, one in named.items() if one.grad is not None}
+        recorder.gradients(prepared.updates + 1, tensors)
+
+    def record_weights() -> None:
         prepared.updates += 1
-        norm = None
-        if loss is not None:
-            norm = _norm(named.values())
-            if gradients:
-                recorder.gradients(
-                    prepared.updates, {name: one.grad for name, one in named.items() if one.grad is not None}
-                )
-            _step(optimizer, named, config.clip_norm)
-            if schedule is not None:
-                schedule.step()
-        losses.append(loss or 0.0)
-        norms.append(norm)
         recorder.weights(prepared.updates, plain.model.state_dict())
+
+    made = plain.batches(batch, micro_batch)
+    first = next(made)
+    several = objective.has_weigh and len(objective.weigh(first[0].batch)) > 1
+    recorder.weights(0, plain.model.state_dict())
+    losses, norms = plain_loop(
+        plain.model,
+        optimizer,
+        islice(chain([first], made), min(steps, total_steps)),
+        loss,
+        parameters=list(named.values()),
+        weigh=(lambda micro: objective.weigh(micro.batch)) if several else None,
+        schedule=make_schedule(optimizer) if make_schedule is not None else None,
+        clip=config.clip_norm,
+        before_clip=record_gradients if gradients else None,
+        after_step=record_weights,
+    )
     return {"losses": losses, "norms": norms}
 
 
-def _accumulate(plain: Plain, step: Sequence[MicroBatch]) -> float | None:
-    """Gradients of `sum of losses / sum of weights`, and that loss; None for a step of weight zero."""
-    world, objective = plain.world, plain.objective
-    totals: dict[str, float] = {}
-    weights: dict[str, float] = {}
-    several = objective.has_weigh and len(objective.weigh(step[0].batch)) > 1
-    if several:
-        for micro in step:
-            for term, weight in objective.weigh(micro.batch).items():
-                weights[term] = weights.get(term, 0.0) + float(weight)
-    for micro in step:
-        context = seed_micro_batch(world, plain.prepared, micro)
-        with world.computing():
-            found = objective(plain.model, micro.batch, context)
-        parts = [total / (weights[term] or math.inf) if several else total for term, total in found.totals.items()]
-        torch.autograd.backward(torch.stack(parts).sum())
-        for term, total in found.totals.items():
-            totals[term] = totals.get(term, 0.0) + float(total.detach())
-            weights[term] = weights[term] if several else weights.get(term, 0.0) + float(found.weights[term])
-    if not any(weights.values()):
-        return None
-    for parameter in plain.named.values():
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        elif not several:
-            parameter.grad /= next(iter(weights.values()))
-    return sum(totals[term] / weight for term, weight in weights.items() if weight)
-
-
-def _norm(parameters: Any) -> float:
-    return math.sqrt(sum(float(one.grad.double().square().sum()) for one in parameters))
-
-
-def _step(optimizer: Optimizer, named: Mapping[str, Tensor], clip_norm: float | None) -> None:
-    if clip_norm:
-        torch.nn.utils.clip_grad_norm_(named.values(), clip_norm)
-    optimizer.step()
-
-
-# ---------------------------------------------------------------------- what model and objective are, by trying
+# ---------------------------------------------------------------------- properties of model and objective
 
 
 def probe_plain(plain: Plain, micro_batch: int) -> dict[str, Any]:
-    """Facts of the user's own parts as JSON: what draws, what sees the whole batch, what an optimizer looks at."""
+    """Measures the user's model, objective and optimizer. Returns the facts as JSON values. Local.
+
+    The facts say whether a forward draws random numbers, whether items of a batch see one another, which buffers a
+    forward changes, and whether the optimizer is elementwise.
+    """
     assert plain.config.data is not None
     batch = build.samples_of(plain.config.data.global_batch, dataset=plain.dataset, key="data.global_batch")
     size = min(batch, max(2, micro_batch))
-    whole = next(plain.batches(size, size))[0]
+    batch_of_all = next(plain.batches(size, size))[0]
     model = plain.model
-    norms = batch_norms(model)
+    norms = [name for name, module in model.named_modules() if _is_batch_norm(module)]
     before = {name: value.detach().clone() for name, value in model.named_buffers()}
-    draws = len({tuple(_totals(plain, whole, seed)) for seed in (1, 2)}) > 1
+    draws = len({tuple(_totals(plain, batch_of_all, seed)) for seed in (1, 2)}) > 1
     changed = [name for name, value in model.named_buffers() if not torch.equal(value, before[name])]
-    silence(model, ("everything",))
+    set_to_evaluation(model, ("everything",))
     if plain.objective.module is not None:
         plain.objective.module.eval()
     return {
@@ -203,7 +201,7 @@ def probe_plain(plain: Plain, micro_batch: int) -> dict[str, Any]:
         "batch_norms": norms,
         "changing_buffers": changed,
         "couples_items": plain.objective.couples_items,
-        "objective": _add_up(plain, size, whole),
+        "objective": _add_up(plain, size, batch_of_all),
         "elementwise": is_elementwise(build.optimizer_factory_of(plain.config)),
         "stream": is_stream(plain.dataset),
         "trainable": sorted(plain.named),
@@ -211,7 +209,7 @@ def probe_plain(plain: Plain, micro_batch: int) -> dict[str, Any]:
 
 
 def _totals(plain: Plain, micro: MicroBatch, seed: int) -> list[float]:
-    """The objective's totals of one batch in training mode, drawn under another micro-batch's seed each time."""
+    """Returns the objective's totals of one batch in training mode, under the seed of another micro-batch."""
     another = MicroBatch(micro.batch, micro.index + seed, micro.real, micro.samples)
     return _measure(plain, another)[0]
 
@@ -223,14 +221,14 @@ def _measure(plain: Plain, micro: MicroBatch) -> tuple[list[float], list[float]]
     return [float(one) for one in found.totals.values()], [float(one) for one in found.weights.values()]
 
 
-def _add_up(plain: Plain, size: int, whole: MicroBatch) -> dict[str, Any] | None:
-    """The objective on a batch, against what it says of the batch's two uneven parts; None where one sample is all.
+def _add_up(plain: Plain, size: int, batch: MicroBatch) -> dict[str, Any] | None:
+    """Evaluates the objective on a batch and on two uneven parts of it. Returns None for a batch of one sample.
 
-    The model is in evaluation mode, so that nothing but the objective can see the other items.
+    The model is in evaluation mode, so that only the objective can see the other items.
     """
     if size < 2:
         return None
-    totals, weights = _measure(plain, whole)
+    totals, weights = _measure(plain, batch)
     parts = next(plain.batches(size, -(-2 * size // 3)))
     measured = [_measure(plain, part) for part in parts]
     return {

@@ -1,18 +1,18 @@
-"""What a proof found, as values for programs. Pure.
+"""The result of `disttrain parity` as values for programs. Pure.
 
-The JSON of `disttrain parity --json`, one object:
-`equal` (no case differs, failed or was refused beyond what was asked), `exit_code`, `steps`, `micro_batch` and
-`global_batch` (samples, of the reference), `bounds` {loss, grad_norm, parameters}: relative;
+`disttrain parity --json` prints one object:
+`equal` (whether the exit code is 0), `exit_code`, `steps`, `micro_batch` and `global_batch` (of the reference, in
+samples), `bounds` {loss, grad_norm, parameters}: relative;
 `reference` {kind: `plain loop` or `strategy none`, loss: [...], grad_norm: [...]}: by step;
-`model` {draws, batch_norms, changing_buffers, couples_items, elementwise, stream}: what trying it showed;
-`note`: a cause that lies in the objective, or null;
+`model` {draws, batch_norms, changing_buffers, couples_items, elementwise, stream}: measured properties;
+`note`: a defect of the objective, or null;
 `cases`, each {name, world_size, micro_batch, overrides, verdict, loss, grad_norm, parameters (largest relative
-differences over the steps, null where there is none), first_step, first_in, tensors and undetermined (each {name, step,
+differences over the steps, or null), first_step, first_in, tensors and undetermined (each {name, step,
 relative, undetermined, entries}), missing, causes (each {cause, text, shown_by}), error {exit_code, text} or null}.
 
-Verdicts: `equal`; `draws` (another micro-batch, and dropout draws for each anew: as promised); `differs`; `refused`
-(before training, by exit code 2 or 3); `failed`; `skipped` (too few GPUs). An
-`equal` case has a cause where something changed nothing here and would elsewhere (a clip left to DeepSpeed).
+Verdicts: `equal`; `draws` (at another micro-batch dropout draws other random numbers, as documented); `differs`;
+`rejected` (before training, by exit code 2 or 3); `failed`; `skipped` (too few GPUs). An `equal` case has a cause if a
+setting changed nothing here but would elsewhere (clipping left to DeepSpeed).
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from typing import Any
 from disttrain.errors import FINISHED, TrainingError
 from disttrain.parity.causes import Cause
 from disttrain.parity.compare import Bounds, Difference
-from disttrain.parity.launch import Failed
 from disttrain.parity.recorded import Recorded
+from disttrain.parity.worlds import Failed
 
 
 @dataclass(frozen=True)
 class Row:
-    """One case, or the reference itself at another micro-batch, and what came of it."""
+    """One variant, or the reference at another micro-batch, with its verdict."""
 
     name: str
     world_size: int
@@ -46,7 +46,7 @@ class Row:
         return f"{self.name}, {self.world_size} process(es), micro-batch {self.micro_batch}"
 
     def to_dict(self) -> dict[str, Any]:
-        """As in the module's docstring."""
+        """Returns the JSON object that the module docstring describes."""
         found = self.difference
         return {
             "name": self.name,
@@ -69,7 +69,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """A whole proof."""
+    """The result of a comparison."""
 
     rows: tuple[Row, ...]
     steps: int
@@ -83,19 +83,19 @@ class Report:
 
     @property
     def exit_code(self) -> int:
-        """6 where something differs; else the first failure's; else 0, or a refusal's where nothing was compared."""
+        """6 if something differs, else that of the first failure, else 0; that of a rejection if nothing was compared."""
         verdicts = [row.verdict for row in self.rows]
         if "differs" in verdicts:
             return TrainingError.exit_code
         failed = [row.error.exit_code for row in self.rows if row.verdict == "failed" and row.error]
         if failed:
             return failed[0]
-        refused = [row.error.exit_code for row in self.rows if row.verdict == "refused" and row.error]
+        rejected = [row.error.exit_code for row in self.rows if row.verdict == "rejected" and row.error]
         compared = any(row.overrides and row.verdict in ("equal", "draws") for row in self.rows)
-        return refused[0] if refused and not compared else FINISHED
+        return rejected[0] if rejected and not compared else FINISHED
 
     def to_dict(self) -> dict[str, Any]:
-        """As in the module's docstring."""
+        """Returns the JSON object that the module docstring describes."""
         return {
             "equal": self.exit_code == FINISHED,
             "exit_code": self.exit_code,

@@ -1,7 +1,7 @@
-"""One process of a world that runs a list of tasks, one after another: `python -m disttrain.parity.worker JOB`.
+"""Runs a list of tasks in one process of a world: `python -m disttrain.parity.worker JOB`.
 
-A task is the plain reference or a run of the public `Engine`. Rank 0 records; a task that fails leaves its error, and
-the world goes on only where all its processes came out of it. Enters: `parity.launch`, which watches the clock.
+A task is the plain reference or a run of the public `Engine`. Rank 0 records. A task that fails leaves its error in a
+file, and the world continues only if all its processes survived. `worlds` starts this process and limits its time.
 """
 
 from __future__ import annotations
@@ -20,18 +20,17 @@ from disttrain.engine import build
 from disttrain.engine.engine import Engine
 from disttrain.errors import DisttrainError
 from disttrain.logs import start_logs
-from disttrain.parity.quiet import silence
 from disttrain.parity.recorded import Recorder
-from disttrain.parity.reference import NAME, build_plain, probe_plain, train_plain
-from disttrain.parity.task import APART, Job, Task
+from disttrain.parity.reference import NAME, build_plain, probe_plain, set_to_evaluation, train_plain
+from disttrain.parity.worlds import APART, Job, Task
 from disttrain.runtime import read_launch
 
 _MEET_S = 20.0
-"""How long a process waits for the others to come out of a task too; past it, the world ends and is started anew."""
+"""How long a process waits for the others to finish a task. After that the world ends, and a new one is started."""
 
 
 def run_tasks(job: Job, rank: int, size: int) -> int:
-    """Every task in turn; returns 0, or 1 where the rest is better run by new processes. Collective."""
+    """Runs every task. Returns 0, or 1 if new processes must run the remaining tasks. Collective."""
     for task in job.tasks:
         folder = job.folder / task.key
         folder.mkdir(parents=True, exist_ok=True)
@@ -57,7 +56,7 @@ def _run_reference(config: Config, task: Task, steps: int, folder: Path) -> None
     world = build.start_world(plan)
     try:
         plain = build_plain(config, world)
-        silence(plain.model, task.quiet)
+        set_to_evaluation(plain.model, task.evaluated)
         recorder = Recorder(folder)
         found = train_plain(plain, recorder, steps=steps, micro_batch=task.micro_batch, gradients=task.gradients)
         facts = {"probe": probe_plain(plain, task.micro_batch)} if task.probe else {}
@@ -67,9 +66,9 @@ def _run_reference(config: Config, task: Task, steps: int, folder: Path) -> None
 
 
 def _run_engine(config: Config, task: Task, job: Job, recorder: Recorder | None) -> None:
-    """The shape of an own loop. The schedule keeps its length: the loop stops early, the run does not know."""
+    """Trains with a custom loop. The loop stops early, so that the schedule keeps its length."""
     with Engine(config, [*APART, ("run.dir", str(job.folder / "runs")), ("run.name", task.key)]) as engine:
-        silence(engine.prepare(NAME), task.quiet)
+        set_to_evaluation(engine.prepare(NAME), task.evaluated)
         losses: list[float] = []
         norms: list[float | None] = []
         _record(engine, recorder, 0)
@@ -103,7 +102,7 @@ def _leave_error(folder: Path, rank: int, error: BaseException) -> None:
 
 
 def _all_out(folder: Path, rank: int, size: int) -> bool:
-    """Whether all processes came out of this task, through files: where one hangs a collective would hang too."""
+    """Returns whether all processes finished this task. Uses files, because a collective would hang with them."""
     (folder / f"out-{rank}").touch()
     deadline = time.monotonic() + _MEET_S
     while not all((folder / f"out-{other}").exists() for other in range(size)):
@@ -114,7 +113,7 @@ def _all_out(folder: Path, rank: int, size: int) -> bool:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Read the job's file and run it."""
+    """Reads the job file and runs it."""
     launch = read_launch()
     start_logs(rank=launch.rank)
     return run_tasks(Job.read(Path(arguments[0])), launch.rank, launch.world_size)

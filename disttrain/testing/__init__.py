@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from disttrain.testing.cases import Case as Case
     from disttrain.testing.cases import sample as sample
     from disttrain.testing.contract import StrategyContract as StrategyContract
-    from disttrain.testing.plain import plain_loop as plain_loop
+    from disttrain.parity.plain_loop import plain_loop as plain_loop
     from disttrain.testing.verdict import Verdict as Verdict
     from disttrain.testing.world import WorldError as WorldError
     from disttrain.testing.world import run_world as run_world

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import pytest
 
 from disttrain.testing.cases import EVERY, Case, sample
-from disttrain.testing.runs import Ran, run_cases
+from disttrain.testing.ranks import Ran, run_cases
 from disttrain.testing.verdict import Verdict, judge
 from disttrain.testing.world import WorldError, run_world
 

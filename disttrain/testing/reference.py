@@ -20,7 +20,7 @@ from disttrain.config import resolve_target
 from disttrain.data import Order
 from disttrain.testing.cases import BATCH, MODELS, OPTIMIZERS, SAMPLES, SEED, STEPS
 from disttrain.testing.models import Sequences, summed_loss
-from disttrain.testing.plain import plain_loop
+from disttrain.parity.plain_loop import plain_loop
 
 _DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.float32}
 
@@ -66,8 +66,9 @@ def reference(model: str, optimizer: str, clip: float | None, precision: str) ->
     make = resolve_target(OPTIMIZERS[optimizer]["target"], section="optim", folder=None)
     stepper = make(list(trainable.values()), **OPTIMIZERS[optimizer]["args"])
     steps = [[numbered] for numbered in enumerate(batches())]
-    losses, norms = plain_loop(module, stepper, steps, loss, clip=clip, watch=watch)
-    return Reference(losses, norms, first, dict(module.state_dict()), largest)
+    losses, norms = plain_loop(module, stepper, steps, loss, clip=clip, before_clip=watch)
+    assert None not in norms  # no step has weight zero
+    return Reference(losses, [norm for norm in norms if norm is not None], first, dict(module.state_dict()), largest)
 
 
 def build(model: str) -> nn.Module:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from disttrain.testing.cases import Case
 from disttrain.testing.reference import Reference, reference
-from disttrain.testing.runs import Ran
+from disttrain.testing.ranks import Ran
 
 _U = 2.0**-8
 BOUNDS: dict[str, tuple[float, float, float]] = {

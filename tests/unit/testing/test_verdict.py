@@ -8,7 +8,7 @@ import torch
 
 from disttrain.testing.cases import EVERY, Case
 from disttrain.testing.reference import reference
-from disttrain.testing.runs import Ran
+from disttrain.testing.ranks import Ran
 from disttrain.testing.verdict import judge, undetermined
 
 CASE = Case("tied-frozen", "adamw", 1, 0.5)

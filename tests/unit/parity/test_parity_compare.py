@@ -16,12 +16,12 @@ from disttrain.cli.parity import render_report
 from disttrain.config import load_config
 from disttrain.errors import ConfigError
 from disttrain.parity import causes
-from disttrain.parity.cases import Asked, Case, plan_cases, uneven_micro_batch
 from disttrain.parity.causes import Cause
 from disttrain.parity.compare import Bounds, Rounding, bounds_for, compare_runs, relative
-from disttrain.parity.launch import Failed
 from disttrain.parity.recorded import Recorded, Recorder
 from disttrain.parity.report import Report, Row
+from disttrain.parity.variants import Asked, Variant, plan_variants, uneven_micro_batch
+from disttrain.parity.worlds import Failed
 
 BOUNDS = Bounds(1e-5, 1e-5, 1e-4)
 
@@ -183,9 +183,9 @@ def test_an_optimizer_is_tried_against_sgd_only_where_it_is_not_elementwise() ->
 
 
 def test_micro_batches_are_tried_with_what_the_model_has() -> None:
-    quiet = [one.quiet for one in causes.micro_batch_trials(probe(draws=True, batch_norms=["n"]))]
+    quiet = [one.evaluated for one in causes.micro_batch_trials(probe(draws=True, batch_norms=["n"]))]
     assert quiet == [("dropout",), ("batch_norm",), ("dropout", "batch_norm")]
-    assert [one.quiet for one in causes.micro_batch_trials(probe())] == [("everything",)]
+    assert [one.evaluated for one in causes.micro_batch_trials(probe())] == [("everything",)]
 
 
 # ---------------------------------------------------------------------- cases
@@ -209,8 +209,8 @@ def test_one_sample_has_no_other_micro_batch() -> None:
     assert uneven_micro_batch(1, 1) is None
 
 
-def planned(asked: Asked) -> list[Case]:
-    return plan_cases(lambda more: config("strategy.name=fsdp", *more), asked, global_batch=32, micro_batch=16)
+def planned(asked: Asked) -> list[Variant]:
+    return plan_variants(lambda more: config("strategy.name=fsdp", *more), asked, global_batch=32, micro_batch=16)
 
 
 def test_default_set_is_every_strategy_in_each_world_of_several() -> None:
@@ -228,13 +228,13 @@ def test_own_cases_run_in_the_worlds_that_their_mesh_fits() -> None:
 @pytest.mark.parametrize(
     ("asked", "told"),
     [
-        (Asked(cases=("strategy.name=fsdp mesh.replicate=3",)), "a mesh that fits none of them"),
+        (Asked(cases=("strategy.name=fsdp mesh.replicate=3",)), "its mesh fits none of these world sizes"),
         (Asked(cases=("strategy.nam=fsdp",)), "did you mean"),
-        (Asked(strategies=("fsdp:2",)), "a number after 'fsdp'"),
+        (Asked(strategies=("fsdp:2",)), "'fsdp' has no stages"),
         (Asked(strategies=("deepspeed:0",)), "use strategy.name=ddp"),
     ],
 )
-def test_what_cannot_be_a_case_is_refused_at_once(asked: Asked, told: str) -> None:
+def test_bad_requests_are_rejected(asked: Asked, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         planned(asked)
 
@@ -253,9 +253,9 @@ def test_exit_code_and_words(tmp_path: Path) -> None:
     why = Cause(causes.CLIP, "it clips at 1.0", "equal to a reference that clips at 1.0")
     off = replace(equal, name="fsdp", verdict="differs", difference=compare_runs(far, same, BOUNDS), causes=(why,))
     hung = Row("deepspeed:2", 2, 4, ("strategy.name=deepspeed",), "failed", error=Failed(7, "no end of it"))
-    no = replace(hung, verdict="refused", error=Failed(2, "not elementwise"))
+    no = replace(hung, verdict="rejected", error=Failed(2, "not elementwise"))
     assert report(equal, reference=same).exit_code == 0
-    assert report(equal, no, reference=same).exit_code == 0  # what is refused is not trained on other numbers
+    assert report(equal, no, reference=same).exit_code == 0  # a rejected variant has not trained on other numbers
     assert report(no, reference=same).exit_code == 2
     assert report(equal, hung, reference=same).exit_code == 7
     assert report(equal, off, hung, reference=same).exit_code == 6
@@ -263,4 +263,4 @@ def test_exit_code_and_words(tmp_path: Path) -> None:
     text = render_report(report(equal, off, no, reference=same))
     for said in ("b by 5.0e-01 (from step 1)", "cause: clip: it clips at 1.0", "exit code 2: not elementwise"):
         assert said in text
-    assert text.endswith("1 equal, 1 differs, 1 refused.")
+    assert text.endswith("1 equal, 1 differs, 1 rejected.")

@@ -1,7 +1,7 @@
-"""Worlds of real processes for tasks: torchrun for several, plain Python for one, a time limit for each task.
+"""Runs tasks in real processes: torchrun for several ranks, plain Python for one, with a time limit per task.
 
-Tasks of one world size share its processes, which take seconds to start. Where a task ends them (a crash, a hang) the
-rest is run by new ones: a task hides no other. Ends only processes that it started.
+Tasks of one world size share their processes, which take seconds to start. If a task ends the processes (a crash, a
+hang), new processes run the remaining tasks. Ends only processes that it started.
 """
 
 from __future__ import annotations
@@ -14,23 +14,78 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from disttrain.errors import explain
 from disttrain.parity.recorded import RESULT, Recorded
-from disttrain.parity.task import Job, Task
+
+APART: tuple[Any, ...] = (
+    "checkpoint.resume=never",
+    "checkpoint.every=null",
+    "checkpoint.storage=null",
+    "checkpoint.at_end=false",
+    "report.every=1",
+    "report.trackers=[]",
+    "report.progress=false",
+    "report.plot=false",
+)
+"""Overrides that keep a run separate from the user's runs and report the gradient norm of every step."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run. `key` names its folder.
+
+    `reference` selects the plain loop at `micro_batch`. `evaluated` names the kinds of modules that stay in evaluation
+    mode. `gradients` records gradients, and `probe` measures properties of the model; both need `reference`.
+    """
+
+    key: str
+    overrides: tuple[str, ...] = ()
+    micro_batch: int = 0
+    reference: bool = False
+    evaluated: tuple[str, ...] = ()
+    gradients: bool = False
+    probe: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """Tasks over the user's config and overrides. Each task runs `steps` steps and records them below `folder`."""
+
+    config: str
+    overrides: tuple[str, ...]
+    folder: Path
+    steps: int
+    tasks: tuple[Task, ...] = field(default=())
+
+    def write(self, path: Path) -> None:
+        """Writes the job as JSON."""
+        path.write_text(json.dumps({**asdict(self), "folder": str(self.folder)}), encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: Path) -> Job:
+        """Reads what `write` wrote."""
+        found = json.loads(path.read_text(encoding="utf-8"))
+        tasks = tuple(
+            Task(**{**one, "overrides": tuple(one["overrides"]), "evaluated": tuple(one["evaluated"])})
+            for one in found["tasks"]
+        )
+        return cls(found["config"], tuple(found["overrides"]), Path(found["folder"]), found["steps"], tasks)
+
 
 HANG = 7
 _START_S = 120.0
-"""What new processes may take to import torch and user code, on a busy machine, before the first task's time counts."""
+"""Time for new processes to import torch and user code on a busy machine, before the first task's time counts."""
 _LEAVE_S = 5.0
 _TAIL = 2000
 
 
 @dataclass(frozen=True)
 class Failed:
-    """A task without a result; `exit_code` is `disttrain.run`'s for the same error, 7 past the time limit."""
+    """A task without a result. `exit_code` is that of `disttrain.run` for the same error, or 7 past the time limit."""
 
     exit_code: int
     text: str
@@ -45,21 +100,21 @@ def run_tasks(
     world_size: int,
     *,
     limit_s: float,
-    tell: Callable[[Task], None] = lambda task: None,
+    started: Callable[[Task], None] = lambda task: None,
 ) -> dict[str, Outcome]:
-    """Every task's outcome by key. `tell` is called as each begins."""
+    """Runs the tasks and returns their outcomes by key. Calls `started` when a task begins."""
     left = list(tasks)
     found: dict[str, Outcome] = {}
     while left:
-        reached = _run_world(replace(job, tasks=tuple(left)), world_size, limit_s, tell)
+        reached = _run_world(replace(job, tasks=tuple(left)), world_size, limit_s, started)
         for task in left[:reached]:
             found[task.key] = _outcome(job.folder / task.key, job.folder)
         left = left[reached:]
     return found
 
 
-def _run_world(job: Job, world_size: int, limit_s: float, tell: Callable[[Task], None]) -> int:
-    """Start the processes and watch them; returns how many of the job's tasks they have dealt with, at least one."""
+def _run_world(job: Job, world_size: int, limit_s: float, started: Callable[[Task], None]) -> int:
+    """Starts the processes and watches them. Returns how many of the job's tasks they dealt with, at least one."""
     file = job.folder / "job.json"
     job.write(file)
     agent = ("torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}", "-m")
@@ -72,7 +127,7 @@ def _run_world(job: Job, world_size: int, limit_s: float, tell: Callable[[Task],
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=0.1)
             while begun < len(job.tasks) and (job.folder / job.tasks[begun].key / "pid-0").exists():
-                tell(job.tasks[begun])
+                started(job.tasks[begun])
                 begun, since = begun + 1, time.monotonic()
             if process.returncode is not None:
                 return len(job.tasks) if process.returncode == 0 else max(1, begun)
@@ -85,7 +140,7 @@ def _run_world(job: Job, world_size: int, limit_s: float, tell: Callable[[Task],
 
 
 def _end(process: subprocess.Popen[bytes], job: Job, world_size: int) -> None:
-    """torchrun passes SIGTERM on to its workers; what does not listen is killed, workers by the ids they left."""
+    """Ends the processes. torchrun forwards SIGTERM to its workers; workers that ignore it are killed by their ids."""
     if process.poll() is not None:
         return
     process.terminate()
@@ -102,13 +157,17 @@ def _end(process: subprocess.Popen[bytes], job: Job, world_size: int) -> None:
 
 def _leave_limit(folder: Path, limit_s: float) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    text = explain(f"A case has {limit_s:g} s.", "no end of it", "give it more by --limit-s, or see where it hangs")
+    text = explain(
+        "Cannot compare the case.",
+        f"it did not finish within {limit_s:g} s",
+        "raise the limit with --limit-s, or find out where it hangs",
+    )
     told = {"exit_code": HANG, "mine": True, "text": text}
     (folder / "error-0.json").write_text(json.dumps(told), encoding="utf-8")
 
 
 def _outcome(folder: Path, job: Path) -> Outcome:
-    """What the task's processes left: errors count before a result, the first cause's before the others'."""
+    """Reads what the task's processes left. Errors precede a result, and the first cause precedes the others."""
     errors: list[Mapping[str, object]] = []
     for path in sorted(folder.glob("error-*.json")):
         with contextlib.suppress(ValueError):  # a process that was killed while it wrote
@@ -118,4 +177,4 @@ def _outcome(folder: Path, job: Path) -> Outcome:
     if (folder / RESULT).exists():
         return Recorded.read(folder)
     output = (job / "output.txt").read_text(encoding="utf-8", errors="replace").strip()
-    return Failed(1, f"its processes ended without a word\n{output[-_TAIL:]}")
+    return Failed(1, f"its processes ended without an error message\n{output[-_TAIL:]}")
