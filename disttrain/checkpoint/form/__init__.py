@@ -1,1 +1,1 @@
-"""The on-disk form of a checkpoint: boxes, tensor bytes, checksums and the manifest."""
+"""Defines the on-disk form of a checkpoint: boxes, tensor bytes, checksums and the manifest."""

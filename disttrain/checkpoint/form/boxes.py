@@ -1,7 +1,7 @@
-"""Arithmetic of boxes: the one form in which tensors cross strategies and world sizes.
+"""Computes with boxes, the form in which tensors cross strategies and world sizes. Pure.
 
-A box is a rectangular part of a tensor: where it begins (`offsets`) and how long it is (`sizes`), per dim. Pure;
-entered by the rest of this room and by strategies that say which boxes a rank holds.
+A box is a rectangular part of a tensor, given by its first index (`offsets`) and its length (`sizes`) in each dim.
+Strategies use boxes to state which part of a tensor a rank holds.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from itertools import combinations
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """A rectangular part of a tensor; of a scalar, `Box((), ())`. Empty when a size is 0."""
+    """A rectangular part of a tensor. The box of a scalar is `Box((), ())`. A box is empty if a size is 0."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -23,25 +23,25 @@ class Box:
         if len(self.offsets) != len(self.sizes):
             raise ValueError(f"a box needs one size per offset, not offsets {self.offsets} and sizes {self.sizes}")
         if any(number < 0 for number in (*self.offsets, *self.sizes)):
-            raise ValueError(f"a box has no negative numbers: offsets {self.offsets}, sizes {self.sizes}")
+            raise ValueError(f"a box must not have negative numbers: offsets {self.offsets}, sizes {self.sizes}")
 
     @property
     def stops(self) -> tuple[int, ...]:
-        """The first index after the box, per dim."""
+        """The first index after the box in each dim."""
         return tuple(offset + size for offset, size in zip(self.offsets, self.sizes, strict=True))
 
     @property
     def numel(self) -> int:
-        """How many elements it holds."""
+        """The number of elements in the box."""
         return math.prod(self.sizes)
 
     def slices(self, origin: Sequence[int] | None = None) -> tuple[slice, ...]:
-        """The index of this box in a tensor that begins at `origin` (by default at zero)."""
+        """Return the index of this box in a tensor whose first element is at `origin` (by default at zero)."""
         start = self.offsets if origin is None else tuple(o - z for o, z in zip(self.offsets, origin, strict=True))
         return tuple(slice(begin, begin + size) for begin, size in zip(start, self.sizes, strict=True))
 
     def shifted(self, by: Sequence[int]) -> Box:
-        """The same box, `by` further along each dim."""
+        """Return the box moved by `by` in each dim."""
         return Box(tuple(offset + more for offset, more in zip(self.offsets, by, strict=True)), self.sizes)
 
     def __str__(self) -> str:
@@ -49,21 +49,22 @@ class Box:
 
 
 def full_box(shape: Sequence[int]) -> Box:
-    """The box that is all of a tensor."""
+    """Return the box that covers a complete tensor."""
     return Box((0,) * len(shape), tuple(shape))
 
 
 def overlap(a: Box, b: Box) -> Box | None:
-    """What two boxes of one tensor share; None where that is nothing."""
+    """Return the part that two boxes of one tensor share, or None if they share no element."""
     offsets = tuple(map(max, a.offsets, b.offsets))
     sizes = tuple(min(x, y) - begin for x, y, begin in zip(a.stops, b.stops, offsets, strict=True))
     return Box(offsets, sizes) if all(size > 0 for size in sizes) else None
 
 
 def flat_range_to_boxes(shape: Sequence[int], start: int, stop: int) -> list[Box]:
-    """Cut elements `start` to `stop` of a tensor's row-major order into boxes, at most `2 * ndim - 1` of them.
+    """Cut elements `start` to `stop` of a tensor's row-major order into at most `2 * ndim - 1` boxes.
 
-    The boxes come in that order and each is contiguous in it, so that they can be cut from the flat range one by one.
+    The boxes are in row-major order, and each is contiguous in it. They can therefore be cut from the flat range one
+    after the other.
     """
     if not 0 <= start <= stop <= math.prod(shape):
         raise ValueError(f"elements {start} to {stop} are not in a tensor of shape {tuple(shape)}")
@@ -93,9 +94,9 @@ def _in_row(row: int, boxes: list[Box]) -> list[Box]:
 
 
 def tiling_fault(shape: Sequence[int], boxes: Sequence[Box]) -> str | None:
-    """What keeps `boxes` from covering a tensor exactly (outside, overlap, hole), in words; None if they tile it.
+    """Describe why `boxes` do not cover a tensor exactly: outside, overlap or gap. Return None if they do.
 
-    Empty boxes count for nothing.
+    Empty boxes are ignored.
     """
     full = [box for box in boxes if box.numel]
     for box in full:
@@ -109,8 +110,11 @@ def tiling_fault(shape: Sequence[int], boxes: Sequence[Box]) -> str | None:
 
 
 def _overlapping_pair(boxes: list[Box], dim: int = 0) -> tuple[Box, Box] | None:
-    """Two boxes that overlap, if any do. Boxes are parted where they lie apart along a dim, and then along the next, so
-    that the grids and flat ranges of real meshes cost a sort per dim and no pass over all pairs."""
+    """Return two boxes that overlap, or None.
+
+    Boxes that are separate along a dim are split into groups there, then along the next dim. The grids and flat ranges
+    of real meshes thus cost one sort per dim instead of a comparison of all pairs.
+    """
     if len(boxes) < 2:
         return None
     if dim == len(boxes[0].sizes):

@@ -1,13 +1,13 @@
-"""CRC-32 (that of zlib and gzip, ISO 3309), as fast as the processor allows: 14 GiB/s by isal where zlib made 2 to 3.
+"""Computes CRC-32 (the one of zlib and gzip, ISO 3309) as fast as the processor allows.
 
-The numbers are the same whichever computes them. Both leave Python to other threads meanwhile.
+isal reaches 14 GiB/s where zlib reaches 2 to 3 GiB/s, with equal results. Both release the GIL during the computation.
 """
 
 from __future__ import annotations
 
 try:
     from isal.isal_zlib import crc32
-except ImportError:  # a processor that isal does not know
+except ImportError:  # isal does not support this processor
     from zlib import crc32
 
 __all__ = ["crc32"]

@@ -1,6 +1,6 @@
-"""How most tensors are cut: into equal steps along each dim, box by box over the ranks. One line, whatever the ranks.
+"""Describes how most tensors are cut: into equal steps along each dim, with one box per rank. Pure.
 
-A list of boxes would make the manifest grow with tensors times ranks. Pure.
+A grid takes one line of the manifest for any number of ranks. A list of boxes would grow with tensors times ranks.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from disttrain.checkpoint.form.boxes import Box, overlap
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """A tensor of `shape` in boxes of `steps` along each dim (the last of a dim may be shorter), as torch.chunk cuts.
+    """A tensor of `shape` in boxes of `steps` along each dim. The last box of a dim may be shorter, as in torch.chunk.
 
-    The box at (i, j, ...) is written by rank `first + i * strides[0] + j * strides[1] + ...`; no rank writes two.
+    Rank `first + i * strides[0] + j * strides[1] + ...` writes the box at (i, j, ...). No rank writes two boxes.
     """
 
     shape: tuple[int, ...]
@@ -27,62 +27,62 @@ class Grid:
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """How many boxes along each dim."""
+        """The number of boxes along each dim."""
         return tuple(-(-size // step) for size, step in zip(self.shape, self.steps, strict=True))
 
-    def box(self, place: Sequence[int]) -> Box:
-        """The box at a place of the grid."""
-        offsets = tuple(k * step for k, step in zip(place, self.steps, strict=True))
+    def box(self, cell: Sequence[int]) -> Box:
+        """Return the box at a cell of the grid."""
+        offsets = tuple(k * step for k, step in zip(cell, self.steps, strict=True))
         sizes = tuple(min(step, n - o) for step, n, o in zip(self.steps, self.shape, offsets, strict=True))
         return Box(offsets, sizes)
 
-    def rank(self, place: Sequence[int]) -> int:
-        """The rank that wrote the box at a place."""
-        return self.first + sum(k * stride for k, stride in zip(place, self.strides, strict=True))
+    def rank(self, cell: Sequence[int]) -> int:
+        """Return the rank that wrote the box at a cell."""
+        return self.first + sum(k * stride for k, stride in zip(cell, self.strides, strict=True))
 
     def overlapping(self, wanted: Box) -> Iterator[tuple[Box, int]]:
-        """The boxes that share something with `wanted`, each with its writer; looks at no other."""
+        """Yield the boxes that overlap `wanted`, each with its writer. Looks at no other box."""
         spans = [
             range(offset // step, -(-stop // step))
             for offset, stop, step in zip(wanted.offsets, wanted.stops, self.steps, strict=True)
         ]
-        for place in product(*spans):
-            box = self.box(place)
+        for cell in product(*spans):
+            box = self.box(cell)
             if overlap(box, wanted):
-                yield box, self.rank(place)
+                yield box, self.rank(cell)
 
     def all(self) -> Iterator[tuple[Box, int]]:
-        """Every box with its writer, in row-major order of the grid."""
-        for place in product(*(range(count) for count in self.counts)):
-            yield self.box(place), self.rank(place)
+        """Yield every box with its writer, in row-major order of the grid."""
+        for cell in product(*(range(count) for count in self.counts)):
+            yield self.box(cell), self.rank(cell)
 
     def holds(self, item: tuple[Box, int]) -> bool:
-        """Whether a box with its writer is one of these."""
+        """Return whether a box with its writer belongs to the grid."""
         box, rank = item
         for offset, size, n, step, stride in zip(
             box.offsets, box.sizes, self.shape, self.steps, self.strides, strict=True
         ):
-            place, rest = divmod(offset, step)
+            index, rest = divmod(offset, step)
             if rest or size != min(step, n - offset):
                 return False
-            rank -= place * stride
+            rank -= index * stride
         return rank == self.first
 
     def ranks(self) -> list[int]:
-        """The writers, in row-major order of the grid."""
-        return [self.rank(place) for place in product(*(range(count) for count in self.counts))]
+        """Return the writers in row-major order of the grid."""
+        return [self.rank(cell) for cell in product(*(range(count) for count in self.counts))]
 
 
 def find_grid(shape: Sequence[int], held: Mapping[Box, int]) -> Grid | None:
-    """The grid that these boxes (each with its writer) make of a tensor; None where they make none.
+    """Return the grid that the boxes, each with its writer, form of a tensor. Return None if they form no grid.
 
-    Boxes that tile the tensor otherwise, or whose writers are in no such order, stay a list. Boxes that make a grid
-    tile the tensor. Looks at each box once: with a thousand ranks there are many.
+    Boxes that tile the tensor in another way, or whose writers are in another order, remain a list. Boxes that form a
+    grid tile the tensor. Each box is looked at once, because a thousand ranks have many.
     """
     shape = tuple(shape)
     if not math.prod(shape):
         return None
-    # The smallest offset that is not zero is the step, along each dim; the box there says how far its writer is.
+    # Along each dim, the smallest nonzero offset is the step. The writer of the box there gives the stride.
     steps = list(shape)
     beyond = [-1] * len(shape)
     origin = -1

@@ -1,8 +1,8 @@
-"""The manifest: what a checkpoint holds and the checksum of every chunk of its files, under a digest of itself.
+"""Encodes and decodes the manifest: the content of a checkpoint, the checksums of its files, and a digest of itself.
 
-The file is one JSON object whose first key is `digest`, the SHA-256 of all bytes after it: every later format keeps
-this envelope, so that "newer" and "damaged" can be told apart. Pure: bytes in, a checked value out. Refuses whatever
-does not add up (names, places, sizes, boxes that do not tile, paths that leave the folder) with CheckpointError.
+The file is one JSON object. Its first key is `digest`, the SHA-256 of all bytes after it. Every later format keeps this
+envelope, so that a newer format can be distinguished from a damaged file. Pure: bytes in, a checked value out. Anything
+inconsistent raises CheckpointError: names, positions, sizes, boxes that do not tile, and paths outside the folder.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _BIGGEST = 2**63
 
 @dataclass(frozen=True, slots=True)
 class StoredBox:
-    """A box and the place of its row-major bytes: `start` is None where the file's own header says it."""
+    """A box and the position of its row-major bytes. `start` is None if the file's header gives it."""
 
     box: Box
     file: str
@@ -44,7 +44,7 @@ class StoredBox:
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """A tensor as stored: its global shape, and the boxes that tile it, as a `grid` or `listed` one by one."""
+    """A stored tensor: its global shape and the boxes that tile it, as a `grid` or `listed` one by one."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -53,26 +53,26 @@ class TensorInfo:
 
     @property
     def boxes(self) -> tuple[StoredBox, ...]:
-        """All of them."""
+        """All boxes."""
         if self.grid is None:
             return self.listed
         return tuple(StoredBox(box, rank_file(rank)) for box, rank in self.grid.all())
 
     def overlapping(self, wanted: Box) -> list[StoredBox]:
-        """Those that share something with a box. Costs nothing for the others of a grid."""
+        """Return the boxes that overlap `wanted`. The other boxes of a grid cost nothing."""
         if self.grid is None:
             return [stored for stored in self.listed if overlap(stored.box, wanted)]
         return [StoredBox(box, rank_file(rank)) for box, rank in self.grid.overlapping(wanted)]
 
 
 def rank_file(rank: int) -> str:
-    """The name of the file that a rank writes."""
+    """Return the name of the file that a rank writes."""
     return f"rank-{rank:05d}.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
 class FileInfo:
-    """A file's size in bytes, and the crc32 of each chunk of `Manifest.chunk_bytes` (the last may be shorter)."""
+    """A file's size in bytes, and the CRC-32 of each chunk of `Manifest.chunk_bytes`. The last may be shorter."""
 
     size: int
     chunks: tuple[int, ...]
@@ -80,7 +80,7 @@ class FileInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All that `manifest.json` says. `document` is the engine's: any JSON object."""
+    """The content of `manifest.json`. `document` is a JSON object of the engine."""
 
     step: int
     chunk_bytes: int
@@ -91,7 +91,7 @@ class Manifest:
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
-    """The bytes of `manifest.json`."""
+    """Return the bytes of `manifest.json`."""
     tensors = {name: _encode_tensor(info) for name, info in sorted(manifest.tensors.items())}
     files = {name: {"size": info.size, "chunks": info.chunks} for name, info in sorted(manifest.files.items())}
     parts = {
@@ -112,7 +112,7 @@ def _json(value: Any) -> str:
 
 
 def _by_line(key: str, entries: Mapping[str, Any]) -> str:
-    """One entry a line, so that a manifest can be read and compared by eye."""
+    """Write one entry per line, so that people can read and compare manifests."""
     return f'"{key}":{{' + ",".join(f"\n{_json(name)}:{_json(entry)}" for name, entry in entries.items()) + "}"
 
 
@@ -124,59 +124,63 @@ def _encode_tensor(info: TensorInfo) -> dict[str, Any]:
 
 
 def checked_document(value: Any, path: str = "document") -> Any:
-    """`value` with tuples as lists; CheckpointError names what JSON would not carry unchanged."""
+    """Return `value` with tuples as lists. A CheckpointError names values that JSON does not preserve."""
     if value is None or isinstance(value, bool):
         return value
     for plain in (int, float, str):
         if isinstance(value, plain):
-            return plain(value)  # a subclass, such as numpy's float64 or a StrEnum, comes back as the plain kind
+            return plain(value)  # a subclass, such as numpy's float64 or a StrEnum, becomes the plain type
     if isinstance(value, list | tuple):
-        return [checked_document(item, f"{path}[{place}]") for place, item in enumerate(value)]
+        return [checked_document(item, f"{path}[{index}]") for index, item in enumerate(value)]
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         return {str(key): checked_document(item, f"{path}.{key}") for key, item in value.items()}
     found = f"{type(value).__name__} at {path}"
     if isinstance(value, Mapping):
-        found = f"keys that are no strings at {path}: {[key for key in value if not isinstance(key, str)][:3]}"
+        found = f"keys that are not strings at {path}: {[key for key in value if not isinstance(key, str)][:3]}"
     raise CheckpointError(
-        explain("a checkpoint's document holds JSON only.", found, "save tensors as shards, and the rest as plain JSON")
+        explain(
+            "Cannot save the document of a checkpoint.",
+            f"{found} is not JSON",
+            "save tensors as shards and other values as JSON",
+        )
     )
 
 
 def decode_manifest(raw: bytes, *, where: str) -> Manifest:
-    """The checked content of a manifest's bytes; `where` names it in errors."""
+    """Decode and check a manifest's bytes. `where` names it in errors."""
     content = _open_envelope(raw, where)
     try:
         manifest = _read(content)
     except (_ContentError, KeyError, TypeError, ValueError, OverflowError) as error:
         found = f"no {error}" if isinstance(error, KeyError) else str(error)
-        raise _refusal(where, found, "do not use it: whoever wrote it made an invalid checkpoint") from None
+        raise _invalid(where, found, "do not use it: the program that wrote it made an invalid checkpoint") from None
     return manifest
 
 
 def _open_envelope(raw: bytes, where: str) -> dict[str, Any]:
     match = _ENVELOPE.match(raw)
     rest = raw[match.end() :] if match else b""
-    whole = match is not None and hashlib.sha256(rest).hexdigest().encode() == match.group(1)
+    intact = match is not None and hashlib.sha256(rest).hexdigest().encode() == match.group(1)
     try:
         content = json.loads(raw)
     except (ValueError, RecursionError):  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         content = None
     named = isinstance(content, dict) and content.get("format") == FORMAT
-    if not whole:
-        found = "its bytes do not match its own digest" if match or named else "a file of someone else's format"
-        do = "it is damaged: use another checkpoint" if match or named else "name a folder that disttrain wrote"
-        raise _refusal(where, found, do)
+    if not intact:
+        found = "its bytes do not match its own digest" if match or named else "a file of another program's format"
+        do = "the file is damaged: use another checkpoint" if match or named else "name a folder that disttrain wrote"
+        raise _invalid(where, found, do)
     if not named:
-        raise _refusal(where, "a file of someone else's format", "name a folder that disttrain wrote")
+        raise _invalid(where, "a file of another program's format", "name a folder that disttrain wrote")
     version = content.get("version")
     if version != VERSION or type(version) is not int:
         found = f"format version {version!r}; this disttrain reads {VERSION}"
-        raise UnreadableError(str(_refusal(where, found, "upgrade disttrain")))
+        raise UnreadableError(str(_invalid(where, found, "upgrade disttrain")))
     return content  # type: ignore[no-any-return]
 
 
-def _refusal(where: str, found: str, do: str) -> CheckpointError:
-    return CheckpointError(explain(f"{where} is not a manifest this disttrain can use.", found, do))
+def _invalid(where: str, found: str, do: str) -> CheckpointError:
+    return CheckpointError(explain(f"Cannot use {where} as a manifest.", found, do))
 
 
 class _ContentError(Exception):
@@ -194,12 +198,12 @@ def _number(value: Any, what: str) -> int:
 
 
 def _numbers(values: Any, what: str) -> tuple[int, ...]:
-    _demand(isinstance(values, list), f"{what} is no list")
+    _demand(isinstance(values, list), f"{what} is not a list")
     return tuple(_number(value, what) for value in values)
 
 
 def _mapping(value: Any, what: str) -> dict[str, Any]:
-    _demand(isinstance(value, dict), f"{what} is no object")
+    _demand(isinstance(value, dict), f"{what} is not an object")
     return value  # type: ignore[no-any-return]
 
 
@@ -221,7 +225,9 @@ def _read(content: dict[str, Any]) -> Manifest:
 
 
 def _read_file(name: str, entry: Any, chunk_bytes: int) -> FileInfo:
-    _demand(_FILE_NAME.fullmatch(name) is not None, f"a file named {name[:100]!r}: not a plain name in this folder")
+    _demand(
+        _FILE_NAME.fullmatch(name) is not None, f"a file named {name[:100]!r}, which is not a plain name in this folder"
+    )
     size = _number(entry["size"], f"size of {name}")
     chunks = _numbers(entry["chunks"], f"checksums of {name}")
     _demand(len(chunks) == -(-size // chunk_bytes), f"{len(chunks)} checksums for the {size} bytes of {name}")
@@ -229,7 +235,7 @@ def _read_file(name: str, entry: Any, chunk_bytes: int) -> FileInfo:
 
 
 class _TensorReader:
-    """Reads tensors against the files there are; what many tensors have in common is looked at once."""
+    """Reads tensor entries and checks them against the files. A pattern that many tensors share is checked once."""
 
     def __init__(self, files: Mapping[str, FileInfo]) -> None:
         self._files = files
@@ -240,7 +246,7 @@ class _TensorReader:
         _demand(fault is None, f"a tensor's name: {fault}")
         dtype = dtype_of(entry["dtype"])
         shape = _numbers(entry["shape"], f"shape of {name}")
-        _demand(math.prod(shape) * dtype.itemsize < _BIGGEST, f"{name} has the absurd shape {shape}")
+        _demand(math.prod(shape) * dtype.itemsize < _BIGGEST, f"{name} has the impossible shape {shape}")
         if "boxes" in entry:
             return TensorInfo(shape, dtype, self._listed(name, entry["boxes"], shape, dtype))
         return TensorInfo(shape, dtype, grid=self._grid(name, entry, shape))
@@ -250,10 +256,10 @@ class _TensorReader:
         for offsets, sizes, file, start in boxes:
             box = Box(_numbers(offsets, f"offsets in {name}"), _numbers(sizes, f"sizes in {name}"))
             stop = _number(start, f"start of {name}") + box.numel * dtype.itemsize
-            _demand(file in self._files, f"{name} lies in {str(file)[:100]!r}, which is not one of the files")
+            _demand(file in self._files, f"{name} is stored in {str(file)[:100]!r}, which is not one of the files")
             _demand(
                 start % dtype.itemsize == 0 and stop <= self._files[file].size,
-                f"{name} lies at bytes {start} to {stop} of {file}, which has {self._files[file].size}",
+                f"{name} is stored at bytes {start} to {stop} of {file}, which has {self._files[file].size}",
             )
             found.append(StoredBox(box, file, start))
         fault = tiling_fault(shape, [stored.box for stored in found])
@@ -272,21 +278,23 @@ class _TensorReader:
         pattern = grid.counts, first, strides
         if pattern not in self._seen:
             count = math.prod(grid.counts)
-            _demand(count <= len(self._files), f"{name} lies in {count} files, of which there are {len(self._files)}")
+            _demand(
+                count <= len(self._files), f"{name} is stored in {count} files, of which there are {len(self._files)}"
+            )
             ranks = grid.ranks()
             _demand(len(set(ranks)) == count, f"{name} has several boxes in one file of a grid")
             lacking = next((rank for rank in ranks if rank_file(rank) not in self._files), None)
-            _demand(lacking is None, f"{name} lies in {rank_file(lacking or 0)}, which is not one of the files")
+            _demand(lacking is None, f"{name} is stored in {rank_file(lacking or 0)}, which is not one of the files")
             self._seen.add(pattern)
         return grid
 
 
 def _refuse_shared_bytes(tensors: Mapping[str, TensorInfo]) -> None:
-    places = sorted(
+    spans = sorted(
         (stored.file, stored.start, stored.start + stored.box.numel * info.dtype.itemsize, name)
         for name, info in tensors.items()
         for stored in info.listed
         if stored.start is not None
     )
-    for (file, _, stop, name), (other_file, start, _, other) in pairwise(places):
+    for (file, _, stop, name), (other_file, start, _, other) in pairwise(spans):
         _demand(file != other_file or stop <= start, f"{name} and {other} share bytes of {file}")

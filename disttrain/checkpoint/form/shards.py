@@ -1,6 +1,6 @@
-"""What callers bring to this room: the shards a rank holds, and a way to speak with the other ranks.
+"""Defines shards, the parts of tensors that a rank passes to a save or a load, and checks them. Pure.
 
-Owns the names of tensors (`KIND/OWNER/NAME`), and `run_collectively`: how all ranks learn that one of them failed.
+A tensor's name has the form `KIND/OWNER/NAME`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ KINDS = ("model", "optim", "objective", "ema", "user")
 
 @dataclass(frozen=True)
 class Shard:
-    """One box of one tensor as this rank holds it.
+    """One box of one tensor, as held by this rank.
 
-    `tensor` has exactly `box.sizes` and is written into on load. `replica` is (this holder's index, number of
-    holders of the same box). A rank names every tensor of the checkpoint it takes part in, with an empty box where it
-    holds nothing of it.
+    `tensor` has the shape `box.sizes`. A load writes into it. `replica` is the index of this holder and the number of
+    holders of the same box. A rank names every tensor of the checkpoint that it takes part in. The box is empty if it
+    holds no element.
     """
 
     name: str
@@ -33,12 +33,12 @@ class Shard:
 
 
 def full_shard(name: str, tensor: Tensor, replica: tuple[int, int] = (0, 1)) -> Shard:
-    """A tensor that this rank holds whole."""
+    """Return the shard of a tensor that this rank holds completely."""
     return Shard(name, tuple(tensor.shape), full_box(tensor.shape), tensor, replica)
 
 
 def name_fault(name: str) -> str | None:
-    """What is wrong with a tensor's name, in words; None for a good one."""
+    """Describe the problem with a tensor's name, or return None for a valid name."""
     kind, owner, rest = [*name.split("/", 2), "", ""][:3]
     if kind not in KINDS:
         return f"{name!r} does not begin with one of {', '.join(kind + '/' for kind in KINDS)}"
@@ -46,7 +46,7 @@ def name_fault(name: str) -> str | None:
 
 
 def shard_fault(shard: Shard) -> str | None:
-    """What is wrong with a shard in itself, in words; None for a good one."""
+    """Describe the problem with a single shard, or return None for a valid shard."""
     fault = name_fault(shard.name)
     if fault:
         return fault
@@ -59,20 +59,20 @@ def shard_fault(shard: Shard) -> str | None:
     if tuple(shard.tensor.shape) != shard.box.sizes:
         return f"{shard.name}: a tensor of shape {tuple(shard.tensor.shape)} for box {shard.box}"
     if shard.tensor.is_meta:
-        return f"{shard.name}: a tensor on the meta device, which holds no numbers"
+        return f"{shard.name}: a tensor on the meta device, which holds no values"
     return None
 
 
 def reject_invalid_shards(shards: Sequence[Shard]) -> None:
-    """Raise CheckpointError with every fault that shards have in themselves, twice-named boxes included. Local."""
+    """Raise CheckpointError with all problems of single shards and with boxes that occur twice. Local."""
     faults = [fault for fault in map(shard_fault, shards) if fault]
     seen: set[tuple[str, Box]] = set()
     for shard in shards:
         if shard.box.numel and (shard.name, shard.box) in seen:
-            faults.append(f"{shard.name}: box {shard.box} is given twice")
+            faults.append(f"{shard.name}: box {shard.box} occurs twice")
         seen.add((shard.name, shard.box))
     if faults:
         more = f"; and {len(faults) - 8} more" if len(faults) > 8 else ""
         raise CheckpointError(
-            explain("some shards are not valid.", "; ".join(faults[:8]) + more, "mend what made them")
+            explain("Some shards are invalid.", "; ".join(faults[:8]) + more, "fix the code that made them")
         )

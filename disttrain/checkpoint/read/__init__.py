@@ -1,1 +1,1 @@
-"""Reads a checkpoint and verifies every chunk it uses."""
+"""Reads checkpoints and verifies every chunk that it uses."""

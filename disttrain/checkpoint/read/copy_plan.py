@@ -1,4 +1,8 @@
-"""What to copy of a file's chunks into which tensors, and by which way. Pure but for the copies themselves."""
+"""Plans which byte ranges of a checkpoint file are copied into which tensors.
+
+A copy is direct if the file's bytes are read straight into the tensor, and buffered otherwise. All functions are pure
+except `ChunkCopy.perform`.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,10 @@ from disttrain.checkpoint.form.tensor_bytes import raw_bytes
 
 @dataclass(frozen=True)
 class FillTask:
-    """Fill `into`, which is `box` of a tensor, from what a `stored` box, from byte `start` on, shares with it."""
+    """Fills `into`, the `box` of a tensor, with its overlap with a `stored` box.
+
+    The bytes of the stored box begin at byte `start` of the file.
+    """
 
     stored: Box
     start: int
@@ -24,22 +31,22 @@ class FillTask:
     box: Box
     into: Tensor
 
-    def place(self, held: Box) -> int:
-        """The first byte in the file of a box inside the stored one."""
+    def offset(self, part: Box) -> int:
+        """Return the offset in the file of the first byte of a box inside the stored box."""
         flat = 0
-        for offset, origin, size in zip(held.offsets, self.stored.offsets, self.stored.sizes, strict=True):
+        for offset, origin, size in zip(part.offsets, self.stored.offsets, self.stored.sizes, strict=True):
             flat = flat * size + offset - origin
         return self.start + flat * self.dtype.itemsize
 
     def hull(self) -> tuple[int, int]:
-        """The bytes in the file from the first to after the last element asked for."""
+        """Return the byte range in the file from the first requested element to the end of the last one."""
         shared = overlap(self.stored, self.box)
-        assert shared is not None  # a job is made for boxes that meet
+        assert shared is not None  # a task is only made for boxes that overlap
         last = Box(tuple(stop - 1 for stop in shared.stops), (1,) * len(shared.sizes))
-        return self.place(shared), self.place(last) + self.dtype.itemsize
+        return self.offset(shared), self.offset(last) + self.dtype.itemsize
 
     def copies(self, begin: int, end: int) -> Iterator[ChunkCopy]:
-        """What to copy of the file's bytes `begin` to `end`."""
+        """Yield the copies from bytes `begin` to `end` of the file."""
         first, item, box = self.start, self.dtype.itemsize, self.stored
         start = max(begin - first, 0) // item
         stop = min(end - first, box.numel * item) // item
@@ -52,56 +59,56 @@ class FillTask:
 
 @dataclass(frozen=True)
 class ChunkCopy:
-    """`held` is contiguous in the file; `shared` is what is asked of it."""
+    """One copy from a chunk. `held` is contiguous in the file, and `shared` is the requested part of it."""
 
-    job: FillTask
+    task: FillTask
     held: Box
     shared: Box
 
     @property
     def first(self) -> int:
-        """The first byte of `held` in the file."""
-        return self.job.place(self.held)
+        """The offset of the first byte of `held` in the file."""
+        return self.task.offset(self.held)
 
-    def bytes_in_place(self) -> memoryview | None:
-        """The tensor's own bytes, where they are those of the file one by one; None where they are not."""
-        into = self.job.into[self.shared.slices(self.job.box.offsets)]
-        same = self.shared == self.held and into.dtype == self.job.dtype and into.device.type == "cpu"
+    def target_bytes(self) -> memoryview | None:
+        """Return the tensor's memory if its bytes are equal to those of the file one by one. Otherwise return None."""
+        into = self.task.into[self.shared.slices(self.task.box.offsets)]
+        same = self.shared == self.held and into.dtype == self.task.dtype and into.device.type == "cpu"
         if not same or not into.is_contiguous() or into.is_conj() or into.is_neg():
             return None
         return raw_bytes(into)
 
     def perform(self, buffer: bytearray, begin: int) -> None:
-        """Copy out of a buffer whose first byte is the file's byte `begin`."""
-        count, place = self.held.numel, self.first - begin
-        source = torch.frombuffer(buffer, dtype=self.job.dtype, count=count, offset=place).view(self.held.sizes)
-        into = self.job.into[self.shared.slices(self.job.box.offsets)]
+        """Copy from a buffer whose first byte is byte `begin` of the file."""
+        count, offset = self.held.numel, self.first - begin
+        source = torch.frombuffer(buffer, dtype=self.task.dtype, count=count, offset=offset).view(self.held.sizes)
+        into = self.task.into[self.shared.slices(self.task.box.offsets)]
         into.copy_(source[self.shared.slices(self.held.offsets)])
 
 
 def split_direct(
-    copies: Sequence[ChunkCopy], known: bool
+    copies: Sequence[ChunkCopy], verified: bool
 ) -> tuple[list[tuple[ChunkCopy, memoryview]], list[ChunkCopy]]:
-    """The copies of a chunk that can be read straight into their tensors, with those bytes; the others.
+    """Return the direct copies of a chunk, each with the memory to read into, and the buffered copies.
 
-    A chunk that is not `known` to be right is summed as it is read, every byte once: all of it goes one way.
+    A chunk that is not yet `verified` is read and added to the checksum once, so all its copies are of one kind.
     """
-    views = [(copy, copy.bytes_in_place()) for copy in copies]
+    views = [(copy, copy.target_bytes()) for copy in copies]
     direct = [(copy, view) for copy, view in views if view is not None]
-    through = [copy for copy, view in views if view is None]
-    apart = all(one.first + len(view) <= two.first for (one, view), (two, _) in pairwise(direct))
-    return (direct, through) if known or (apart and not through) else ([], list(copies))
+    buffered = [copy for copy, view in views if view is None]
+    separate = all(one.first + len(view) <= two.first for (one, view), (two, _) in pairwise(direct))
+    return (direct, buffered) if verified or (separate and not buffered) else ([], list(copies))
 
 
-def plan_copies(jobs: Sequence[FillTask], chunk_bytes: int) -> Iterator[tuple[int, list[ChunkCopy]]]:
-    """The chunks of a file that hold something asked for, in order, each with what to copy of it."""
+def plan_copies(tasks: Sequence[FillTask], chunk_bytes: int) -> Iterator[tuple[int, list[ChunkCopy]]]:
+    """Yield the chunks of a file that hold requested elements, in order, each with its copies."""
     by_chunk: dict[int, list[FillTask]] = defaultdict(list)
-    for job in jobs:
-        first, last = job.hull()
+    for task in tasks:
+        first, last = task.hull()
         for chunk in range(first // chunk_bytes, (last - 1) // chunk_bytes + 1):
-            by_chunk[chunk].append(job)
+            by_chunk[chunk].append(task)
     for chunk in sorted(by_chunk):
         begin = chunk * chunk_bytes
-        copies = [copy for job in by_chunk[chunk] for copy in job.copies(begin, begin + chunk_bytes)]
+        copies = [copy for task in by_chunk[chunk] for copy in task.copies(begin, begin + chunk_bytes)]
         if copies:
             yield chunk, copies

@@ -253,21 +253,21 @@ FIRST = "rank-00000.safetensors"
         _evil("hole", lambda m: m["tensors"][W]["boxes"].pop(), "hold 750 of 1500"),
         _evil("overlap", lambda m: m["tensors"][W]["boxes"].append(m["tensors"][W]["boxes"][0]), "overlap"),
         _evil("outside its shape", lambda m: m["tensors"][W].update(shape=[1499]), "not inside shape"),
-        _evil("absurd shape", lambda m: m["tensors"][W].update(shape=[2**62, 2**62]), "absurd shape"),
+        _evil("absurd shape", lambda m: m["tensors"][W].update(shape=[2**62, 2**62]), "impossible shape"),
         _evil("absurd number", lambda m: m["tensors"][W].update(shape=[10**100]), "shape of model/m/w"),
         _evil("negative", lambda m: m["tensors"][W].update(shape=[-1]), "is -1"),
         _evil("fraction", lambda m: m["tensors"][W].update(shape=[1500.0]), "is 1500.0"),
-        _evil("beyond the file", lambda m: m["tensors"][W]["boxes"][0].__setitem__(3, 2**40), "lies at bytes"),
-        _evil("unaligned", lambda m: m["tensors"][W]["boxes"][0].__setitem__(3, 1), "lies at bytes"),
+        _evil("beyond the file", lambda m: m["tensors"][W]["boxes"][0].__setitem__(3, 2**40), "is stored at bytes"),
+        _evil("unaligned", lambda m: m["tensors"][W]["boxes"][0].__setitem__(3, 1), "is stored at bytes"),
         _evil("shared bytes", lambda m: m["tensors"].update({"model/m/v": m["tensors"][W]}), "share bytes"),
         _evil("dtype", lambda m: m["tensors"][W].update(dtype="object"), "'object'"),
-        _evil("dtype of no kind", lambda m: m["tensors"][W].update(dtype=[1]), "not a manifest"),
+        _evil("dtype of no kind", lambda m: m["tensors"][W].update(dtype=[1]), "as a manifest"),
         _evil("name", lambda m: m["tensors"].update({"w": m["tensors"].pop(W)}), "begin with one of"),
         _evil("chunks", lambda m: m["files"][FIRST]["chunks"].append(0), "checksums for"),
         _evil("chunk size", lambda m: m.update(chunk_bytes=2**50), "chunk_bytes"),
         _evil("no step", lambda m: m.pop("step"), "no 'step'"),
-        _evil("list", lambda m: m.update(tensors=[]), "no object"),
-        _evil("someone else's", lambda m: m.update(format="other"), "someone else"),
+        _evil("list", lambda m: m.update(tensors=[]), "not an object"),
+        _evil("someone else's", lambda m: m.update(format="other"), "another program's format"),
         _evil("newer", lambda m: m.update(version=2), "upgrade disttrain"),
     ],
 )
@@ -310,8 +310,8 @@ def test_a_grid_that_does_not_add_up_is_refused(tmp_path: Path, change, found: s
         _evil("other shape", lambda h: h["model/m/w[0:750]"].update(shape=[375, 2]), "another model/m/w"),
         _evil("other dtype", lambda h: h["model/m/w[0:750]"].update(dtype="I32"), "another model/m/w"),
         _evil("other name", lambda h: h.update({"model/m/v": h.pop("model/m/w[0:750]")}), "no model/m/w[0:750]"),
-        _evil("beyond", lambda h: h["model/m/w[0:750]"].update(data_offsets=[0, 2**40]), "that end at byte"),
-        _evil("shifted", lambda h: h["model/m/w[0:750]"].update(data_offsets=[8, 3000]), "do not follow"),
+        _evil("beyond", lambda h: h["model/m/w[0:750]"].update(data_offsets=[0, 2**40]), "the boxes end at byte"),
+        _evil("shifted", lambda h: h["model/m/w[0:750]"].update(data_offsets=[8, 3000]), "a gap or overlap at byte"),
         _evil("no numbers", lambda h: h["model/m/w[0:750]"].update(data_offsets=["a", "b"]), "does not fit"),
         _evil("no offsets", lambda h: h["model/m/w[0:750]"].pop("data_offsets"), "does not fit"),
         _evil("a list", lambda h: h.update({"model/m/w[0:750]": []}), "does not fit"),
@@ -376,7 +376,7 @@ def test_links_and_pipes_are_refused(tmp_path: Path, name: str) -> None:
         load_all(file.parent)
     file.unlink()
     os.mkfifo(file)
-    with pytest.raises(CheckpointError, match="no regular file"):
+    with pytest.raises(CheckpointError, match="not a regular file"):
         load_all(file.parent)
 
 

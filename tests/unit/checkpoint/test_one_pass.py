@@ -184,7 +184,7 @@ def test_a_header_that_reads_otherwise_a_second_time_is_damage(tmp_path: Path, m
     monkeypatch.setattr(Checkpoint, "_bytes", misread)
     for found, rejected, shards in resume(tmp_path, large_tensors(), "rows", 2):
         assert found.step == 1
-        assert "header: read twice, and not the same" in rejected[0][1]
+        assert "its header was read twice and differed" in rejected[0][1]
         refuse_other_bits(shards, large_tensors())
     with pytest.raises(DamagedError, match="read twice"):
         Checkpoint.open(tmp_path / "step-00000002").load_into(blank(LAYOUTS["replicated"](large_tensors(), 0, 1)))

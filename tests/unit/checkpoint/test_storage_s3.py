@@ -236,7 +236,7 @@ def test_credentials_that_may_not_are_named(endpoint: str, bucket: Any) -> None:
     path = save(100)
     check_keys(endpoint, b"0")
     try:
-        with pytest.raises(CheckpointError, match=r"(?s)s3://models/team/run is to.*Access Key.*fix: "):
+        with pytest.raises(CheckpointError, match=r"(?s)Cannot store checkpoints at s3://models/team/run.*Access Key.*fix: "):
             reject_unwritable(ROOT)
         for act in (
             lambda: save(200),

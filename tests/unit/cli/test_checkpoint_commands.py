@@ -135,7 +135,7 @@ def test_ls_tells_what_there_is_what_is_whole_and_what_is_no_checkpoint(
         ],
         "step-00000400": [
             "manifest.json: no manifest.json among rank-00000.safetensors, rank-00001.safetensors "
-            "(name a whole folder step-NNNNNNNN of a run)"
+            "(name an intact folder step-NNNNNNNN of a run)"
         ],
         "step-00000450": ["the folder of another step holds step 500: rename it back"],
     }
