@@ -30,7 +30,18 @@ version = release = disttrain.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 root_doc = "docs/index"
 include_patterns = ["*.md", "docs/**/*.md", "docs/*.md"]
-exclude_patterns = [".*", "build", "dist", "runs", "*.egg-info", "disttrain", "tests", "benchmarks", "configs", "launch"]
+exclude_patterns = [
+    ".*",
+    "build",
+    "dist",
+    "runs",
+    "*.egg-info",
+    "disttrain",
+    "tests",
+    "benchmarks",
+    "configs",
+    "launch",
+]
 
 myst_heading_anchors = 4  # the same anchors as on a code host
 
@@ -48,6 +59,15 @@ python_maximum_signature_line_length = 100
 # `-n` reports every unknown name in a signature. Other libraries' types and disttrain's internal types have no page here.
 nitpick_ignore_regex = [("py:.*", ".*")]
 
+# The site's sidebar. docs/index.md gets it at build time, because a code host would show the directive as text.
+# A pattern adds the pages that no line names.
+SIDEBAR = {
+    "Tutorials": ("first-run", "your-model", "your-loop", "checkpoints", "several-machines", "slurm", "from-pytorch"),
+    "Reference": ("configuration", "strategies", "fsdp", "deepspeed", "accelerate", "checkpoints", "parity"),
+    "Measurements": ("hardware", "contract", "speed", "memory"),
+    "Decisions": (),
+}
+
 _CODE = re.compile(r"(?<!`)`([^`]+)`(?!`)")
 _SPLIT = re.compile(r"(``[^`]+``)")
 
@@ -55,7 +75,21 @@ _SPLIT = re.compile(r"(``[^`]+``)")
 def setup(app: Sphinx) -> None:
     """Registers the hooks below. Called by Sphinx."""
     app.connect("autodoc-process-docstring", _process_docstring, priority=400)  # before napoleon, whose priority is 500
+    app.connect("source-read", _add_sidebar)
     app.add_directive("config-sections", ConfigSections)
+
+
+def _add_sidebar(app: Sphinx, page: str, source: list[str]) -> None:
+    if page == root_doc:
+        for caption, pages in SIDEBAR.items():
+            folder = caption.lower()
+            entries = [f"{folder}/{one}" for one in (*pages, "*")]
+            source[0] += _toctree(caption, entries)
+        source[0] += _toctree("Project", [f"/{one}" for one in ("README", "CHANGELOG", "CONTRIBUTING", "SECURITY")])
+
+
+def _toctree(caption: str, entries: list[str]) -> str:
+    return "\n".join(["\n\n```{toctree}", ":hidden:", ":glob:", f":caption: {caption}", "", *entries, "```\n"])
 
 
 def _process_docstring(app: Sphinx, kind: str, name: str, found: Any, options: Any, lines: list[str]) -> None:
@@ -75,7 +109,9 @@ def to_rest(text: str) -> str:
 
 
 def _prose_to_rest(text: str) -> str:
-    text = re.sub(r"^(?! *- )( *\S.*)\n(?=\1?- )", r"\1\n\n", text, flags=re.MULTILINE)  # a list starts after a blank line
+    text = re.sub(
+        r"^(?! *- )( *\S.*)\n(?=\1?- )", r"\1\n\n", text, flags=re.MULTILINE
+    )  # a list starts after a blank line
     pieces = _SPLIT.split(_CODE.sub(r"``\1``", text))
     for at in range(0, len(pieces), 2):  # outside of code
         pieces[at] = re.sub(r"([*|\\])", r"\\\1", re.sub(r"(?<=\w)_(?!\w)", r"\\_", pieces[at]))
@@ -104,7 +140,9 @@ class ConfigSections(SphinxDirective):
     """`config-sections`: documents each section class that is reachable from `disttrain.Config`."""
 
     def run(self) -> list[nodes.Node]:
-        text = "\n".join(f".. autoclass:: {one.__module__}.{one.__qualname__}()\n" for one in _sections(disttrain.Config))
+        text = "\n".join(
+            f".. autoclass:: {one.__module__}.{one.__qualname__}()\n" for one in _sections(disttrain.Config)
+        )
         return self.parse_text_to_nodes(text)
 
 
