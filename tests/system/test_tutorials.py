@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 from launched import PROJECT
-from tutorial import PageError, blocks, commands, faults, matches, missing_line, run_page
+from tutorial import PAGE_TIMEOUT_S, PageError, blocks, commands, faults, matches, missing_line, run_page
 
 PAGES = sorted((PROJECT / "docs" / "tutorials").glob("*.md"))
 
 
+@pytest.mark.timeout(PAGE_TIMEOUT_S + 60)
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_page_prints_what_it_shows(page: Path, tmp_path: Path) -> None:
     run_page(page, tmp_path)
