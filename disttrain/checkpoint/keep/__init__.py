@@ -1,1 +1,1 @@
-"""Finds, compares and removes the checkpoints of a run."""
+"""Lists, compares, removes and retains the checkpoints in a folder."""

@@ -1,7 +1,8 @@
-"""The folder of a run's checkpoints: which there are, which to resume from, which to let go.
+"""Lists the checkpoints of a run, opens the newest intact one, and removes or renames checkpoints.
 
-A folder without a complete manifest is not a checkpoint. There is no pointer to the latest that could go stale: the
-names are the list. However they are removed or set aside, a kill leaves no half checkpoint.
+A folder without a complete manifest is not a checkpoint. No pointer to the latest checkpoint exists, because it could
+be outdated: the folder names are the list. A process that is killed during a removal or a rename leaves no partial
+checkpoint.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from disttrain.logs import package_logger
 
 
 def list_checkpoints(root: LocationT) -> list[LocationT]:
-    """Committed checkpoints, by step, oldest first; whether they are whole is not looked at. Local."""
+    """Return the committed checkpoints by step, oldest first, without checking them. Local."""
     storage = storage_of(root)
     return [path for path in _step_folders(root) if storage.size(child(path, MANIFEST)) is not None]
 
@@ -33,7 +34,7 @@ def _step_folders(root: LocationT) -> list[LocationT]:
 
 
 def _candidates(root: LocationT) -> list[LocationT]:
-    """What may be a checkpoint, newest first: not what a killed writer left."""
+    """Return the folders that may be checkpoints, newest first, without those left by killed writers."""
     unfinished = set(storage_of(root).unfinished(root))
     return [path for path in reversed(_step_folders(root)) if path not in unfinished]
 
@@ -41,19 +42,23 @@ def _candidates(root: LocationT) -> list[LocationT]:
 def newest_intact(
     root: LocationT, ranks: Ranks, fill: Callable[[Checkpoint], None] | None = None
 ) -> tuple[Checkpoint | None, list[tuple[LocationT, str]]]:
-    """The newest checkpoint that every rank can read, and the newer ones rejected with the reason. Collective.
+    """Open the newest checkpoint that every rank can read. Collective.
 
-    Rank 0 lists; all ranks open; every byte is read, each by at least one rank, and checked. With `fill`, which all
-    ranks enter together, a rank reads what it needs of each candidate first, once (`Checkpoint.verify_while_loading`): what
-    it fills holds no state before this returns. What `fill` raises rejects the candidate: for what an older one would
-    not help it is to keep to itself. Raises UnreadableError for one that may be whole and that a rank cannot read: of a
-    newer format, or without permission.
+    Returns the checkpoint, or None, and the newer ones that were rejected, each with the reason. Rank 0 lists the
+    folder and all ranks open the candidates. Every byte is read and verified by at least one rank.
+
+    All ranks call `fill` together. It first reads what the rank needs of a candidate, once
+    (`Checkpoint.verify_while_loading`). The tensors that it fills are not valid before this function returns. An error
+    of `fill` rejects the candidate, so `fill` must not raise errors that an older checkpoint would not avoid.
+
+    Raises UnreadableError for a checkpoint that may be intact but that a rank cannot read, because its format is newer
+    or a permission is missing.
     """
-    candidates = run_collectively(ranks, lambda: None, lambda _: _candidates(root), failed=f"{root} cannot be listed.")
+    candidates = run_collectively(ranks, lambda: None, lambda _: _candidates(root), failed=f"Cannot list {root}.")
     rejected: list[tuple[LocationT, str]] = []
     for path in candidates:
         try:
-            return _open_whole(path, ranks, fill), rejected
+            return _open_intact(path, ranks, fill), rejected
         except UnreadableError:
             raise
         except CheckpointError as error:
@@ -61,8 +66,8 @@ def newest_intact(
     return None, rejected
 
 
-def _open_whole(path: Location, ranks: Ranks, fill: Callable[[Checkpoint], None] | None) -> Checkpoint:
-    """The checkpoint, of which every byte was found right. CheckpointError on every rank if one was not."""
+def _open_intact(path: Location, ranks: Ranks, fill: Callable[[Checkpoint], None] | None) -> Checkpoint:
+    """Open a checkpoint and verify every byte. If a byte is wrong, every rank raises CheckpointError. Collective."""
     opened: list[Checkpoint] = []
 
     def read() -> list[ChunkRange]:
@@ -75,18 +80,18 @@ def _open_whole(path: Location, ranks: Ranks, fill: Callable[[Checkpoint], None]
     def share(everyones: list[list[ChunkRange]]) -> list[list[ChunkRange]]:
         return divide_unread(opened[0].manifest.files, everyones, ranks.size)
 
-    _take_reading_step(path, ranks, lambda: opened.append(_open_own_step(path, verify=True)), lambda _: None)
-    shares = _take_reading_step(path, ranks, read, share)
-    _take_reading_step(path, ranks, lambda: opened[0].verify(shares[ranks.rank]), lambda _: None)
+    _read_collectively(path, ranks, lambda: opened.append(_open_matching(path, verify=True)), lambda _: None)
+    shares = _read_collectively(path, ranks, read, share)
+    _read_collectively(path, ranks, lambda: opened[0].verify(shares[ranks.rank]), lambda _: None)
     return opened[0]
 
 
-def _take_reading_step(
+def _read_collectively(
     path: Location, ranks: Ranks, act: Callable[[], Local], judge: Callable[[list[Local]], Agreed]
 ) -> Agreed:
-    """`run_collectively`, and UnreadableError on every rank where one rank's act raised it."""
+    """Call `run_collectively`, but raise UnreadableError on every rank if `act` raised it on any rank."""
 
-    def told() -> tuple[Local | None, str | None]:
+    def attempt() -> tuple[Local | None, str | None]:
         try:
             return act(), None
         except UnreadableError as error:
@@ -96,68 +101,70 @@ def _take_reading_step(
         unreadable = next((text for _, text in everyones if text is not None), None)
         return None if unreadable else judge([value for value, _ in everyones]), unreadable
 
-    agreed, unreadable = run_collectively(ranks, told, decide, failed=f"{path.name} was rejected:")
+    agreed, unreadable = run_collectively(ranks, attempt, decide, failed=f"{path.name} was rejected.")
     if unreadable is not None:
         raise UnreadableError(unreadable)
     return agreed  # type: ignore[return-value]
 
 
-def _open_own_step(path: Location, *, verify: bool) -> Checkpoint:
+def _open_matching(path: Location, *, verify: bool) -> Checkpoint:
     checkpoint = Checkpoint.open(path, verify=verify)
     if path.name != step_folder(checkpoint.step):
         raise CheckpointError(
-            explain(f"{path} holds another step's checkpoint.", f"step {checkpoint.step}", "rename it back")
+            explain(f"{path} has the wrong name.", f"it contains step {checkpoint.step}", "rename it back")
         )
     return checkpoint
 
 
 def holds_checkpoints(root: Location) -> bool:
-    """Whether there are folders of checkpoints, finished or not, and it is not one itself. Local."""
+    """Return whether a folder contains checkpoint folders, finished or not, and is not a checkpoint itself. Local."""
     names = storage_of(root).names(root)
     return MANIFEST not in names and any(step_of(name) is not None for name in names)
 
 
 def reject_unwritable(root: Location) -> None:
-    """Raise CheckpointError where an address cannot be written to; a disk is not tried. Local: rank 0."""
+    """Raise CheckpointError if an address cannot be written. A disk is not tested. Local: rank 0."""
     storage_of(root).reject_unwritable(root)
 
 
 def prune(
     root: LocationT, keep_last: int, protect: Collection[Location] = (), *, disk: Disk | None = None
 ) -> list[LocationT]:
-    """Remove all but the newest `keep_last` checkpoints and those in `protect`; returns the removed. Local: rank 0.
+    """Remove all checkpoints except the newest `keep_last` and those in `protect`. Local: rank 0.
 
-    A checkpoint whose manifest or files' sizes are wrong is neither counted nor removed.
+    Returns the removed checkpoints. A checkpoint whose manifest or file sizes are wrong is neither counted nor removed.
     """
     if keep_last < 1:
-        raise ValueError(f"keep_last is at least 1, not {keep_last}")
-    whole = []
+        raise ValueError(f"keep_last must be at least 1, not {keep_last}")
+    intact = []
     for path in list_checkpoints(root):
         try:
-            _open_own_step(path, verify=False)
+            _open_matching(path, verify=False)
         except CheckpointError as error:
-            package_logger("checkpoint").warning("%s is neither counted nor removed: %s", path, error)
+            package_logger("checkpoint").warning("%s is neither counted nor removed. %s", path, error)
         else:
-            whole.append(path)
+            intact.append(path)
     kept = {path.resolve() for path in protect}
-    gone = [path for path in whole[:-keep_last] if path.resolve() not in kept]
+    gone = [path for path in intact[:-keep_last] if path.resolve() not in kept]
     storage_of(root, disk).remove(gone)
     return gone
 
 
 def set_aside(path: LocationT, *, disk: Disk | None = None) -> LocationT:
-    """Rename a rejected checkpoint, so that its step can be saved again; the new path. Local: rank 0."""
+    """Rename a rejected checkpoint, so that its step can be saved again. Return the new location. Local: rank 0."""
     storage = storage_of(path, disk)
     for number in range(1, 10_000):
         aside = sibling(path, f"rejected-{path.name}-{number}")
         if not storage.taken(aside):
             storage.move(path, aside)
             return aside
-    raise CheckpointError(explain(f"{path} cannot be set aside.", "9999 earlier ones", "remove rejected-* there"))
+    raise CheckpointError(
+        explain(f"Cannot rename {path}.", "9999 rejected checkpoints exist already", "remove rejected-* there")
+    )
 
 
 def remove_stale_staging(root: LocationT, *, disk: Disk | None = None) -> list[LocationT]:
-    """Remove what killed writers left behind; returns it. Local: rank 0, when nobody saves."""
+    """Remove what killed writers left, and return it. Local: rank 0, while nobody saves."""
     storage = storage_of(root, disk)
     stale = storage.unfinished(root)
     storage.remove(stale)

@@ -1,6 +1,7 @@
-"""Which checkpoints a run keeps: the newest, every so many steps, the best by a metric. Removes only after a commit.
+"""Chooses which checkpoints a run keeps: the newest, one every so many steps, and the best by a metric.
 
-What is counted was written or read whole by this process: a checkpoint that nobody has verified never lets another go.
+Checkpoints are removed only after a commit. Only checkpoints that this process wrote or verified are counted, so that
+an unverified checkpoint never causes the removal of another one.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _log = package_logger("checkpoint")
 
 @dataclass(frozen=True)
 class Best:
-    """Keep the `keep` checkpoints with the least (`mode` min) or greatest (max) `metric`."""
+    """Keep the `keep` checkpoints with the smallest (`mode` "min") or largest ("max") value of `metric`."""
 
     metric: str
     mode: str = "min"
@@ -29,9 +30,9 @@ class Best:
 def choose_kept(
     scores: Mapping[int, float | None], *, keep_last: int, keep_every: int | None = None, best: Best | None = None
 ) -> set[int]:
-    """The steps to keep of those that are there, each with its metric where it has one. Pure.
+    """Return the steps to keep, given the existing steps with their metric, or None without a metric. Pure.
 
-    Of equal metrics the earlier step is the better. A metric that is no number counts as none.
+    Of equal metrics, the earlier step is the better one. NaN counts as no metric.
     """
     steps = sorted(scores)
     kept = set(steps[-keep_last:])
@@ -46,7 +47,7 @@ def choose_kept(
 
 @dataclass
 class Retention:
-    """Rank 0's hand on the checkpoints in `root`. `verified` are the folders known to be whole."""
+    """Manages the checkpoints in `root` on rank 0. `verified` are the checkpoints known to be intact."""
 
     root: Location
     keep_last: int
@@ -56,14 +57,15 @@ class Retention:
     _damaged: set[Location] = field(default_factory=set)
 
     def committed(self, path: Location) -> list[Location]:
-        """A checkpoint was written whole: let go of what need not be kept any more; returns that. Local.
+        """Record a finished checkpoint, remove the checkpoints no longer needed, and return those. Local.
 
-        What cannot be removed stays, with a warning: it is no fault of the checkpoint.
+        A checkpoint that cannot be removed stays, with a warning. This is not a failure of the new checkpoint.
         """
         try:
             self.verified[path] = self._score(path)
             there = list_checkpoints(self.root)
-            # One a commit, the newest first: the other ranks wait meanwhile. Until then it is not counted, and stays.
+            # Verify one checkpoint per commit, the newest first, because the other ranks wait meanwhile. Until then, it
+            # is not counted and not removed.
             unknown = [one for one in there if one not in self.verified and one not in self._damaged]
             if unknown:
                 self._verify(unknown.pop())
@@ -72,11 +74,11 @@ class Retention:
             kept = choose_kept(scores, keep_last=self.keep_last, keep_every=self.keep_every, best=self.best)
             return prune(self.root, 1, protect=[*(steps[step] for step in kept), *unknown, *self._damaged])
         except (OSError, CheckpointError) as error:
-            _log.warning("checkpoints of %s that need not be kept stay: %s", self.root, error)
+            _log.warning("Old checkpoints in %s were not removed: %s", self.root, error)
             return []
 
     def mark_intact(self, path: Location) -> None:
-        """One that was read whole, by whom it matters not."""
+        """Record that a checkpoint was verified, by this process or another."""
         self.verified[path] = self._score(path)
 
     def _verify(self, path: Location) -> None:
@@ -84,7 +86,7 @@ class Retention:
             Checkpoint.open(path).verify()
         except CheckpointError as error:
             self._damaged.add(path)
-            _log.warning("%s is neither counted nor removed: %s", path, error)
+            _log.warning("%s is neither counted nor removed. %s", path, error)
         else:
             self.verified[path] = self._score(path)
 

@@ -1,1 +1,1 @@
-"""Writes a checkpoint from all ranks and commits it atomically."""
+"""Plans which rank writes which shard, writes the files of a checkpoint, and commits it atomically."""

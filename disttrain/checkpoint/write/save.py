@@ -1,8 +1,8 @@
-"""Writing a checkpoint: each rank its own file, the manifest last, one commit.
+"""Saves a checkpoint: each rank writes one file, then rank 0 writes the manifest and commits.
 
-The ranks meet to say whether they are cut as at the save before, to have all plans judged before a byte is written,
-and all files before the commit. Holds one piece of one tensor at a time beyond the state itself. Refuses an existing
-name; leaves nothing behind when it fails.
+The ranks meet three times: to compare their plans with those of the previous save, to check all plans before a byte is
+written, and to check all files before the commit. Besides the state itself, one piece of one tensor is in memory.
+Nothing is overwritten. If any rank fails, every rank raises the first cause, and the unfinished files are removed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from disttrain.checkpoint.write.write_plan import choose_shards, combine_plans, 
 from disttrain.errors import CheckpointError, explain
 
 CHUNK_BYTES = 16 * 2**20
-"""What one checksum covers, and what a reader holds in memory."""
+"""Bytes covered by one checksum, and the memory that a reader holds for one chunk."""
 
 
 def save_checkpoint(
@@ -47,52 +47,52 @@ def save_checkpoint(
     chunk_bytes: int = CHUNK_BYTES,
     plans: PlanCache | None = None,
 ) -> LocationT:
-    """Save all ranks' shards and rank 0's document as `root/step-NNNNNNNN`; returns that place. Collective.
+    """Save the shards of all ranks and rank 0's document as `root/step-NNNNNNNN`, and return its location. Collective.
 
-    When it returns, the checkpoint is whole and durable; when it raises CheckpointError (on every rank, with the
-    first cause), nothing of it is left, unless only the sync after the commit failed. `document` is a JSON object;
-    tuples in it come back as lists. `plans`, given to one save after the other, spares all but the first what
-    grows with ranks times tensors.
+    When this returns, the checkpoint is intact and durable. On failure, every rank raises CheckpointError with the
+    first cause, and nothing of the checkpoint remains, unless only the sync after the commit failed. `document` is a
+    JSON object. Its tuples are read back as lists. With the same `plans` in consecutive saves, only the first one does
+    the work that grows with ranks times tensors.
     """
     storage, target = storage_of(cast(Location, root), disk), root / step_folder(step)
     save = _Save(storage, target, step, tuple(shards), ranks, chunk_bytes, plans or PlanCache())
-    asked = f"The checkpoint of step {step} could not be saved to {save.target}."
-    head, entries, staging, tensors = save.agree_on_plan(document, asked)
+    failed = f"Could not save the checkpoint of step {step} to {save.target}."
+    head, entries, staging, tensors = save.agree_on_plan(document, failed)
     try:
         run_collectively(
             ranks,
             lambda: save.write(staging, head, entries),
             lambda written: save.commit(staging, written, tensors, document),
-            failed=asked,
+            failed=failed,
         )
     except BaseException:
-        if ranks.rank == 0 and not save.committed:  # every other rank has told how it ended: nobody writes here
+        if ranks.rank == 0 and not save.committed:  # all other ranks have reported their outcome, so nobody writes here
             save.storage.discard(staging.folder)
         raise
     return child(root, save.target.name)
 
 
 class PlanCache:
-    """What rank 0 made of all ranks' plans, and by which digests it knows them again. Empty on the other ranks."""
+    """The tensors that rank 0 derived from all ranks' plans, and the digests of the plans. Empty on other ranks."""
 
     def __init__(self) -> None:
         self._digests: list[bytes] = []
         self._tensors: Mapping[str, TensorInfo] = {}
 
     def recall(self, digests: list[bytes]) -> Mapping[str, TensorInfo] | None:
-        """All tensors, if every rank's plan is what it was; None if not."""
+        """Return the tensors if the plan of every rank is unchanged. Otherwise return None."""
         return self._tensors if digests == self._digests else None
 
     def keep(self, digests: list[bytes], tensors: Mapping[str, TensorInfo]) -> None:
-        """Know these again."""
+        """Store the tensors with the digests of the plans they were derived from."""
         self._digests, self._tensors = digests, tensors
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """What one rank means to write: `entries` (empty boxes: only named), `size` its file's bytes, 0 for no file.
+class _WritePlan:
+    """The plan of one rank: its `entries`, the `size` of its file in bytes, and a `digest` of its input.
 
-    `digest` is that of all it is made from.
+    Entries with empty boxes only name a tensor. The size is 0 if the rank writes no file.
     """
 
     entries: tuple[Entry, ...]
@@ -119,13 +119,13 @@ class _Save:
     committed: list[bool] = field(default_factory=list)
 
     def agree_on_plan(
-        self, document: Mapping[str, Any], asked: str
+        self, document: Mapping[str, Any], failed: str
     ) -> tuple[bytes, list[Entry], _Staging, Mapping[str, TensorInfo]]:
-        """This rank's head and placed entries, the staging folder that rank 0 made, and, there, all tensors.
+        """Return this rank's file header and entries, the staging folder, and, on rank 0, all tensors.
 
-        Collective.
+        Collective. Rank 0 creates the staging folder.
         """
-        mine: list[tuple[bytes, list[Entry], _Plan]] = []
+        mine: list[tuple[bytes, list[Entry], _WritePlan]] = []
         tensors: dict[str, TensorInfo] = {}
         digests: list[bytes] = []
 
@@ -136,14 +136,14 @@ class _Save:
             head, placed = plan_file([entry for entry in entries if entry.box.numel], metadata)
             every = (*placed, *(entry for entry in entries if not entry.box.numel))
             digest = plan_digest(self.shards, len(head))
-            mine.append((head, placed, _Plan(every, placed[-1].stop if placed else 0, digest)))
+            mine.append((head, placed, _WritePlan(every, placed[-1].stop if placed else 0, digest)))
             return digest
 
         def recall(found: list[bytes]) -> bool:
             digests.extend(found)
             return self.plans.recall(found) is not None
 
-        def judge(plans: list[_Plan]) -> _Staging:
+        def judge(plans: list[_WritePlan]) -> _Staging:
             known = self.plans.recall(digests)
             tensors.update(combine_plans(self.shards, [plan.entries for plan in plans]) if known is None else known)
             self.plans.keep(digests, tensors)
@@ -151,19 +151,19 @@ class _Save:
             needed, free = sum(plan.size for plan in plans), self.storage.free_bytes(self.target.parent)
             try:
                 if self.storage.taken(self.target):
-                    do = "move it away, or save elsewhere"
-                    raise CheckpointError(explain("nothing is overwritten.", f"{self.target} exists already", do))
+                    problem = f"{self.target} exists already, and nothing is overwritten"
+                    raise CheckpointError(explain("Cannot write the files.", problem, "move it, or save elsewhere"))
                 return _Staging(self.storage.begin(self.target), needed, free)
             except OSError as error:
-                raise self._refusal(error, _Staging(self.target.parent, needed, free)) from error
+                raise self._write_error(error, _Staging(self.target.parent, needed, free)) from error
 
-        known = run_collectively(self.ranks, plan, recall, failed=asked)
+        known = run_collectively(self.ranks, plan, recall, failed=failed)
         head, placed, own = mine[0]
-        brought = replace(own, entries=()) if known else own
-        return head, placed, run_collectively(self.ranks, lambda: brought, judge, failed=asked), tensors
+        sent = replace(own, entries=()) if known else own
+        return head, placed, run_collectively(self.ranks, lambda: sent, judge, failed=failed), tensors
 
     def write(self, staging: _Staging, head: bytes, entries: Sequence[Entry]) -> FileInfo | None:
-        """This rank's file, synced; its size and checksums, None where it writes nothing. Local."""
+        """Write and sync this rank's file. Return its size and checksums, or None if it writes nothing. Local."""
         name = rank_file(self.ranks.rank)
         if not entries:
             return None
@@ -178,7 +178,7 @@ class _Save:
                 file.sync()
             self.storage.sync_folder(staging.folder)
         except OSError as error:
-            raise self._refusal(error, staging) from error
+            raise self._write_error(error, staging) from error
         return summed.info()
 
     def commit(
@@ -188,7 +188,7 @@ class _Save:
         tensors: Mapping[str, TensorInfo],
         document: Mapping[str, Any],
     ) -> None:
-        """Rank 0: check that all files are here, write the manifest, commit. Local."""
+        """Check that all files are visible, write the manifest, and commit. Local: rank 0."""
         manifest = Manifest(
             step=self.step,
             chunk_bytes=self.chunk_bytes,
@@ -208,31 +208,33 @@ class _Save:
             self.storage.commit(staging.folder, self.target)
             self.committed.append(True)
         except OSError as error:
-            raise self._refusal(error, staging) from error
+            raise self._write_error(error, staging) from error
 
     def _refuse_absent(self, path: Location, size: int) -> None:
         found = self.storage.size(path)
         if found != size:
             raise CheckpointError(
                 explain(
-                    f"rank 0 does not see what another rank wrote as {path.name}.",
+                    f"Rank 0 does not see {path.name}, which another rank wrote.",
                     "no such file" if found is None else f"{found} bytes instead of {size}",
-                    f"put checkpoints where all nodes see the same files ({self.target.parent} is not such a place)",
+                    f"save to a folder in which all nodes see the same files, unlike {self.target.parent}",
                 )
             )
 
-    def _refusal(self, error: OSError, staging: _Staging) -> CheckpointError:
+    def _write_error(self, error: OSError, staging: _Staging) -> CheckpointError:
         found = f"{error.strerror} ({error.filename or staging.folder}); the checkpoint needs {staging.needed} bytes"
         if staging.free is None:
-            do = "see that the address exists and is reachable, and that its credentials may list, get, put and delete"
-            return CheckpointError(explain("the store refused.", found, do))
+            fix = (
+                "check that the address exists and is reachable, and that its credentials allow list, get, put, delete"
+            )
+            return CheckpointError(explain("The store failed.", found, fix))
         found += f", {staging.free} were free before it and {self.storage.free_bytes(staging.folder)} are now"
-        do = "make room or name another run.dir; on several nodes it must be a folder that all of them see"
-        return CheckpointError(explain("the disk refused.", found, do))
+        fix = "free disk space or set another run.dir; on several nodes, all of them must see that folder"
+        return CheckpointError(explain("The disk failed.", found, fix))
 
 
 class _SummedFile:
-    """Writes through to a file and keeps the crc32 of each chunk of it."""
+    """Writes to a file and computes the CRC-32 of each of its chunks."""
 
     def __init__(self, file: NewFile, chunk_bytes: int) -> None:
         self._file, self._chunk_bytes = file, chunk_bytes

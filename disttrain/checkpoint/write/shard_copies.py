@@ -1,6 +1,6 @@
-"""A kept copy in host memory of what a rank will write, so that training goes on while it is written.
+"""Copies the shards that a rank writes into host memory, so that training continues while they are written.
 
-Owns that memory: as many bytes as this rank's file holds, allocated at the first copy and used again by all later ones.
+The memory has the size of this rank's file. It is allocated by the first copy and reused by all later ones.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ class ShardCopies:
 
     @property
     def nbytes(self) -> int:
-        """Host memory that is held."""
+        """The bytes of host memory in use."""
         return sum(tensor.nbytes for tensor in self._kept.values())
 
     def copy(self, shards: Sequence[Shard]) -> list[Shard]:
-        """Of these shards those that this rank writes, as copies, ready for `save_checkpoint`.
+        """Copy those of the shards that this rank writes. `save_checkpoint` accepts the result.
 
-        Returns when the copies are whole, whatever happens to the originals from then on.
+        The copies are complete when this returns, whatever happens to the originals afterwards.
         """
         mine = choose_shards(shards)
         before, self._kept = self._kept, {}
@@ -46,6 +46,6 @@ class ShardCopies:
         if any(shard.tensor.is_cuda for shard in mine):
             torch.cuda.synchronize()
         chosen = {(shard.name, shard.box) for shard in mine}
-        # One without elements has no writer: rank 0 names it.
+        # A tensor without elements has no writer. Rank 0 names it.
         named = [s for s in shards if not torch.Size(s.shape).numel() and (s.name, s.box) not in chosen]
         return staged + [replace(shard, replica=(0, 1)) for shard in named]

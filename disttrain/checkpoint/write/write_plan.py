@@ -17,11 +17,11 @@ from disttrain.errors import CheckpointError, explain
 
 
 def choose_shards(shards: Sequence[Shard]) -> list[Shard]:
-    """Those of a rank's shards that it writes: all it holds alone, and its even share of what others hold too.
+    """Return the shards that this rank writes: those it alone holds, and an equal part of those that others hold too.
 
-    Every holder comes to the same division without asking: among tensors with the same number of holders, biggest
-    first, each goes to the least loaded. Weighed by the global size, which is the same on all holders whatever their
-    boxes are.
+    Every holder computes the same division without communication. Among tensors with the same number of holders, the
+    largest come first, and each is assigned to the holder with the least load. The load is the global size, which is
+    equal on all holders whatever their boxes are.
     """
     chosen = [shard for shard in shards if shard.replica[1] == 1]
     shared: dict[int, list[Shard]] = defaultdict(list)
@@ -39,13 +39,13 @@ def choose_shards(shards: Sequence[Shard]) -> list[Shard]:
 
 
 def plan_digest(shards: Sequence[Shard], head_bytes: int) -> bytes:
-    """Of all that a rank's plan, and what rank 0 makes of it, come from. Pure."""
-    told = [(s.name, s.shape, s.tensor.dtype, s.box.offsets, s.box.sizes, s.replica) for s in shards]
-    return sha256(repr((told, head_bytes)).encode()).digest()
+    """Return the digest of everything that a rank's plan, and its contribution to the tensors, depends on. Pure."""
+    content = [(s.name, s.shape, s.tensor.dtype, s.box.offsets, s.box.sizes, s.replica) for s in shards]
+    return sha256(repr((content, head_bytes)).encode()).digest()
 
 
 def combine_plans(shards: Sequence[Shard], plans: Sequence[Sequence[Entry]]) -> dict[str, TensorInfo]:
-    """What all ranks' entries make of each tensor; `shards` are rank 0's, which names those without elements too.
+    """Combine the entries of all ranks into tensors. `shards` are rank 0's, which also name tensors without elements.
 
     Raises CheckpointError unless the boxes tile every tensor and the ranks agree on its shape and dtype.
     """
@@ -71,8 +71,8 @@ def combine_plans(shards: Sequence[Shard], plans: Sequence[Sequence[Entry]]) -> 
         found[name] = TensorInfo(shape, dtype, tuple(listed))
     if faults:
         more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
-        do = "mend the strategy that made these shards"
-        raise CheckpointError(explain("the ranks' shards do not fit together.", "; ".join(faults[:5]) + more, do))
+        fix = "fix the strategy that made these shards"
+        raise CheckpointError(explain("The shards of the ranks are inconsistent.", "; ".join(faults[:5]) + more, fix))
     return found
 
 
