@@ -1,8 +1,9 @@
-"""Formats at the border: weights and training states of others, read and written without running anything in them.
+"""Reads and writes weights and training states in the formats of other libraries, without running code in the files.
 
-One file a format, `registry` says which one a path is in. Exports are weights only: a Hugging Face folder, one
-safetensors file, one file of torch.save. Imports are those, torch's distributed checkpoints and DeepSpeed's. Pickles
-are read by restricted loaders with an explicit list of classes each. Entered by the engine and the command line.
+Each format has one module, and `detect` decides which format a path has. Exports contain weights only: a Hugging Face
+folder, a safetensors file, or a file of torch.save. Imports are those formats and the checkpoints of
+torch.distributed.checkpoint and DeepSpeed. Pickles are read by restricted loaders, each with an explicit list of
+classes. The engine and the command line use this package.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""From one format to another: staged under another name, synced, one rename; never into a name that is taken."""
+"""Converts weights and checkpoints from one format to another.
+
+The result is written under a temporary name, synced and renamed. An existing name is never overwritten.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ EXPORTS = ("huggingface", "safetensors", "torch")
 
 @dataclass(frozen=True)
 class Extras:
-    """What the model itself can tell: texts of a Hugging Face folder by file, further names of tied weights."""
+    """What only the model knows: the texts of a Hugging Face folder by file name, and other names of tied weights."""
 
     texts: Mapping[str, str] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
@@ -35,7 +38,7 @@ class Extras:
 
 @dataclass(frozen=True)
 class ConversionResult:
-    """What was written where, and in words what was found and is not in it."""
+    """The written path, its number of tensors, and descriptions of the content that was left out."""
 
     path: Path
     tensors: int
@@ -51,7 +54,10 @@ def export_weights(
     disk: Disk | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> ConversionResult:
-    """Write one model's weights as `to`, one of EXPORTS. Holds one tensor at a time. Local; raises CheckpointError."""
+    """Write a model's weights in the format `to`, one of EXPORTS. Local.
+
+    One tensor at a time is in memory. Raises CheckpointError.
+    """
     disk, extras = disk or Disk(), extras or Extras()
 
     def write(staging: Path) -> None:
@@ -70,10 +76,10 @@ def export_weights(
 def import_checkpoint(
     source: Path, target: Path, *, owner: str = "model", disk: Disk | None = None
 ) -> ConversionResult:
-    """Make `target` a disttrain checkpoint of what `source` holds, under the name `owner`. Local; CheckpointError.
+    """Convert `source` to a disttrain checkpoint at `target`, under the name `owner`. Local.
 
-    With optimizer state where the source has it by name; weights alone otherwise. Tensors stay in the source's mapped
-    files until they are written.
+    Optimizer state is included if the source stores it by name. Otherwise, only weights are. Tensors remain in the
+    source's mapped files until they are written. Raises CheckpointError.
     """
     disk = disk or Disk()
     state = read_state(source, owner) if carries_state(source) else _of_weights(source, owner)
@@ -87,8 +93,8 @@ def import_checkpoint(
             disk.remove_tree(root)
 
     _staged(target, disk, write)
-    told = [f"{alias} is another name of {name}" for alias, name in state.ties.items()]
-    return ConversionResult(target, len({shard.name for shard in state.shards}), (*told, *state.left_out))
+    ties = [f"{alias} is another name of {name}" for alias, name in state.ties.items()]
+    return ConversionResult(target, len({shard.name for shard in state.shards}), (*ties, *state.left_out))
 
 
 def _of_weights(source: Path, owner: str) -> ForeignState:
@@ -103,7 +109,10 @@ def _of_weights(source: Path, owner: str) -> ForeignState:
 
 
 def _document(state: ForeignState, owner: str) -> dict[str, Any]:
-    """What the engine reads of a checkpoint. Without a config: whoever loads it brings the model and all settings."""
+    """Return the document that the engine reads from a checkpoint.
+
+    It has no config. The caller that loads the checkpoint provides the model and all settings.
+    """
     schedule = {"last_epoch": state.steps, "_step_count": state.steps + 1}
     optimizer: dict[str, Any] = {
         "updates": state.steps,
@@ -123,9 +132,14 @@ def _document(state: ForeignState, owner: str) -> dict[str, Any]:
 
 
 def _staged(target: Path, disk: Disk, write: Callable[[Path], None]) -> None:
-    """`write(path)` makes and syncs a file or folder beside `target`, which then gets its name. Leaves nothing else."""
+    """Call `write(path)` to make a file or folder next to `target`, then rename it to `target`.
+
+    `write` must sync its output. Nothing else remains.
+    """
     if os.path.lexists(target):
-        raise CheckpointError(explain("nothing is overwritten.", f"{target} exists already", "name another target"))
+        raise CheckpointError(
+            explain(f"Cannot write {target}.", "it exists already, and nothing is overwritten", "name another target")
+        )
     staging = target.with_name(f"{STAGING}{target.name}-{secrets.token_hex(4)}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -135,7 +149,7 @@ def _staged(target: Path, disk: Disk, write: Callable[[Path], None]) -> None:
     except OSError as error:
         found = f"{error.strerror or error} ({error.filename or staging})"
         raise CheckpointError(
-            explain(f"{target} could not be written.", found, "make room, or write elsewhere")
+            explain(f"Cannot write {target}.", found, "free disk space, or write elsewhere")
         ) from error
     finally:
         if staging.is_dir():

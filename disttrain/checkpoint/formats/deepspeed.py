@@ -1,11 +1,13 @@
-"""A DeepSpeed checkpoint of ZeRO stage 1, 2 or 3: float32 masters and optimizer state, out of flat partitions.
+"""Reads DeepSpeed checkpoints of ZeRO stages 1, 2 and 3: float32 master weights and optimizer state in flat partitions.
 
-Each rank's `*_optim_states.pt` holds, a parameter group, one flat partition of the masters and of each kind of state.
-Stages 1 and 2 cut a group's parameters laid end to end, and each file says which of them lie where in its part
-(`param_slice_mappings`). Stage 3 cuts every parameter into equal padded ranges, laid end to end in each rank's flat
-tensors. (Layout: deepspeed 0.19, runtime/zero/stage_1_and_2.py, stage3.py and utils/zero_to_fp32.py.)
-Imports no deepspeed. Files are read by a restricted loader; beside tensors and plain values it knows ALLOWED.
-Refuses model and pipeline parallelism, experts and what else has another layout.
+Each rank's `*_optim_states.pt` holds one flat partition per parameter group, of the master weights and of each kind of
+optimizer state. Stages 1 and 2 concatenate the parameters of a group and cut the result. Each file states where its
+parameters are in the partition (`param_slice_mappings`). Stage 3 cuts every parameter into equal, padded ranges and
+concatenates them in each rank's flat tensors. (Layout: deepspeed 0.19, runtime/zero/stage_1_and_2.py, stage3.py and
+utils/zero_to_fp32.py.)
+
+This module does not import deepspeed. A restricted loader reads the files. Besides tensors and plain values, it knows
+the names in ALLOWED. Model parallelism, pipeline parallelism, experts and other layouts are rejected.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ ALLOWED: dict[str, Any] = {
         )
     },
 }
-"""What a DeepSpeed file may name beside tensors and plain values; each is a number or a record of its fields."""
+"""Names that a DeepSpeed file may use other than tensors and plain values. Each becomes a number or its plain fields."""
 
 _OPTIMIZER_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _MODEL_FILE = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
@@ -46,27 +48,35 @@ _TAG = re.compile(r"[^/\0]{1,250}")
 
 
 def looks_like(names: Sequence[str]) -> bool:
-    """Whether a folder with these names is one, or holds some by their tags. Pure."""
+    """Return whether a folder with these names is a DeepSpeed checkpoint, or contains checkpoints by tag. Pure."""
     return "latest" in names or any(_OPTIMIZER_FILE.fullmatch(name) or _MODEL_FILE.fullmatch(name) for name in names)
 
 
 def read_deepspeed(path: Path, owner: str) -> ForeignState:
-    """The state of the checkpoint in `path`, or of the newest that its `latest` names. Local; CheckpointError."""
+    """Read the state of the checkpoint in `path`, or of the newest one that its `latest` names. Local.
+
+    Raises CheckpointError.
+    """
     folder = _tagged(path)
     try:
         return _read(folder, owner)
     except (AttributeError, KeyError, TypeError, ValueError, IndexError, OSError, RuntimeError) as error:
         found = f"{type(error).__name__}: {error}"
-        raise _refusal(folder, found, "it is damaged, or of a version not known here (known is 0.19)") from error
+        raise _unreadable(
+            folder, found, "the file is damaged or has an unknown version (0.19 is known): save the checkpoint again"
+        ) from error
 
 
 @dataclass(frozen=True)
 class _FlatSlice:
-    """Elements `start` to `start + count` of a flat parameter lie at `place` of flat tensor `group` of `rank`."""
+    """Where a part of a flat parameter is stored.
+
+    Elements `start` to `start + count` of the parameter begin at element `offset` of flat tensor `group` of `rank`.
+    """
 
     rank: int
     group: int
-    place: int
+    offset: int
     start: int
     count: int
 
@@ -89,8 +99,8 @@ def _read(folder: Path, owner: str) -> ForeignState:
         ranges = _sliced_ranges(folder, shapes, [one["param_slice_mappings"] for one in held])
         bases = [one["base_optimizer_state"] for one in held]
     if not all(isinstance(base, Mapping) for base in bases):
-        do = "load it, and save it anew with elastic_checkpoint false"
-        raise _refusal(folder, "optimizer state of an elastic_checkpoint", do)
+        do = "load it with DeepSpeed and save it again with elastic_checkpoint false"
+        raise _unreadable(folder, "optimizer state of an elastic_checkpoint", do)
     states = [[_state_of(base, group) for group in range(len(masters[0]))] for base in bases]
     shape_of = {name: tuple(shape) for group in shapes for name, shape in group.items()}
     shards: list[Shard] = []
@@ -117,31 +127,35 @@ def _tagged(path: Path) -> Path:
         return path
     tag = latest.read_text(encoding="utf-8", errors="replace").strip()
     if not _TAG.fullmatch(tag) or tag in (".", "..") or not (path / tag).is_dir():
-        raise _refusal(path, f"`latest` names {tag[:100]!r}, which is no folder in it", "name the folder of one step")
+        raise _unreadable(
+            path, f"`latest` names {tag[:100]!r}, which is not a folder in it", "name the folder of one step"
+        )
     return path / tag
 
 
 def _files(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Files of the model's state and of each rank's optimizer's, by rank."""
+    """Return the files of the model's state and of each rank's optimizer state, in rank order."""
     models: dict[int, Path] = {}
     optimizers: dict[int, Path] = {}
     for file in sorted(folder.iterdir()):
         if re.match(r"layer_\d+|expert_|zero$", file.name):
             found = f"{file.name}: pipeline stages, experts or a universal checkpoint"
-            raise _refusal(folder, found, "gather its weights with DeepSpeed's own tool, then convert those")
+            raise _unreadable(folder, found, "gather the weights with DeepSpeed's tool, then convert them")
         for pattern, into in ((_MODEL_FILE, models), (_OPTIMIZER_FILE, optimizers)):
             match = pattern.fullmatch(file.name)
             if match and int(match[2]):
-                raise _refusal(
-                    folder, f"{file.name}: model parallelism, whose parts are the model's own", "merge them first"
+                raise _unreadable(
+                    folder, f"{file.name}: model parallelism, whose parts depend on the model", "merge the parts first"
                 )
             if match:
                 into[int(match[1] or 0)] = file
     if not models or not optimizers:
         found = f"{len(models)} file(s) of the model's state, {len(optimizers)} of the optimizer's"
-        raise _refusal(folder, found, "use a whole checkpoint of ZeRO stage 1, 2 or 3")
+        raise _unreadable(folder, found, "use a complete checkpoint of ZeRO stage 1, 2 or 3")
     if sorted(optimizers) != list(range(len(optimizers))):
-        raise _refusal(folder, f"optimizer state of ranks {', '.join(map(str, sorted(optimizers)))} only", "use all")
+        raise _unreadable(
+            folder, f"optimizer state of ranks {', '.join(map(str, sorted(optimizers)))} only", "use all files"
+        )
     return [models[rank] for rank in sorted(models)], [optimizers[rank] for rank in sorted(optimizers)]
 
 
@@ -150,15 +164,18 @@ def _refuse_other_counts(folder: Path, held: Sequence[Mapping[str, Any]], files:
     for count in counts if isinstance(counts, list) else [counts]:
         if count != files:
             found = f"{files} files of optimizer state, written by {count} ranks"
-            raise _refusal(
-                folder, found, "use all of one save; partitions over fewer ranks than the world have no reader"
+            raise _unreadable(
+                folder, found, "use all files of one save; partitions over fewer ranks than the world are not supported"
             )
 
 
 def _sliced_ranges(
     folder: Path, shapes: Sequence[Mapping[str, torch.Size]], mappings: Sequence[Sequence[Mapping[str, Any]]]
 ) -> dict[str, list[_FlatSlice]]:
-    """Stages 1 and 2: what each rank says of its own partition; a parameter goes on where the rank before left off."""
+    """Stages 1 and 2: each rank's file lists its slices.
+
+    A parameter continues where the slice of the previous rank ended.
+    """
     ranges: dict[str, list[_FlatSlice]] = {name: [] for group in shapes for name in group}
     for rank, groups in enumerate(mappings):
         for group, slices in enumerate(groups):
@@ -169,42 +186,46 @@ def _sliced_ranges(
         for name, shape in group_shapes.items():
             held = sum(one.count for one in ranges[name])
             if held != shape.numel():
-                raise _refusal(folder, f"{held} of the {shape.numel()} elements of {name}", "use all files of one save")
+                raise _unreadable(
+                    folder, f"{held} of the {shape.numel()} elements of {name}", "use all files of one save"
+                )
     return ranges
 
 
 def _equal_ranges(
     folder: Path, shapes: Sequence[Mapping[str, torch.Size]], masters: Sequence[Sequence[Tensor]]
 ) -> dict[str, list[_FlatSlice]]:
-    """Stage 3: every parameter in as many equal parts as ranks, the last padded, in the order of the groups."""
+    """Stage 3: every parameter has as many equal parts as ranks, the last one padded, in the order of the groups."""
     ranges: dict[str, list[_FlatSlice]] = {}
-    ranks, group, place = len(masters), 0, 0
+    ranks, group, offset = len(masters), 0, 0
     for name, shape in ((name, shape) for own in shapes for name, shape in own.items()):
         part = -(-shape.numel() // ranks)
-        while place == masters[0][group].numel() and part:
-            group, place = group + 1, 0
-        if place + part > masters[0][group].numel():
-            raise _refusal(folder, f"{name} does not end where its flat partition does", "write it with deepspeed 0.19")
+        while offset == masters[0][group].numel() and part:
+            group, offset = group + 1, 0
+        if offset + part > masters[0][group].numel():
+            raise _unreadable(
+                folder, f"{name} does not end where its flat partition does", "write it with deepspeed 0.19"
+            )
         ranges[name] = [
-            _FlatSlice(rank, group, place, start, min(part, shape.numel() - start))
+            _FlatSlice(rank, group, offset, start, min(part, shape.numel() - start))
             for rank in range(ranks)
             if (start := rank * part) < shape.numel()
         ]
-        place += part
+        offset += part
     return ranges
 
 
 def _cut(
     full: str, shape: tuple[int, ...], ranges: Sequence[_FlatSlice], flats: Sequence[Sequence[Tensor | None]]
 ) -> Iterator[Shard]:
-    """Views of the flat tensors `flats[rank][group]`, as boxes; of a tensor of no elements, itself."""
+    """Yield views of the flat tensors `flats[rank][group]`, as boxes. A tensor without elements is yielded itself."""
     if not ranges:
         yield full_shard(full, torch.empty(shape))
     for one in ranges:
         flat = flats[one.rank][one.group]
         if flat is None:
             raise ValueError(f"rank {one.rank} has no {full}")
-        held, at = flat.narrow(0, one.place, one.count), 0
+        held, at = flat.narrow(0, one.offset, one.count), 0
         for box in flat_range_to_boxes(shape, one.start, one.start + one.count):
             yield Shard(full, shape, box, held.narrow(0, at, box.numel).view(box.sizes))
             at += box.numel
@@ -213,9 +234,10 @@ def _cut(
 def _optimizer_state(
     full: str, shape: tuple[int, ...], ranges: Sequence[_FlatSlice], states: Sequence[Sequence[Mapping[str, Any]]]
 ) -> Iterator[Shard]:
-    """State as long as the flat masters (or padded beyond) is cut as they are; what is 0-d is the same on all ranks.
+    """Yield optimizer state as shards. `states[rank][group]` is the state of one flat partition.
 
-    `states[rank][group]` is the optimizer's of one flat partition.
+    State with the length of the flat master weights, or padded beyond it, is cut as they are. 0-d state is the same on
+    all ranks.
     """
     if not ranges:
         return
@@ -224,7 +246,7 @@ def _optimizer_state(
             flats = [[one.get(key) for one in groups] for groups in states]
             yield from _cut(f"{full}:{key}", shape, ranges, flats)
         elif isinstance(value, Tensor) and value.dim():
-            raise ValueError(f"{full}:{key} has shape {tuple(value.shape)}, which is no flat partition's")
+            raise ValueError(f"{full}:{key} has shape {tuple(value.shape)}, which is not the shape of a flat partition")
         elif isinstance(value, Tensor | bool | int | float):
             number = "" if isinstance(value, Tensor) or key == "step" else ":number"
             yield optimizer_shard(f"{full}:{key}{number}", value)
@@ -233,12 +255,15 @@ def _optimizer_state(
 
 
 def _state_of(base: Mapping[str, Any], group: int) -> dict[str, Any]:
-    """The base optimizer's state of one flat partition; fused optimizers keep its `step` with the group's settings."""
+    """Return the base optimizer's state of one flat partition.
+
+    Fused optimizers store `step` with the settings of the group.
+    """
     found = dict(base["state"].get(group) or {})
-    place = 0
+    end = 0
     for settings in base["param_groups"]:
-        place += len(settings["params"])
-        if group < place:
+        end += len(settings["params"])
+        if group < end:
             if "step" in settings and found and "step" not in found:
                 found["step"] = settings["step"]
             return found
@@ -248,7 +273,7 @@ def _state_of(base: Mapping[str, Any], group: int) -> dict[str, Any]:
 def _untrained(
     folder: Path, owner: str, models: Sequence[Path], first: Mapping[str, Any], stage: int, trained: set[str]
 ) -> tuple[list[Shard], dict[str, str], list[str]]:
-    """Frozen parameters and buffers; names of tied weights; what is not carried."""
+    """Return frozen parameters and buffers, the names of tied weights, and descriptions of the content left out."""
     shards: list[Shard] = []
     ties: dict[str, str] = {str(other): str(name) for other, name in (first.get("shared_params") or {}).items()}
     frozen: Mapping[str, torch.Size] = (first.get("frozen_param_shapes") or {}) if stage == 3 else {}
@@ -268,11 +293,11 @@ def _untrained(
         if name in trained or name in frozen or name in ties or not isinstance(tensor, Tensor):
             continue
         if stage == 3 and name not in buffers:
-            lost.append(f"{name}, another name of a tied weight (stage 3 does not say of which)")
+            lost.append(f"{name}, another name of a tied weight (stage 3 does not store which)")
             continue
         shards.append(full_shard(f"model/{owner}/{name}", tensor.detach()))
     return shards, ties, lost
 
 
-def _refusal(path: Path, found: str, do: str) -> CheckpointError:
-    return CheckpointError(explain(f"{path} is to be read as {KIND}.", found, do))
+def _unreadable(path: Path, found: str, do: str) -> CheckpointError:
+    return CheckpointError(explain(f"Cannot read {path} as {KIND}.", found, do))

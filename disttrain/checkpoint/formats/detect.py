@@ -1,4 +1,4 @@
-"""Which format a path is in, by what it looks like, and its one reader."""
+"""Detects the format of a path from its names and first bytes, and opens it with the reader of that format."""
 
 from __future__ import annotations
 
@@ -34,13 +34,15 @@ FORMATS = tuple(_OPEN)
 
 
 def format_of(path: Path) -> str:
-    """One of FORMATS. Looks at names and first bytes only. Local; CheckpointError says what was found instead."""
+    """Return one of FORMATS. Reads names and first bytes only. Local.
+
+    Raises CheckpointError that describes what the path contains instead.
+    """
     path = Path(path)
     if path.is_dir():
         names = sorted(one.name for one in path.iterdir())
-        if (
-            MANIFEST in names or step_of(path.name) is not None
-        ):  # of one without a manifest its own reader says what is wrong
+        # A step folder without a manifest counts as well: the reader of checkpoints explains the problem.
+        if MANIFEST in names or step_of(path.name) is not None:
             return "disttrain"
         if torch_distributed.METADATA in names:
             return "torch-distributed"
@@ -52,33 +54,38 @@ def format_of(path: Path) -> str:
     elif path.is_file():
         with path.open("rb") as file:
             start = file.read(16)
-        if start[8:9] == b"{":  # a header of JSON after its length
+        if start[8:9] == b"{":  # a JSON header after its length
             return "safetensors"
         if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
             return "torch"
         found = f"a file that begins with {start[:8]!r}"
     else:
         found = "no such file or folder"
-    known = (
-        "a run, a checkpoint, a Hugging Face folder, a .safetensors file, a file of torch.save, a torch distributed "
+    fix = (
+        "name a run, a checkpoint, a Hugging Face folder, a .safetensors file, a file of torch.save, a torch "
+        "distributed checkpoint or a DeepSpeed checkpoint"
     )
-    raise CheckpointError(explain(f"{path} is to be loaded.", found, f"name {known}checkpoint or one of DeepSpeed"))
+    raise CheckpointError(explain(f"Cannot load {path}.", found, fix))
 
 
 def open_weights(path: str | Path, owner: str = "model") -> Weights:
-    """One model's weights at `path`, whatever its format; of a disttrain checkpoint, those prepared as `owner`. Local.
+    """Open a model's weights at `path` in any format. Local.
 
-    Tensors stay on disk until they are asked for. Raises CheckpointError for what cannot be read.
+    In a disttrain checkpoint, these are the weights of the model prepared as `owner`. Tensors stay on disk until they
+    are requested. Raises CheckpointError for anything that cannot be read.
     """
     path = Path(path)
     return _OPEN[format_of(path)](path, owner)
 
 
 def read_state(path: Path, owner: str) -> ForeignState:
-    """A whole training state that another library wrote, under `owner`'s names. Local; raises CheckpointError."""
+    """Read a training state that another library wrote, under the names of `owner`. Local.
+
+    Raises CheckpointError.
+    """
     return _STATES[format_of(path)](path, owner)
 
 
 def carries_state(path: Path) -> bool:
-    """Whether `read_state` reads it: weights and optimizer state, not weights alone. Local."""
+    """Return whether `read_state` reads the path: weights with optimizer state instead of weights alone. Local."""
     return format_of(path) in _STATES

@@ -1,4 +1,4 @@
-"""A whole training state as another library left it: weights and optimizer state, as boxes of its own mapped files."""
+"""Holds the training state of another library: weights and optimizer state as boxes in its mapped files."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from disttrain.errors import CheckpointError, explain
 
 @dataclass(frozen=True)
 class ForeignState:
-    """Everything under the names of a disttrain checkpoint.
+    """A training state under the names of a disttrain checkpoint.
 
-    `shards` tile each tensor and are views of mapped files. `ties` are further names of weights to the one they are
-    stored under. `left_out` says in words what was found and is not carried.
+    `shards` tile each tensor and are views of mapped files. `ties` maps other names of weights to the name under which
+    they are stored. `left_out` describes the content that is not converted.
     """
 
     path: Path
@@ -33,19 +33,19 @@ class ForeignState:
     left_out: tuple[str, ...] = ()
 
     def reject_incomplete(self) -> None:
-        """Raise CheckpointError where a tensor's boxes do not make all of it."""
+        """Raise CheckpointError if the boxes of a tensor do not cover it."""
         boxes: dict[str, list[Box]] = defaultdict(list)
         for shard in self.shards:
             boxes[shard.name].append(shard.box)
         shapes = {shard.name: shard.shape for shard in self.shards}
         faults = [f"{name}: {fault}" for name, own in boxes.items() if (fault := tiling_fault(shapes[name], own))]
         if faults:
-            do = "a file is missing or from another save: use a whole one"
-            raise CheckpointError(explain(f"{self.path}, {self.kind}, is not whole.", "; ".join(faults[:5]), do))
+            do = "a file is missing or belongs to another save: use a complete checkpoint"
+            raise CheckpointError(explain(f"Cannot read {self.path} as {self.kind}.", "; ".join(faults[:5]), do))
 
 
 class ForeignWeights:
-    """The weights in such a state."""
+    """The weights in a `ForeignState`."""
 
     def __init__(self, state: ForeignState, owner: str) -> None:
         self.path = state.path
@@ -56,7 +56,7 @@ class ForeignWeights:
         self.tensors = {name: WeightInfo(own[0].shape, own[0].tensor.dtype) for name, own in self._parts.items()}
 
     def fill(self, wanted: Sequence[WantedBox]) -> None:
-        """What the stored boxes share with those asked for, from mapped memory."""
+        """Copy the overlaps of stored and requested boxes from mapped memory."""
         with torch.no_grad():
             for one in wanted:
                 for part in self._parts[one.name]:
@@ -66,12 +66,12 @@ class ForeignWeights:
                         one.into[here].copy_(part.tensor[there])
 
     def full_tensor(self, name: str) -> torch.Tensor:
-        """Put together from its boxes."""
+        """Return a tensor, assembled from its boxes."""
         return read_weight(self, name)
 
 
 def optimizer_shard(name: str, value: Any) -> Shard:
-    """A 0-d shard of optimizer state; `step` is the float32 that torch's optimizers count in."""
+    """Return a 0-d shard of optimizer state. `step` is a float32, as in torch's optimizers."""
     dtype = torch.float32 if name.endswith(":step") else None
     tensor = value.detach() if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=dtype)
     return Shard(name, (), Box((), ()), tensor.reshape(()))

@@ -1,7 +1,8 @@
-"""A Hugging Face folder or one safetensors file: read by slices, written one tensor at a time.
+"""Reads Hugging Face folders and safetensors files by slices, and writes them one tensor at a time.
 
-A folder holds `model.safetensors`, or `model-0000k-of-0000n.safetensors` and `model.safetensors.index.json`, and may
-hold `pytorch_model.bin` (torch.save's form) instead. Refuses an index that names files outside its folder.
+A folder contains `model.safetensors`, or `model-0000k-of-0000n.safetensors` with `model.safetensors.index.json`. It may
+contain `pytorch_model.bin` (in the form of torch.save) instead. An index that names files outside its folder is
+rejected.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from disttrain.checkpoint.storage.durable_files import Disk
 from disttrain.errors import CheckpointError, explain
 
 SHARD_BYTES = 5 * 10**9
-"""What a folder's files hold at most, unless one tensor is bigger: Hugging Face's own default was that for long."""
+"""The largest size of a folder's files, unless one tensor is larger. It was Hugging Face's default for a long time."""
 
 _ONE_FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _TORCH_FILE, _TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -52,24 +53,26 @@ _DTYPES = {
 
 
 class SafetensorsWeights:
-    """Weights in one safetensors file or several. Reads only the rows and columns of the boxes asked for."""
+    """Weights in one or more safetensors files. Reads only the rows and columns of the requested boxes."""
 
     def __init__(self, path: Path, files: Sequence[Path]) -> None:
         self.path = path
         self._file_of: dict[str, Path] = {}
-        self._opened = {file: _open(file) for file in files}  # kept: opening reads and checks the whole header
+        self._opened = {
+            file: _open(file) for file in files
+        }  # kept open, because opening reads and checks the complete header
         self.tensors: dict[str, WeightInfo] = {}
         for file, opened in self._opened.items():
-            for name in opened.keys():  # noqa: SIM118 - no mapping
+            for name in opened.keys():  # noqa: SIM118 - not a mapping
                 if name in self.tensors:
                     two = f"{name} in {self._file_of[name].name} and in {file.name}"
-                    raise _refusal(path, two, "name a folder with one model in it")
+                    raise _unreadable(path, two, "name a folder that contains one model")
                 part = opened.get_slice(name)
                 self.tensors[name] = WeightInfo(tuple(part.get_shape()), _dtype(file, name, part.get_dtype()))
                 self._file_of[name] = file
 
     def fill(self, wanted: Sequence[WantedBox]) -> None:
-        """The data is mapped, not read whole."""
+        """Copy boxes from the mapped files. The files are not read completely."""
         with torch.no_grad():
             for one in wanted:
                 if one.box == full_box(self.tensors[one.name].shape):
@@ -79,30 +82,30 @@ class SafetensorsWeights:
                     one.into.copy_(opened.get_slice(one.name)[one.box.slices()])
 
     def full_tensor(self, name: str) -> torch.Tensor:
-        """A view of the mapped file."""
+        """Return a view of the mapped file."""
         found: torch.Tensor = self._opened[self._file_of[name]].get_tensor(name)
         return found
 
 
 class SeveralFiles:
-    """Weights whose files are each a `Weights` of its own."""
+    """Weights in several files, each of which is a `Weights`."""
 
     def __init__(self, path: Path, parts: Sequence[Weights]) -> None:
         self.path, self._parts = path, parts
         self.tensors = {name: info for part in parts for name, info in part.tensors.items()}
 
     def fill(self, wanted: Sequence[WantedBox]) -> None:
-        """Part by part."""
+        """Fill the boxes file by file."""
         for part in self._parts:
             part.fill([one for one in wanted if one.name in part.tensors])
 
     def full_tensor(self, name: str) -> torch.Tensor:
-        """From the part that has it."""
+        """Return the tensor from the file that contains it."""
         return next(part for part in self._parts if name in part.tensors).full_tensor(name)
 
 
 def open_folder(path: Path) -> Weights:
-    """The weights of a Hugging Face folder. Local; raises CheckpointError for what its index says and is not there."""
+    """Open the weights of a Hugging Face folder. Local. Raises CheckpointError if a file in its index is missing."""
     if (path / _INDEX).exists():
         return SafetensorsWeights(path, _indexed(path, _INDEX))
     if (path / _ONE_FILE).exists():
@@ -115,12 +118,12 @@ def open_folder(path: Path) -> Weights:
 
 
 def _alone(path: Path) -> list[Path]:
-    """A model's file under a name of its own; what a rank of ours wrote is a part of a checkpoint."""
+    """Return the model files with other names. `rank-*.safetensors` are parts of a disttrain checkpoint."""
     return sorted(file for file in path.glob("*.safetensors") if not file.name.startswith("rank-"))
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a folder looks like one that `open_folder` reads. Local."""
+    """Return whether `open_folder` can read a folder, by its names. Local."""
     known = (_INDEX, _ONE_FILE, _TORCH_INDEX, _TORCH_FILE)
     return any((path / name).is_file() for name in known) or len(_alone(path)) == 1
 
@@ -130,13 +133,13 @@ def _indexed(path: Path, index: str) -> list[Path]:
         names = json.loads((path / index).read_text(encoding="utf-8"))["weight_map"].values()
         files = sorted({str(name) for name in names})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _refusal(path / index, f"{type(error).__name__}: {error}", "fetch it again") from error
+        raise _unreadable(path / index, f"{type(error).__name__}: {error}", "download it again") from error
     outside = [name for name in files if not _PLAIN_NAME.fullmatch(name)]
     if outside:
-        raise _refusal(path / index, f"a file {outside[0][:100]!r} outside the folder", "do not use it")
+        raise _unreadable(path / index, f"a file {outside[0][:100]!r} outside the folder", "do not use it")
     absent = [name for name in files if not (path / name).is_file()]
     if absent:
-        raise _refusal(path, f"no {', '.join(absent[:5])}, which {index} names", "fetch the rest of it")
+        raise _unreadable(path, f"no {', '.join(absent[:5])}, which {index} names", "download the missing files")
     return [path / name for name in files]
 
 
@@ -144,27 +147,29 @@ def _open(file: Path) -> Any:
     try:
         return safe_open(str(file), framework="pt")
     except (SafetensorError, OSError) as error:
-        raise _refusal(
-            file, f"{type(error).__name__}: {error}", "it is damaged or cut short: fetch it again"
+        raise _unreadable(
+            file, f"{type(error).__name__}: {error}", "it is damaged or incomplete: download it again"
         ) from error
 
 
 def _dtype(file: Path, name: str, stored: str) -> torch.dtype:
     if stored not in _DTYPES:
-        raise _refusal(file, f"{name} of type {stored}", f"store it as one of {', '.join(_DTYPES)}")
+        raise _unreadable(file, f"{name} of type {stored}", f"store it as one of {', '.join(_DTYPES)}")
     return _DTYPES[stored]
 
 
-def _refusal(path: Path, found: str, do: str) -> CheckpointError:
-    return CheckpointError(explain(f"{path} is to be read as safetensors.", found, do))
+def _unreadable(path: Path, found: str, do: str) -> CheckpointError:
+    return CheckpointError(explain(f"Cannot read {path} as safetensors.", found, do))
 
 
 def write_safetensors(weights: Weights, names: Sequence[str], path: Path, disk: Disk) -> None:
-    """A new file with these weights, synced. Holds one tensor. Local; raises OSError."""
+    """Write a new, synced file with these weights. One tensor at a time is in memory. Local. Raises OSError."""
     for name in names:
         if weights.tensors[name].dtype is torch.complex128:
-            do = "use --to torch, which has it"
-            raise CheckpointError(explain(f"{name} is to be written as safetensors.", "complex128: no such type", do))
+            do = "use --to torch, which supports it"
+            raise CheckpointError(
+                explain(f"Cannot write {name} as safetensors.", "safetensors has no type complex128", do)
+            )
     stored = [(name, weights.tensors[name]) for name in names]
     entries = [Entry(name, info.shape, info.dtype, full_box(info.shape)) for name, info in stored]
     head, placed = plan_file(entries, {"format": "pt"})
@@ -179,7 +184,10 @@ def write_safetensors(weights: Weights, names: Sequence[str], path: Path, disk: 
 def write_folder(
     weights: Weights, folder: Path, disk: Disk, *, extra: Mapping[str, str], shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Fill a new folder as `from_pretrained` reads it; `extra` are texts by file name, such as config.json. Local."""
+    """Fill a new folder that `from_pretrained` can read. Local.
+
+    `extra` are texts by file name, such as config.json.
+    """
     shards = list(_split(weights, shard_bytes))
     texts = dict(extra)
     if len(shards) == 1:
@@ -201,14 +209,14 @@ def write_folder(
 
 
 def _split(weights: Weights, shard_bytes: int) -> Iterator[list[str]]:
-    """Names in order, as many as fit, at least one."""
-    own: list[str] = []
-    room = shard_bytes
+    """Yield the names in order, as many as fit into one file, and at least one."""
+    names: list[str] = []
+    remaining = shard_bytes
     for name, info in weights.tensors.items():
         size = bytes_of(info)
-        if own and size > room:
-            yield own
-            own, room = [], shard_bytes
-        own.append(name)
-        room -= size
-    yield own
+        if names and size > remaining:
+            yield names
+            names, remaining = [], shard_bytes
+        names.append(name)
+        remaining -= size
+    yield names

@@ -1,4 +1,4 @@
-"""One tensor that torch.save wrote into a part of a file: found and mapped where it lies, without copying it."""
+"""Maps a single tensor that torch.save wrote into a part of a file, without copying it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from disttrain.checkpoint.formats.restricted_pickle import Unpickler, refusal
+from disttrain.checkpoint.formats.restricted_pickle import Unpickler, rejection
 from disttrain.errors import CheckpointError
 
 _STORAGES = {
@@ -33,12 +33,12 @@ DTYPES = {f"torch.{name}": getattr(torch, name) for name in dir(torch) if isinst
 
 
 class _View:
-    """The arguments of a tensor: what it is of a storage, which is not looked at yet."""
+    """The arguments of a pickled tensor: the part of a storage that it covers. The storage is not read yet."""
 
     def __init__(self, storage: Any, offset: int, shape: Any, stride: Any, *rest: Any) -> None:
         self.dtype, self.key, self.count = storage
         self.offset, self.shape, self.stride = offset, tuple(shape), tuple(stride)
-        if len(rest) > 2:  # the form of newer types: untyped bytes, and the type after hooks
+        if len(rest) > 2:  # newer dtypes: untyped bytes, and the dtype after the hooks
             self.dtype = rest[2]
             self.count //= self.dtype.itemsize
 
@@ -59,12 +59,12 @@ class _Unpickler(Unpickler):
     def persistent_load(self, found: Any) -> Any:
         kind, dtype, key, _, count = found
         if kind != "storage" or not isinstance(dtype, torch.dtype):
-            raise pickle.UnpicklingError("it refers to something that is no storage")
+            raise pickle.UnpicklingError("it refers to something that is not a storage")
         return dtype, str(key), int(count)
 
 
 class _Window(io.RawIOBase):
-    """A part of a mapped file, as a file."""
+    """A part of a mapped file, with the interface of a file."""
 
     def __init__(self, view: memoryview) -> None:
         self._view, self._at = view, 0
@@ -90,9 +90,9 @@ class _Window(io.RawIOBase):
 
 
 def mapped_tensor(path: Path, window: memoryview) -> Tensor:
-    """The tensor that torch.save wrote into these bytes of `path`, as a view of them. Local.
+    """Return the tensor that torch.save wrote into these bytes of `path`, as a view of them. Local.
 
-    Raises CheckpointError for whatever is no dense tensor, and for one that lies outside of its bytes.
+    Raises CheckpointError for anything but a dense tensor, and for a tensor that exceeds its bytes.
     """
     try:
         return _mapped(window)
@@ -100,7 +100,7 @@ def mapped_tensor(path: Path, window: memoryview) -> Tensor:
         raise
     except Exception as error:
         found = f"{type(error).__name__}: {error}"
-        raise refusal(path, found, "it is damaged, or holds no dense tensor: use a whole one") from error
+        raise rejection(path, found, "the file is damaged or has no dense tensor: use an intact file") from error
 
 
 def _mapped(window: memoryview) -> Tensor:
@@ -108,7 +108,7 @@ def _mapped(window: memoryview) -> Tensor:
         entries = {entry.filename.partition("/")[2]: entry for entry in record.infolist()}
         view = _Unpickler(record.read(entries["data.pkl"]), ALLOWED).load()
     if not isinstance(view, _View):
-        raise ValueError(f"it holds a {type(view).__name__}, no tensor")
+        raise ValueError(f"it contains a {type(view).__name__} instead of a tensor")
     if not view.count:
         return torch.empty(view.shape, dtype=view.dtype)
     entry = entries[f"data/{view.key}"]
@@ -116,9 +116,9 @@ def _mapped(window: memoryview) -> Tensor:
     sizes = window[begin + 26 : begin + 30]  # the lengths of the local header's name and extra field
     begin += 30 + int.from_bytes(sizes[:2], "little") + int.from_bytes(sizes[2:], "little")
     if entry.compress_type != zipfile.ZIP_STORED or begin + view.count * view.dtype.itemsize > len(window):
-        raise ValueError("its data lies outside of it")
+        raise ValueError("its data exceeds the file")
     held = window[begin : begin + view.count * view.dtype.itemsize]
-    if zlib.crc32(held) != entry.CRC:  # torch itself does not look at it
+    if zlib.crc32(held) != entry.CRC:  # torch does not check it
         raise ValueError(f"its data has the checksum {zlib.crc32(held):08x} instead of {entry.CRC:08x}")
     # as_strided checks shape, strides and offset against the storage.
     storage = torch.frombuffer(window, dtype=view.dtype, count=view.count, offset=begin)

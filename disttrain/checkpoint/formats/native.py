@@ -1,4 +1,4 @@
-"""disttrain's own checkpoints as weights, wherever they lie."""
+"""Reads the weights in a disttrain checkpoint, on a disk or in an object store."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from disttrain.errors import CheckpointError, explain
 
 
 class NativeWeights:
-    """The weights `model/OWNER/...` of a checkpoint; every chunk read is held against its checksum."""
+    """The weights `model/OWNER/...` of a checkpoint. Every chunk that is read is verified."""
 
     def __init__(self, checkpoint: Checkpoint, owner: str) -> None:
         self.checkpoint, self.path = checkpoint, checkpoint.path
@@ -27,20 +27,20 @@ class NativeWeights:
             owners = sorted({name.split("/")[1] for name in checkpoint.tensors if name.startswith("model/")})
             found = f"models prepared as {', '.join(owners)}" if owners else "no model"
             raise CheckpointError(
-                explain(f"The model {owner!r} of {checkpoint.path} is to be loaded.", found, "name one of them")
+                explain(f"Cannot load the model {owner!r} of {checkpoint.path}.", found, "name one of them")
             )
 
     def fill(self, wanted: Sequence[WantedBox]) -> None:
-        """Two passes: nothing is written before every chunk needed was read and checked."""
+        """Fill the boxes in two passes. Nothing is written before every needed chunk is verified."""
         self.checkpoint.load_into(self._shards(wanted), strict=False)
 
     def check(self, wanted: Sequence[WantedBox]) -> None:
-        """The first of them alone; DamagedError."""
+        """Run only the first pass. Raises DamagedError."""
         self.checkpoint.check(self._shards(wanted))
 
     def _shards(self, wanted: Sequence[WantedBox]) -> list[Shard]:
         return [Shard(self._prefix + w.name, self.tensors[w.name].shape, w.box, w.into) for w in wanted]
 
     def full_tensor(self, name: str) -> Tensor:
-        """In memory of its own, as what is read is checked."""
+        """Return a tensor in newly allocated memory, because its bytes are verified as they are read."""
         return self.checkpoint.read(self._prefix + name)

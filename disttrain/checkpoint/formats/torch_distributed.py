@@ -1,8 +1,8 @@
-"""A torch.distributed.checkpoint folder: `.metadata`, which is a pickle, and `*.distcp` files of torch.save records.
+"""Reads torch.distributed.checkpoint folders: the pickle `.metadata`, and `*.distcp` files of tensors from torch.save.
 
-Both are read by restricted loaders that know the names listed here and no others; each chunk is mapped where it lies.
-Weights are looked for under the keys that torch's recipes use, optimizer state by parameter names, as `get_state_dict`
-gives it. Refuses compressed chunks and files outside the folder.
+Restricted loaders read both and know only the names listed here. Each chunk is mapped at its position in the file.
+Weights are searched under the keys that torch's recipes use. Optimizer state is read by parameter names, as
+`get_state_dict` stores it. Compressed chunks and files outside the folder are rejected.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _MODEL_KEYS = ("model", "module", "state_dict", "model_state_dict")
 _OPTIMIZER_KEYS = ("optim", "optimizer", "optimizers", "optim_state", "optimizer_state_dict")
 _FILE = re.compile(r"[A-Za-z0-9_.-]{1,250}\.distcp")
 
-_HOME = "torch.distributed.checkpoint"
+_PACKAGE = "torch.distributed.checkpoint"
 _Tensor = stand_in_class("TensorStorageMetadata")
 _Bytes = stand_in_class("BytesStorageMetadata")
 
@@ -52,13 +52,13 @@ def _layout(name: str) -> str:
 
 ALLOWED: dict[str, Any] = {
     **{
-        f"{_HOME}.metadata.{name}": stand_in_class(name)
+        f"{_PACKAGE}.metadata.{name}": stand_in_class(name)
         for name in ("Metadata", "MetadataIndex", "ChunkStorageMetadata", "TensorProperties", "StorageMeta")
     },
-    f"{_HOME}.metadata.TensorStorageMetadata": _Tensor,
-    f"{_HOME}.metadata.BytesStorageMetadata": _Bytes,
-    f"{_HOME}.metadata._MEM_FORMAT_ENCODING": _encoded,
-    f"{_HOME}.filesystem._StorageInfo": stand_in_class("_StorageInfo"),
+    f"{_PACKAGE}.metadata.TensorStorageMetadata": _Tensor,
+    f"{_PACKAGE}.metadata.BytesStorageMetadata": _Bytes,
+    f"{_PACKAGE}.metadata._MEM_FORMAT_ENCODING": _encoded,
+    f"{_PACKAGE}.filesystem._StorageInfo": stand_in_class("_StorageInfo"),
     "torch.Size": torch.Size,
     "torch.serialization._get_layout": _layout,
     "pathlib.PosixPath": _joined,
@@ -67,7 +67,7 @@ ALLOWED: dict[str, Any] = {
     "collections.OrderedDict": dict,
     **DTYPES,
 }
-"""All that a `.metadata` may name; each but the sizes and dtypes is a record or a function that gives back its text."""
+"""Names that `.metadata` may use. Except for sizes and dtypes, each becomes plain fields or the text passed to it."""
 
 
 @dataclass(frozen=True)
@@ -78,31 +78,36 @@ class _FileSpan:
 
 
 def read_torch_distributed(path: Path, owner: str) -> ForeignState:
-    """The folder's state under the names of `owner`. Local; raises CheckpointError for what it cannot carry rightly."""
+    """Read the folder's state under the names of `owner`. Local.
+
+    Raises CheckpointError for content that it cannot convert correctly.
+    """
     try:
         folder = _Folder(path, read_pickle(path / METADATA, ALLOWED))
         return _StateReader(folder, owner).read()
     except (AttributeError, KeyError, TypeError, ValueError, IndexError, OSError, RuntimeError) as error:
         found = f"{type(error).__name__}: {error}"
-        raise _refusal(path, found, "it is damaged, or of a version not known here: load and save it anew") from error
+        raise _unreadable(
+            path, found, "the folder is damaged or has an unknown version: load it with torch and save it again"
+        ) from error
 
 
 class _Folder:
-    """The metadata taken apart, and the files mapped."""
+    """The decoded metadata and the mapped files of a folder."""
 
     def __init__(self, path: Path, metadata: Any) -> None:
         self.path = path
         self.entries: Mapping[str, Any] = metadata.fields["state_dict_metadata"]
         self.keys: Mapping[str, tuple[Any, ...]] = metadata.fields.get("planner_data") or {}
         self._maps: dict[str, memoryview] = {}
-        self._places: dict[tuple[str, tuple[int, ...] | None], _FileSpan] = {}
+        self._spans: dict[tuple[str, tuple[int, ...] | None], _FileSpan] = {}
         for index, info in metadata.fields["storage_data"].items():
             if info.fields.get("transform_descriptors"):
                 found = f"{index.fqn} transformed by {', '.join(map(str, info.transform_descriptors))}"
-                raise _refusal(path, found, "save it without extensions (compression)")
+                raise _unreadable(path, found, "save it without extensions (compression)")
             offset = index.fields.get("offset")
-            place = _FileSpan(str(info.relative_path), int(info.offset), int(info.length))
-            self._places[index.fqn, tuple(offset) if offset is not None else None] = place
+            span = _FileSpan(str(info.relative_path), int(info.offset), int(info.length))
+            self._spans[index.fqn, tuple(offset) if offset is not None else None] = span
 
     def tensors(self) -> Iterator[tuple[str, Any]]:
         for name, entry in self.entries.items():
@@ -110,40 +115,40 @@ class _Folder:
                 yield name, entry
 
     def chunks(self, name: str) -> Iterator[tuple[Box, Tensor]]:
-        """Each chunk's box, and its data mapped where it lies."""
+        """Yield the box of each chunk with its data, mapped at its position in the file."""
         for chunk in self.entries[name].chunks:
             box = Box(tuple(chunk.offsets), tuple(chunk.sizes))
-            place = self._places.get((name, box.offsets))
-            if place is None:
-                raise _refusal(self.path, f"no place for {name}{box}", "use a whole one")
-            tensor = mapped_tensor(self.path / place.file, self._window(place))
+            span = self._spans.get((name, box.offsets))
+            if span is None:
+                raise _unreadable(self.path, f"no position for {name}{box}", "use a complete folder")
+            tensor = mapped_tensor(self.path / span.file, self._window(span))
             if tuple(tensor.shape) != box.sizes:
-                raise _refusal(self.path, f"{name}{box} has shape {tuple(tensor.shape)}", "use a whole one")
+                raise _unreadable(self.path, f"{name}{box} has shape {tuple(tensor.shape)}", "use an intact folder")
             yield box, tensor
 
     def value(self, name: str) -> Any:
-        """An entry that is no tensor. CheckpointError for one that is no plain value."""
-        place = self._places[name, None]
-        return load_torch(self.path / place.file, io.BytesIO(self._window(place)))
+        """Return an entry that is not a tensor. Raises CheckpointError unless it is a plain value."""
+        span = self._spans[name, None]
+        return load_torch(self.path / span.file, io.BytesIO(self._window(span)))
 
-    def _window(self, place: _FileSpan) -> memoryview:
-        if place.file not in self._maps:
-            file = self.path / place.file
-            if not _FILE.fullmatch(place.file) or file.is_symlink() or not file.is_file():
-                raise _refusal(self.path, f"a file {place.file[:100]!r}: no plain file of this folder", "do not use it")
+    def _window(self, span: _FileSpan) -> memoryview:
+        if span.file not in self._maps:
+            file = self.path / span.file
+            if not _FILE.fullmatch(span.file) or file.is_symlink() or not file.is_file():
+                raise _unreadable(self.path, f"{span.file[:100]!r} is not a plain file in this folder", "do not use it")
             with file.open("rb") as opened:
-                # Copy on write, because torch wants memory that it may write to; nothing writes.
-                self._maps[place.file] = memoryview(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY))
-        whole = self._maps[place.file]
-        if not 0 <= place.start <= place.start + place.length <= len(whole):
-            found = f"{place.file} has {len(whole)} bytes, and {place.length} from {place.start} on are wanted"
-            raise _refusal(self.path, found, "it was cut short: use a whole one")
-        return whole[place.start : place.start + place.length]
+                # Copy on write, because torch needs writable memory. Nothing writes to it.
+                self._maps[span.file] = memoryview(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY))
+        content = self._maps[span.file]
+        if not 0 <= span.start <= span.start + span.length <= len(content):
+            found = f"{span.file} has {len(content)} bytes, and {span.length} bytes from {span.start} on are needed"
+            raise _unreadable(self.path, found, "the file is incomplete: use a complete folder")
+        return content[span.start : span.start + span.length]
 
 
 @dataclass
 class _StateReader:
-    """Sorts a folder's entries into weights, optimizer state and the rest."""
+    """Sorts the entries of a folder into weights, optimizer state and everything else."""
 
     folder: _Folder
     owner: str
@@ -153,14 +158,14 @@ class _StateReader:
         if not weights:
             found = f"{len(self.folder.entries)} entries, such as {', '.join(list(self.folder.entries)[:3])}"
             do = f"save the model's state dict at the top, or under one of {', '.join(_MODEL_KEYS)}"
-            raise _refusal(self.folder.path, found, do)
+            raise _unreadable(self.folder.path, found, do)
         weights = _without_ddp(weights)
         state = {_undotted(name, weights): entry for name, entry in state.items()}
         unknown = sorted(name for name in state if name not in weights)
         if unknown:
             found = f"optimizer state of {', '.join(unknown[:3])}, which names no parameter"
-            do = "save get_state_dict(model, optimizer), whose state has the parameters' names, or the weights alone"
-            raise _refusal(self.folder.path, found, do)
+            do = "save get_state_dict(model, optimizer), which stores state by parameter names, or the weights alone"
+            raise _unreadable(self.folder.path, found, do)
         ties = self._ties(weights, state)
         shards = [
             Shard(f"model/{self.owner}/{name}", shape, box, tensor)
@@ -180,7 +185,7 @@ class _StateReader:
         return state_of
 
     def _sorted(self) -> tuple[dict[str, str], dict[str, dict[str, str]], list[str]]:
-        """Names of weights, and of optimizer state by parameter and key, to the folder's entries; and the rest."""
+        """Return the entries of weights by name, those of optimizer state by parameter and key, and the rest."""
         weights: dict[str, str] = {}
         state: dict[str, dict[str, str]] = defaultdict(dict)
         top: dict[str, str] = {}
@@ -188,7 +193,7 @@ class _StateReader:
         for fqn, entry in self.folder.entries.items():
             path = tuple(map(str, self.folder.keys.get(fqn, (fqn,))))
             is_tensor = isinstance(entry, _Tensor)
-            known = next((place for place in (0, 1) if place < len(path) - 1 and path[place] in _KNOWN), None)
+            known = next((depth for depth in (0, 1) if depth < len(path) - 1 and path[depth] in _KNOWN), None)
             if known is None:
                 if is_tensor and len(path) == 1:
                     top[path[0]] = fqn
@@ -207,9 +212,9 @@ class _StateReader:
                 state[found[1]][found[2]] = fqn
             else:
                 rest.append(fqn)
-        if not weights:  # a state dict saved as it is, without a key above it
+        if not weights:  # a state dict that was saved without a key above it
             weights, top = top, {}
-        return weights, state, _told([*rest, *top.values()])
+        return weights, state, _describe_rest([*rest, *top.values()])
 
     def _boxes(self, fqn: str) -> Iterator[tuple[tuple[int, ...], Box, Tensor]]:
         shape = tuple(self.folder.entries[fqn].size)
@@ -223,12 +228,17 @@ class _StateReader:
             return
         value = self.folder.value(fqn)
         if not isinstance(value, bool | int | float):
-            raise _refusal(self.folder.path, f"{fqn} is a {type(value).__name__}", "keep tensors and numbers in it")
+            raise _unreadable(
+                self.folder.path, f"{fqn} is a {type(value).__name__}", "store only tensors and numbers in it"
+            )
         yield optimizer_shard(full if full.endswith(":step") else f"{full}:number", value)
 
     def _ties(self, weights: Mapping[str, str], state: Mapping[str, Any]) -> dict[str, str]:
-        """A weight without optimizer state that equals one with it bit for bit is another name of it: torch stores a
-        tied weight under every name, its optimizer state under one."""
+        """Return the other names of tied weights.
+
+        torch stores a tied weight under every name, but its optimizer state under one. A weight without optimizer state
+        that equals a weight with it bit for bit is therefore another name of that weight.
+        """
         ties: dict[str, str] = {}
         for name, fqn in weights.items():
             if name in state or not state:
@@ -246,15 +256,15 @@ class _StateReader:
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
-    """Of many pairs nearly all differ in their first row: the rest of it is not read."""
+    """Compare two tensors. Most pairs differ in their first row, and then the rest is not read."""
     return torch.equal(one[:1], other[:1]) and torch.equal(one, other) if one.dim() else torch.equal(one, other)
 
 
 _KNOWN = (*_MODEL_KEYS, *_OPTIMIZER_KEYS)
 
 
-def _told(rest: list[str]) -> list[str]:
-    """What is not carried, in words: settings as one."""
+def _describe_rest(rest: list[str]) -> list[str]:
+    """Describe the entries that are left out. All settings count as one."""
     settings = [fqn for fqn in rest if ".param_groups." in fqn]
     others = [f"{fqn}, which is neither a weight nor optimizer state" for fqn in sorted(set(rest) - set(settings))]
     return [*others, *(["the settings of the parameter groups"] if settings else [])]
@@ -267,9 +277,9 @@ def _without_ddp(weights: dict[str, str]) -> dict[str, str]:
 
 
 def _undotted(name: str, weights: Mapping[str, str]) -> str:
-    """The parameter's name in the weights: DDP's own optimizer state may carry `module.` still."""
+    """Return a parameter's name among the weights. DDP's optimizer state may still have the prefix `module.`."""
     return name.removeprefix("module.") if name not in weights else name
 
 
-def _refusal(path: Path, found: str, do: str) -> CheckpointError:
-    return CheckpointError(explain(f"{path} is to be read as {KIND}.", found, do))
+def _unreadable(path: Path, found: str, do: str) -> CheckpointError:
+    return CheckpointError(explain(f"Cannot read {path} as {KIND}.", found, do))

@@ -1,8 +1,9 @@
-"""One file of torch.save: read without running anything in it, mapped where its form allows; written tensor by tensor.
+"""Reads and writes files of torch.save.
 
-Reading is torch's own restricted unpickler (`weights_only`). Writing makes a state dict of plain tensors in torch's zip
-form without holding the state: the pickle first, then each storage's bytes, at offsets that can be mapped.
-Refuses a file whose pickle wants anything but tensors and plain values, naming what it wants.
+Reading uses torch's restricted unpickler (`weights_only`) and maps the file if its form allows it. A file whose pickle
+needs anything but tensors and plain values is rejected with the name that it needs. Writing stores a state dict of
+plain tensors in torch's zip form, without holding the state in memory. The pickle comes first, then the bytes of each
+storage at offsets that can be mapped.
 """
 
 from __future__ import annotations
@@ -27,16 +28,16 @@ from disttrain.checkpoint.formats.weights import WantedBox, WeightInfo, Weights,
 from disttrain.errors import CheckpointError, explain
 
 _INNER = ("state_dict", "model_state_dict", "model", "module")
-"""Under which keys training scripts keep the model's state beside others."""
+"""Keys under which training scripts save the model's state."""
 
 _PIECE_BYTES = 16 * 2**20
 
 
 class TorchWeights:
-    """A state dict, or a mapping with one under `state_dict`, `model_state_dict`, `model` or `module`.
+    """The weights in a state dict, or in a mapping with a state dict under one of its keys.
 
-    `module.` before every name, as DDP's own state dict has it, is taken off. Of tensors that are one in memory (ties)
-    every name is kept.
+    The keys are `state_dict`, `model_state_dict`, `model` and `module`. The prefix `module.`, which DDP adds to every
+    name, is removed. If tensors share their memory (ties), every name is kept.
     """
 
     def __init__(self, path: Path) -> None:
@@ -47,29 +48,29 @@ class TorchWeights:
         }
 
     def fill(self, wanted: Sequence[WantedBox]) -> None:
-        """From mapped memory."""
+        """Copy boxes from mapped memory."""
         with torch.no_grad():
             for one in wanted:
                 one.into.copy_(self._found[one.name][one.box.slices()])
 
     def full_tensor(self, name: str) -> Tensor:
-        """A view of the mapped file."""
+        """Return a view of the mapped file."""
         return self._found[name]
 
     def ties(self) -> dict[str, str]:
-        """Further names of tensors that share all their memory with an earlier one, to its name."""
+        """Return the other names of tensors that share all memory with an earlier tensor, with its name."""
         first: dict[tuple[Any, ...], str] = {}
         further = {}
         for name, tensor in self._found.items():
-            place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-            if tensor.numel() and place in first:
-                further[name] = first[place]
-            first.setdefault(place, name)
+            memory = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+            if tensor.numel() and memory in first:
+                further[name] = first[memory]
+            first.setdefault(memory, name)
         return further
 
 
 def without_ddp(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same under the model's own names."""
+    """Return the tensors under the model's names, without DDP's prefix."""
     if all(name.startswith("module.") for name in found):
         return {name.removeprefix("module."): tensor for name, tensor in found.items()}
     return dict(found)
@@ -77,19 +78,21 @@ def without_ddp(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _state_dict(path: Path, content: Any) -> dict[str, Tensor]:
     if isinstance(content, Mapping):
-        for place in (content, *(content[key] for key in _INNER if isinstance(content.get(key), Mapping))):
-            found = {str(name): value for name, value in place.items() if isinstance(value, Tensor)}
+        for candidate in (content, *(content[key] for key in _INNER if isinstance(content.get(key), Mapping))):
+            found = {str(name): value for name, value in candidate.items() if isinstance(value, Tensor)}
             if found:
                 return {name: _plain(path, name, tensor) for name, tensor in found.items()}
-    keys = f"a mapping with {', '.join(map(str, list(content)[:5]))}" if isinstance(content, Mapping) else "no mapping"
-    do = f"save model.state_dict(), or a mapping that has it under one of {', '.join(_INNER)}"
-    raise CheckpointError(explain(f"{path} is to be read as a model's weights.", keys, do))
+    keys = (
+        f"a mapping with {', '.join(map(str, list(content)[:5]))}" if isinstance(content, Mapping) else "not a mapping"
+    )
+    do = f"save model.state_dict(), or a mapping that contains it under one of {', '.join(_INNER)}"
+    raise CheckpointError(explain(f"Cannot read {path} as a model's weights.", keys, do))
 
 
 def _plain(path: Path, name: str, tensor: Tensor) -> Tensor:
     if tensor.layout is not torch.strided or tensor.is_quantized:
-        do = "save it dense, such as by tensor.to_dense() or dequantize()"
-        raise CheckpointError(explain(f"{name} in {path} is to be read.", f"a {tensor.layout} tensor", do))
+        do = "save it as a dense tensor, for example with tensor.to_dense() or dequantize()"
+        raise CheckpointError(explain(f"Cannot read {name} in {path}.", f"it is a {tensor.layout} tensor", do))
     return tensor.detach().resolve_conj().resolve_neg()
 
 
@@ -109,7 +112,7 @@ _STORAGES = {
     torch.uint8: torch.ByteStorage,
     torch.bool: torch.BoolStorage,
 }
-"""Types that have a storage class of their own; the newer ones are stored untyped, with their dtype beside them."""
+"""Dtypes with a storage class. Newer dtypes are stored untyped, with the dtype as a separate value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +126,8 @@ class _Storage:
 
 
 @dataclass(frozen=True, slots=True)
-class _Promise:
-    """Pickled as a contiguous tensor whose storage lies elsewhere in the file."""
+class _DeferredTensor:
+    """Pickled as a contiguous tensor whose storage is written elsewhere in the file."""
 
     storage: _Storage
 
@@ -138,7 +141,7 @@ class _Pickler(pickle.Pickler):
         return ("storage", typed or torch.UntypedStorage, value.key, "cpu", size)
 
     def reducer_override(self, value: Any) -> Any:
-        if not isinstance(value, _Promise):
+        if not isinstance(value, _DeferredTensor):
             return NotImplemented
         info = value.storage.info
         strides = torch.empty(info.shape, device="meta").stride()
@@ -149,12 +152,13 @@ class _Pickler(pickle.Pickler):
 
 
 def write_torch(weights: Weights, path: Path, aliases: Mapping[str, str]) -> None:
-    """A new file of torch.save's form with a state dict, synced; `torch.load(path, weights_only=True)` reads it.
+    """Write a new, synced file with a state dict, which `torch.load(path, weights_only=True)` reads.
 
-    `aliases` are further names, to a stored one whose memory they share. Holds one tensor. Local; raises OSError.
+    `aliases` are other names, each of a stored tensor whose memory they share. One tensor at a time is in memory.
+    Local. Raises OSError.
     """
-    storages = {name: _Storage(str(place), info) for place, (name, info) in enumerate(weights.tensors.items())}
-    state = OrderedDict((name, _Promise(storage)) for name, storage in storages.items())
+    storages = {name: _Storage(str(index), info) for index, (name, info) in enumerate(weights.tensors.items())}
+    state = OrderedDict((name, _DeferredTensor(storage)) for name, storage in storages.items())
     for alias, name in aliases.items():
         if name in state:
             state[alias] = state[name]
@@ -174,10 +178,10 @@ def write_torch(weights: Weights, path: Path, aliases: Mapping[str, str]) -> Non
 
 
 def _write_record(file: BinaryIO, archive: zipfile.ZipFile, name: str, pieces: Any, size: int) -> None:
-    """One stored entry whose content begins at a multiple of ALIGNMENT: what is mapped is to be aligned."""
+    """Write a stored entry whose content begins at a multiple of ALIGNMENT, because mapped data must be aligned."""
     entry = zipfile.ZipInfo(f"archive/{name}")
     entry.file_size = size
-    # The local header is 30 bytes, the name, zipfile's 20 for sizes of 64 bits, and 4 before our padding.
+    # The local header takes 30 bytes, the name, 20 bytes of zipfile for 64-bit sizes, and 4 bytes before the padding.
     used = file.tell() + 30 + len(entry.filename) + 20 + 4
     entry.extra = struct.pack("<HH", 0x4246, -used % ALIGNMENT) + b"\0" * (-used % ALIGNMENT)
     with archive.open(entry, "w", force_zip64=True) as record:

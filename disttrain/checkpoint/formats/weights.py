@@ -1,7 +1,7 @@
-"""Weights from any format: what is stored by name, boxes of it read on demand, and how names are brought together.
+"""Defines the interface to weights in any format, and matches a model's names with the stored ones.
 
-Owns the comparison of a model's names with those stored (missing, unexpected, misshapen) and the filters on it. One
-format's reader is one `Weights`; nothing here knows a format. Local: no rank waits for another.
+This module compares names (missing, unexpected, misshapen) and applies filters to them. Each format's reader implements
+`Weights`. Nothing here depends on a format. All functions are local: no rank waits for another.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Rename = Callable[[str], str]
 
 @dataclass(frozen=True, slots=True)
 class WeightInfo:
-    """A stored weight's global shape and dtype."""
+    """The global shape and dtype of a stored weight."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -35,7 +35,7 @@ class WeightInfo:
 
 @dataclass(frozen=True, slots=True)
 class WantedBox:
-    """`into`, of exactly `box.sizes`, is to be filled with that box of the stored weight `name`."""
+    """A request to fill `into`, whose shape is `box.sizes`, with a box of the stored weight `name`."""
 
     name: str
     box: Box
@@ -43,45 +43,45 @@ class WantedBox:
 
 
 class Weights(Protocol):
-    """One model's weights on disk, under the model's own names."""
+    """The weights of one model on disk, under the model's names."""
 
     @property
     def path(self) -> Location: ...
 
     @property
     def tensors(self) -> Mapping[str, WeightInfo]:
-        """What is stored, by name."""
+        """The stored weights by name."""
         ...
 
     def fill(self, wanted: Sequence[WantedBox]) -> None:
-        """Read these boxes and, where the format allows, nothing else; dtypes are converted. Local."""
+        """Read these boxes, with conversion of dtypes. Reads nothing else if the format allows it. Local."""
         ...
 
     def full_tensor(self, name: str) -> Tensor:
-        """A whole weight in its stored dtype; a view of the mapped file where the format allows. Local."""
+        """Return a complete weight in its stored dtype, as a view of the mapped file if possible. Local."""
         ...
 
 
 _BATCH_BYTES = 32 * 2**20
-"""What is read at once: a chunk of a checkpoint holds many small tensors, and is not to be read anew for each."""
+"""Bytes read at once. A chunk of a checkpoint contains many small tensors and must not be read again for each."""
 
 
 def read_weight(weights: Weights, name: str) -> Tensor:
-    """One whole weight, in memory of its own. Local."""
+    """Return a complete weight in newly allocated memory. Local."""
     return next(tensor for _, tensor in read_weights(weights, [name]))
 
 
 def read_weights(weights: Weights, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-    """Whole weights in turn, in memory of their own; small ones are read together. Local."""
+    """Yield complete weights in newly allocated memory. Small weights are read together. Local."""
     batch: list[str] = []
-    room = _BATCH_BYTES
+    remaining = _BATCH_BYTES
     for name in names:
         size = bytes_of(weights.tensors[name])
-        if batch and size > room:
+        if batch and size > remaining:
             yield from _read_batch(weights, batch)
-            batch, room = [], _BATCH_BYTES
+            batch, remaining = [], _BATCH_BYTES
         batch.append(name)
-        room -= size
+        remaining -= size
     yield from _read_batch(weights, batch)
 
 
@@ -95,7 +95,7 @@ def _read_batch(weights: Weights, names: Sequence[str]) -> Iterator[tuple[str, T
 
 
 def bytes_of(info: WeightInfo) -> int:
-    """What a weight takes, in bytes. Pure."""
+    """Return the size of a weight in bytes. Pure."""
     return torch.Size(info.shape).numel() * info.dtype.itemsize
 
 
@@ -108,28 +108,30 @@ def match_weights(
     strict: bool = True,
     only: Sequence[str] = (),
     rename: Rename | None = None,
-    do: str = "use the model these weights are of",
+    fix: str = "use the model to which these weights belong",
 ) -> tuple[Differences, list[WantedBox]]:
-    """What of the stored weights goes into which shards named `model/OWNER/NAME`, for `weights.fill`; reads no tensor.
+    """Match stored weights with the shards named `model/OWNER/NAME`. Reads no tensor. Local.
 
-    `rename` makes the model's name of a stored one. `only` are glob patterns of the model's names: others keep their
-    values and are not spoken of. `aliases` are further names of tied weights, to the name that their shard has: such a
-    name may be stored instead, or beside it. Local. Raises CheckpointError for what is misshapen and, where `strict`,
-    missing or unexpected, with `do` as what to do; else returns what differs.
+    Returns the differences and the boxes to pass to `weights.fill`. `rename` maps a stored name to the model's name.
+    `only` are glob patterns of the model's names: other weights keep their values and are ignored. `aliases` maps other
+    names of tied weights to the name of their shard. Such a name may be stored instead of it or in addition to it.
+
+    Raises CheckpointError for misshapen weights and, if `strict`, for missing or unexpected names. `fix` is the last
+    line of the message.
     """
     held: dict[str, list[Shard]] = defaultdict(list)
     for shard in shards:
         held[shard.name.removeprefix(f"model/{owner}/")].append(shard)
     aliases = aliases or {}
-    _refuse_idle_patterns(only, held)
-    stored = _by_models_name(weights, held, aliases, rename)
+    _reject_unused_patterns(only, held)
+    stored = _by_model_name(weights, held, aliases, rename)
     chosen = {name for name in (*held, *stored) if not only or any(fnmatchcase(name, pattern) for pattern in only)}
     missing = sorted((chosen & set(held)) - set(stored))
     unexpected = sorted(stored[name] for name in chosen & set(stored) - set(held))
     fitting = sorted(chosen & set(stored) & set(held))
     misshapen = [text for name in fitting if (text := _misfit(name, weights.tensors[stored[name]], held[name][0]))]
     if misshapen or (strict and (missing or unexpected)):
-        raise _misfits(weights.path, do, missing, unexpected, misshapen)
+        raise _misfits(weights.path, fix, missing, unexpected, misshapen)
     wanted = [
         WantedBox(stored[name], shard.box, shard.tensor.detach())
         for name in fitting
@@ -139,28 +141,28 @@ def match_weights(
     return Differences(tuple(missing), tuple(unexpected)), wanted
 
 
-def _refuse_idle_patterns(only: Sequence[str], held: Mapping[str, object]) -> None:
-    """A pattern that meets no name of the model is a slip of the pen: it would load nothing and say nothing."""
+def _reject_unused_patterns(only: Sequence[str], held: Mapping[str, object]) -> None:
+    """Raise CheckpointError for a pattern that matches no name. It is a typing error and would load nothing."""
     for pattern in only:
         if not any(fnmatchcase(name, pattern) for name in held):
             near = get_close_matches(pattern, held, n=3, cutoff=0.3) or list(held)[:3]
-            found = f"no weight of the model is named like {pattern!r}; there are {', '.join(near)}"
-            raise CheckpointError(explain("Weights named by `only` are to be loaded.", found, "mend the pattern"))
+            found = f"no weight of the model matches {pattern!r}; there are {', '.join(near)}"
+            raise CheckpointError(explain("Cannot load the weights selected by `only`.", found, "fix the pattern"))
 
 
-def _by_models_name(
+def _by_model_name(
     weights: Weights, held: Mapping[str, object], aliases: Mapping[str, str], rename: Rename | None
 ) -> dict[str, str]:
-    """The stored name of each of the model's names; of a tied weight stored under several, its first."""
+    """Return the stored name for each of the model's names, and the first one for a tied weight with several."""
     found: dict[str, str] = {}
     others: dict[str, str] = {}
     for stored in weights.tensors:
         name = rename(stored) if rename else stored
-        places = others if name in aliases and name not in held else found
-        if name in places:
-            two = f"{places[name]} and {stored} both become {name}"
-            raise CheckpointError(explain(f"{weights.path} is to be loaded under other names.", two, "mend `rename`"))
-        places[name] = stored
+        target = others if name in aliases and name not in held else found
+        if name in target:
+            two = f"{target[name]} and {stored} both become {name}"
+            raise CheckpointError(explain(f"Cannot load {weights.path} under other names.", two, "fix `rename`"))
+        target[name] = stored
     for name, stored in others.items():
         found.setdefault(aliases[name], stored)
     return found
@@ -175,10 +177,10 @@ def _misfit(name: str, info: WeightInfo, shard: Shard) -> str | None:
     return f"{name} is {info.dtype} there, {mine} here"
 
 
-def _misfits(path: Location, do: str, *differences: Sequence[str]) -> CheckpointError:
+def _misfits(path: Location, fix: str, *differences: Sequence[str]) -> CheckpointError:
     found = [
         f"{title}: {', '.join(names[:10])}" + (f" and {len(names) - 10} more" if len(names) > 10 else "")
         for title, names in zip(("missing", "unexpected", "misshapen"), differences, strict=True)
         if names
     ]
-    return CheckpointError(explain(f"The weights in {path} do not fit the model.", "; ".join(found), do))
+    return CheckpointError(explain(f"Cannot load the weights in {path} into the model.", "; ".join(found), fix))

@@ -20,7 +20,7 @@ class ChunkReader:
     """One open file of a checkpoint. A storage's `open_chunks` creates it.
 
     With `piece_bytes`, bytes that are verified are read in pieces of that size. Without it, and where nothing is
-    verified, whole chunks are read, because every request to an object store costs time.
+    verified, complete chunks are read, because every request to an object store costs time.
     """
 
     def __init__(

@@ -248,7 +248,7 @@ def load_weights(
             strict=strict,
             only=only,
             rename=rename,
-            do="use the model these weights are of; where some are to differ, set model.weights_strict=false, or call "
+            fix="use the model these weights are of; where some are to differ, set model.weights_strict=false, or call "
             "engine.load_weights with strict=False, only=[...] or rename=",
         )
         if isinstance(weights, NativeWeights):
