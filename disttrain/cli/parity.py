@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from disttrain.parity.report import Report, Row
 
 _SHOWN = 3
-_VERDICTS = {"draws": "draws anew"}
+_VERDICTS = {"draws": "redraws"}
 
 
 def check_parity(

@@ -75,9 +75,7 @@ def micro_batch_trials(probe: Mapping[str, Any]) -> list[Trial]:
         both = f"{statistics}; and {dropout}"
         trials.append(Trial(STATISTICS, both, "equal with both off", evaluated=("dropout", "batch_norm")))
     if not norms:
-        what = (
-            dropout if probe["draws"] else "in training mode the model mixes a batch's items, or keeps state"
-        )
+        what = dropout if probe["draws"] else "in training mode the model mixes a batch's items, or keeps state"
         kind = DROPOUT if probe["draws"] else COUPLED
         trials.append(Trial(kind, what, "equal with the model in evaluation mode", evaluated=("everything",)))
     return trials
@@ -102,8 +100,10 @@ def objective_cause(probe: Mapping[str, Any]) -> Cause | None:
             f"{' and '.join(f'{a:.6g} of weight {b:g}' for a, b in zip(totals, weights, strict=True))}"
         )
         if _averages(total, weight, totals, weights):
-            text = "the objective averages before it sums: return the sum of the items' losses (reduction='sum') "
+            text = (
+                "the objective averages before it sums: return the sum of the items' losses (reduction='sum') "
                 "and their number"
+            )
             return Cause(OBJECTIVE, text, measured)
         text = (
             "an item's loss depends on the other items of its batch (contrastive, load balance): "

@@ -83,7 +83,7 @@ class Report:
 
     @property
     def exit_code(self) -> int:
-        """6 if something differs, else that of the first failure, else 0; that of a rejection if nothing was compared."""
+        """6 if something differs, else that of the first failure, else 0. Without a comparison, that of a rejection."""
         verdicts = [row.verdict for row in self.rows]
         if "differs" in verdicts:
             return TrainingError.exit_code

@@ -1,4 +1,4 @@
-"""What is run: models, optimizers, accumulation, clipping and precision, all of it or a sample. Pure."""
+"""Defines the contract cases: model, optimizer, accumulation, clipping and precision, all of them or a sample. Pure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 SEED, STEPS, SAMPLES, BATCH = 11, 20, 70, 26
-"""An epoch is batches of 26, 26 and 18: none divides by three or four ranks, and the last is short."""
+"""An epoch has batches of 26, 26 and 18 samples. None is divisible by three or four ranks, and the last is short."""
 
 _HOME = "disttrain.testing.models"
 MODELS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
@@ -29,12 +29,12 @@ OPTIMIZERS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     }
 )
 CLIP = 0.5
-"""Below the norms of most steps of every model: clipping happens."""
+"""Below the gradient norm of most steps of every model, so that clipping happens."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One run of STEPS steps. `accumulation` is how many micro-batches a rank has of a full batch."""
+    """One run of STEPS steps. `accumulation` is the number of micro-batches that a rank has of a full batch."""
 
     model: str
     optimizer: str
@@ -44,7 +44,7 @@ class Case:
 
     @property
     def group(self) -> str:
-        """Model and precision: what a test is named for."""
+        """Model and precision, which name a test."""
         return f"{self.model}-{self.precision}"
 
     def __str__(self) -> str:
@@ -54,11 +54,11 @@ class Case:
 
 
 _CORNERS = (("adamw", 1, CLIP), ("sgd", 3, None), ("adamw", 3, None), ("sgd", 1, CLIP))
-"""Every optimizer, accumulation and clip twice, every pair of their values at least once."""
+"""Every optimizer, accumulation and clipping twice, and every pair of their values at least once."""
 
 _OTHER = {
     "fp64": (("adamw", 3, CLIP), ("sgd", 1, None)),
-    # SGD is clipped: the bounds are those of roundings, not of what momentum makes of them when nothing holds it.
+    # SGD is clipped, because the bounds are for rounding errors, not for what momentum makes of them without clipping.
     "bf16": (("adamw", 3, None), ("sgd", 1, CLIP)),
 }
 
@@ -80,8 +80,11 @@ EVERY: tuple[Case, ...] = (
 
 
 def sample(size: int, sizes: Sequence[int], turn: int = 0, models: Sequence[str] = tuple(MODELS)) -> tuple[Case, ...]:
-    """Some of EVERY for a world of `size`: over all `sizes` each model comes in float32, each optimizer, accumulation
-    and clip, float64 and bf16; no size is left out. Another `turn` deals other cases to other sizes."""
+    """Returns a sample of EVERY for a world of `size`.
+
+    Over all `sizes`, the samples cover each model in float32, each optimizer, accumulation and clipping, float64 and
+    bf16. Another `turn` assigns other cases to the sizes.
+    """
     place = sizes.index(size)
     found = []
     for number in range(max(len(models), len(sizes), len(_CORNERS))):

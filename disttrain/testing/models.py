@@ -1,6 +1,6 @@
-"""Three models that are small and awkward, ragged data for them, and the objective: plain PyTorch throughout.
+"""Three small, awkward models, ragged data for them, and their objective, in plain PyTorch.
 
-All read token ids [batch, time] and give logits [batch, time, VOCAB]. `tp_plan` is what may be cut in two.
+All map token ids [batch, time] to logits [batch, time, VOCAB]. `tp_plan` names the layers for tensor parallelism.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ VOCAB, CONTEXT = 11, 8
 
 
 class TiedFrozen(nn.Module):
-    """A tied head; a frozen layer, a frozen part of a repeated block, frozen positions; a key bias without a gradient.
+    """Has a tied head, a frozen layer, a frozen part of a repeated block, frozen positions, and a key bias.
 
-    Softmax does not see what is added to all of its inputs, so the true gradient of a key's bias is zero.
+    Softmax ignores a value that is added to all of its inputs, so the true gradient of a key bias is zero.
     """
 
     tp_plan: ClassVar = {"layers.*.linear1": "colwise", "layers.*.linear2": "rowwise"}
@@ -37,7 +37,7 @@ class TiedFrozen(nn.Module):
         self.head.weight = self.embed.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Through the frozen layer, then the blocks."""
+        """Applies the frozen layer, then the blocks."""
         x = self.mixing(self.embed(tokens)) + self.positions
         for layer in self.layers:
             x = layer(x)
@@ -46,7 +46,7 @@ class TiedFrozen(nn.Module):
 
 
 class Unused(nn.Module):
-    """On every rank alike: a layer that is never used, and each step another block and every second a gate left out."""
+    """Never uses one layer. Skips a different block in each step, and a gate in every second step, on all ranks."""
 
     takes_step = True
     tp_plan: ClassVar = {"layers.*.1": "colwise", "layers.*.3": "rowwise"}
@@ -62,7 +62,7 @@ class Unused(nn.Module):
         self.head = nn.Linear(width, VOCAB)
 
     def forward(self, tokens: Tensor, step: int) -> Tensor:
-        """Without block `step % 3`; with the gate where `step` is even."""
+        """Skips block `step % 3`. Applies the gate if `step` is even."""
         x = self.embed(tokens)
         for number, layer in enumerate(self.layers):
             if number != step % len(self.layers):
@@ -74,7 +74,7 @@ class Unused(nn.Module):
 
 
 class Shift(nn.Module):
-    """A module that is a bias and nothing else."""
+    """A module with a bias only."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -86,8 +86,10 @@ class Shift(nn.Module):
 
 
 class Odd(nn.Module):
-    """Nothing divides: 5 x 7, vectors of 3 and of 1, no repeated blocks; over four ranks most shards differ, and many
-    are empty."""
+    """Has sizes that are not divisible (5 x 7, vectors of 3 and 1) and no repeated blocks.
+
+    On four ranks most shards differ in size, and many are empty.
+    """
 
     tp_plan: ClassVar = {"head": "replicate"}
 
@@ -102,7 +104,7 @@ class Odd(nn.Module):
         self.head = nn.Linear(5, VOCAB, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """One residual branch; three of its five entries are scaled."""
+        """Applies one residual branch, in which three of five entries are scaled."""
         x = self.embed(tokens)
         branch = self.fall(torch.tanh(self.rise(x)))
         branch = torch.cat([branch[..., :3] * self.three, branch[..., 3:]], dim=-1)
@@ -111,12 +113,12 @@ class Odd(nn.Module):
 
 
 class Sequences(Dataset[tuple[Tensor, Tensor]]):
-    """Fixed random tokens; a sample's length says how many of its targets count, so weights are ragged."""
+    """Fixed random tokens. Samples differ in how many of their targets count, so weights are ragged."""
 
     def __init__(self, size: int) -> None:
         generator = torch.Generator().manual_seed(5)
         self.tokens = torch.randint(0, VOCAB, (size, CONTEXT), generator=generator)
-        # What comes next is half learnable (twice the token), half noise: losses fall, gradients do not vanish.
+        # Targets are half learnable (twice the token), half noise, so that losses fall and gradients do not vanish.
         noise = torch.randint(0, VOCAB, (size, CONTEXT), generator=generator)
         coin = torch.rand(size, CONTEXT, generator=generator) < 0.5
         self.targets = torch.where(coin, self.tokens * 2 % VOCAB, noise)
@@ -131,7 +133,7 @@ class Sequences(Dataset[tuple[Tensor, Tensor]]):
 
 
 def summed_loss(model: Any, batch: tuple[Tensor, Tensor], step: int) -> tuple[Tensor, int]:
-    """Summed cross entropy of the targets that count, and how many they are; for the model's `step`-th update."""
+    """Returns the summed cross entropy of the targets that count, and their number, for update number `step`."""
     tokens, targets = batch
     logits = model(tokens, step) if getattr(model, "takes_step", False) else model(tokens)
     logits = logits if logits.dtype == torch.float64 else logits.float()
@@ -140,5 +142,5 @@ def summed_loss(model: Any, batch: tuple[Tensor, Tensor], step: int) -> tuple[Te
 
 
 def objective(model: Any, batch: tuple[Tensor, Tensor], *, context: Any = None) -> tuple[Tensor, int]:
-    """`summed_loss`, as disttrain calls it."""
+    """Calls `summed_loss` as an objective of disttrain."""
     return summed_loss(model, batch, context.step)

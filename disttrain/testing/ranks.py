@@ -1,4 +1,4 @@
-"""A rank's side of the suite: cases one after another in one world, an Engine each, and their numbers."""
+"""Runs contract cases on one rank of a world, each with its own Engine, and returns their numbers."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ _QUIET = {"every": 1, "progress": False, "plot": False, "trackers": []}
 
 @dataclass
 class Ran:
-    """One case on one rank: losses and norms by step; weights before and after as arrays, on rank 0 alone. `error` is
-    the traceback of a case that did not end."""
+    """One case on one rank: losses and norms by step, and the weights before and after as arrays (rank 0 only).
+
+    `error` is the traceback of a case that failed.
+    """
 
     losses: list[float] = field(default_factory=list)
     norms: list[float | None] = field(default_factory=list)
@@ -31,7 +33,7 @@ class Ran:
 
 
 def run_cases(overrides: Sequence[str], cases: Sequence[Case], folder: Path) -> list[Ran]:
-    """Run the cases up to the first that fails, whose error is the last of what comes back. Collective."""
+    """Runs the cases up to the first failure, which is the last result in the list. Collective."""
     found = []
     for number, case in enumerate(cases):
         ran = Ran()
@@ -40,7 +42,7 @@ def run_cases(overrides: Sequence[str], cases: Sequence[Case], folder: Path) -> 
             config = load_config(_config(case, folder / str(number)), list(overrides))
             share = -(-BATCH // (case.accumulation * _parts(config.mesh)))
             _train(load_config(config, [f"data.micro_batch={share}"]), ran)
-        except Exception:  # noqa: BLE001 - whatever a strategy raises is told with the case; the world is not used again
+        except Exception:  # noqa: BLE001 - any error of a strategy is reported with its case
             ran.error = traceback.format_exc()
             break
     return found

@@ -1,7 +1,7 @@
-"""What every strategy is held against: the plain loop over a case's model, data and optimizer, in one process.
+"""Trains the plain loop on a case's model, data and optimizer in one process, as the reference for every strategy.
 
-Sample indices go in as data; nothing else of disttrain computes here. Beside the run of the case's own precision there
-is one in float64, which tells true zeros from rounding.
+The order of samples comes from disttrain; everything else is plain PyTorch. A second run in float64 separates true
+zeros from rounding errors.
 """
 
 from __future__ import annotations
@@ -18,17 +18,19 @@ from torch.utils.data import default_collate
 
 from disttrain.config import resolve_target
 from disttrain.data import Order
+from disttrain.parity.plain_loop import plain_loop
 from disttrain.testing.cases import BATCH, MODELS, OPTIMIZERS, SAMPLES, SEED, STEPS
 from disttrain.testing.models import Sequences, summed_loss
-from disttrain.parity.plain_loop import plain_loop
 
 _DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.float32}
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Losses and norms by step; state dicts before and after. `largest` is each trainable parameter's largest gradient
-    over the steps, entry by entry, and `norm` the largest gradient norm."""
+    """Losses and norms by step, and the state dicts before and after.
+
+    `largest` holds the largest gradient of each trainable parameter over the steps, entry by entry.
+    """
 
     losses: list[float]
     norms: list[float]
@@ -38,13 +40,13 @@ class Reference:
 
     @property
     def norm(self) -> float:
-        """The largest of the norms."""
+        """The largest gradient norm."""
         return max(self.norms)
 
 
 @cache
 def reference(model: str, optimizer: str, clip: float | None, precision: str) -> Reference:
-    """Run the plain loop: each step's samples as one batch; bf16 is torch's autocast over float32. Local."""
+    """Runs the plain loop with one batch per step. bf16 is torch's autocast over float32. Local."""
     module = build(model)
     first = {name: value.detach().clone() for name, value in module.state_dict().items()}
     module.to(_DTYPES[precision])
@@ -72,7 +74,7 @@ def reference(model: str, optimizer: str, clip: float | None, precision: str) ->
 
 
 def build(model: str) -> nn.Module:
-    """A case's model, by its constructor under the seed. Local."""
+    """Builds the model of a case with its constructor under the seed. Local."""
     make = resolve_target(MODELS[model]["target"], section="model", folder=None)
     torch.manual_seed(SEED)
     built: nn.Module = make(**MODELS[model].get("args", {}))
@@ -80,7 +82,7 @@ def build(model: str) -> nn.Module:
 
 
 def batches() -> Iterator[Any]:
-    """Each step's whole global batch: epochs of SAMPLES samples, the last batch of each short."""
+    """Yields the global batch of each step. The last batch of an epoch of SAMPLES samples is short."""
     data, order = Sequences(SAMPLES), Order(SAMPLES, SEED)
     epoch = position = 0
     for _ in range(STEPS):

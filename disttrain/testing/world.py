@@ -1,6 +1,6 @@
-"""Real worlds: `run_world(size, function, ...)` starts processes as torchrun does and brings back results.
+"""Runs a function on several real ranks, placed as torchrun would place them, and returns their results.
 
-Processes are forked from a server that has torch imported already, so that a world of four costs a second, not ten.
+Processes are forked from a server that has already imported torch, so that a world of four costs one second, not ten.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from typing import Any
 from torch._C._distributed_c10d import TCPStore
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-# torch._dynamo takes two seconds, and DeepSpeed imports it whether it compiles or not.
+# Importing torch._dynamo takes two seconds, and DeepSpeed always imports it.
 _CONTEXT.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "disttrain.engine"])
 
 
 class WorldError(AssertionError):
-    """A rank failed or hung; the message holds every rank's traceback."""
+    """A rank failed or hung. The message contains the traceback of every rank."""
 
 
 def free_port() -> int:
-    """A TCP port that was free a moment ago."""
+    """Returns a TCP port that was free a moment ago."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def run_world(size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 240.0) -> list[Any]:
-    """Call `function(*args)` on `size` ranks, as torchrun would place them; returns their results in rank order."""
-    # Kept here, as torchrun's agent keeps it: in rank 0 it would go with a first Engine while others are at the next.
+    """Calls `function(*args)` on `size` ranks and returns their results in rank order. Raises WorldError."""
+    # The store lives here, as in torchrun's agent. On rank 0 it would end with the first Engine.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     results = _CONTEXT.Queue()
     workers = [
@@ -62,14 +62,14 @@ def run_world(size: int, function: Callable[..., Any], *args: Any, timeout_s: fl
     failures = [f"--- rank {rank}\n{value}" for rank, (good, value) in sorted(found.items()) if not good]
     silent = [str(rank) for rank in range(size) if rank not in found]
     if silent:
-        failures.append(f"--- no word from rank(s) {', '.join(silent)} within {timeout_s} s")
+        failures.append(f"--- no result from rank(s) {', '.join(silent)} within {timeout_s} s")
     if failures:
         raise WorldError("\n".join(failures))
     return [found[rank][1] for rank in range(size)]
 
 
 def take_place(rank: int, size: int, port: int) -> None:
-    """Set this process's environment as torchrun does for a rank whose store is at `port`."""
+    """Sets the environment of this process as torchrun does for a rank whose store is at `port`. Local."""
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -87,7 +87,7 @@ def _rank(rank: int, size: int, port: int, results: Any, function: Callable[...,
     take_place(rank, size, port)
     try:
         results.put((rank, True, function(*args)))
-    except BaseException:  # noqa: BLE001 - whatever it is, the test shall see it
+    except BaseException:  # noqa: BLE001 - the test must see any error
         results.put((rank, False, traceback.format_exc()))
         sys.stderr.flush()
     results.close()

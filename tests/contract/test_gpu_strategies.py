@@ -33,7 +33,7 @@ def contract(name: str, overrides: tuple[str, ...]) -> type[StrategyContract]:
         sizes = tuple(range(1, (1 if name == "None" else max(1, min(GPUS, 4))) + 1))
         precisions = ("fp32", "bf16") if ZERO in overrides else ("fp32", "fp64", "bf16")
 
-    Contract.whole, Contract.turn = ZERO not in overrides, list(VARIATIONS).index(name)
+    Contract.every_case, Contract.turn = ZERO not in overrides, list(VARIATIONS).index(name)
     Contract.overrides = (*overrides, "run.device=cuda")
     Contract.__name__ = Contract.__qualname__ = f"TestGPU{name}"
     return pytest.mark.gpu(pytest.mark.skipif(GPUS == 0, reason="needs a CUDA device")(Contract))

@@ -65,7 +65,7 @@ def contract(name: str, variation: Variation, *, whole: bool) -> type[StrategyCo
 
     for attribute in ("overrides", "sizes", "models", "precisions"):
         setattr(Contract, attribute, getattr(variation, attribute))
-    Contract.whole, Contract.turn = whole, list(VARIATIONS).index(name)
+    Contract.every_case, Contract.turn = whole, list(VARIATIONS).index(name)
     Contract.timeout_s = 7000.0 if whole else 600.0
     Contract.__name__ = Contract.__qualname__ = f"Test{name}{'Whole' if whole else ''}"
     return pytest.mark.slow(pytest.mark.timeout(7200)(Contract)) if whole else Contract

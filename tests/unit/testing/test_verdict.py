@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 
 from disttrain.testing.cases import EVERY, Case
-from disttrain.testing.reference import reference
 from disttrain.testing.ranks import Ran
+from disttrain.testing.reference import reference
 from disttrain.testing.verdict import judge, undetermined
 
 CASE = Case("tied-frozen", "adamw", 1, 0.5)
@@ -33,11 +33,11 @@ def test_what_differs_is_told() -> None:
     norm.norms[2] = None
     assert "step 3: gradient norm None" in judge(CASE, [norm]).faults[0]
     first.first["head.bias"][0] += 1e-7
-    assert judge(CASE, [first]).faults == ["head.bias does not begin with the constructor's values, bit for bit"]
+    assert judge(CASE, [first]).faults == ["head.bias does not start with the constructor's values, bit for bit"]
     last.last["head.bias"] *= 1 + 2e-4
     assert "head.bias is 2.0e-04 apart" in judge(CASE, [last]).faults[0]
     other = replace(perfect(), losses=[value + 1e-9 for value in perfect().losses])
-    assert judge(CASE, [perfect(), other]).faults == ["rank 1 reports other losses or norms than rank 0"]
+    assert judge(CASE, [perfect(), other]).faults == ["rank 1 reports different losses or norms than rank 0"]
 
 
 def test_a_key_bias_is_undetermined_and_nothing_else_is() -> None:
