@@ -52,7 +52,7 @@ def settle(group: Group, error: BaseException) -> Failure:
         replaced, error = True, lost_worker(error)
     code = error.exit_code if isinstance(error, DisttrainError) else 130 if isinstance(error, KeyboardInterrupt) else 1
     text = f"{type(error).__name__}: {error}"
-    if group.tell_failure(f"{code}:{text}"):
+    if group.report_failure(f"{code}:{text}"):
         return Failure(True, group.rank, code, text, replaced)
     return _others(group, code) or Failure(True, group.rank, code, text, replaced)
 

@@ -1,6 +1,6 @@
-"""Where a process stands: launch, device, mesh, process group, seeds. Enters: strategy, engine.
+"""Provides a process's surroundings: launch, device, mesh, process group and seeds. Used by strategy and engine.
 
-The names are loaded on first use: an entry point reads the launch before it imports torch.
+The names are loaded on first use, because an entry point reads the launch before it imports torch.
 """
 
 from __future__ import annotations

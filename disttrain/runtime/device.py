@@ -1,4 +1,4 @@
-"""Which device a rank computes on, which backend joins the ranks, and how many CPU threads each takes."""
+"""Chooses a rank's device, the backend that connects the ranks, and the number of CPU threads of each rank."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ from disttrain.runtime.environment import Launch, cpu_quota, wished_threads
 
 @dataclass(frozen=True)
 class Device:
-    """`backend` is torch.distributed's name: nccl beside cuda, gloo beside the CPU."""
+    """A rank's device.
+
+    Attributes:
+        device: the torch device.
+        backend: torch.distributed's backend: gloo on the CPU; nccl on CUDA, with gloo for CPU tensors.
+        threads: CPU threads of one rank.
+    """
 
     device: torch.device
     backend: str
@@ -21,20 +27,20 @@ class Device:
 
 
 def choose_device(asked: str, launch: Launch, threads: int | None = None) -> Device:
-    """`asked` is auto, cpu or cuda. Local, touches no device memory.
+    """Choose the device for `asked`: auto, cpu or cuda. Local; touches no device memory.
 
-    Raises LaunchError where cuda is asked for and absent, or where a node has more ranks than GPUs.
+    Raises LaunchError where `asked` is cuda and no GPU is usable, or where a node has more ranks than GPUs.
     """
     share = threads or wished_threads(launch) or max(1, cpu_quota() // launch.local_world_size)
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if asked == "cpu" or (asked == "auto" and found == 0):
         return Device(torch.device("cpu"), "gloo", share)
-    # srun --gpus-per-task=1 shows each task the one GPU that is its own.
+    # srun --gpus-per-task=1 shows each task only its own GPU.
     index = 0 if launch.launcher == "srun" and found == 1 else launch.local_rank
     if index >= found:
         raise LaunchError(
             explain(
-                f"run.device={asked} gives each of {launch.local_world_size} processes on this node a GPU of its own.",
+                f"run.device={asked} needs a GPU for each of the {launch.local_world_size} processes on this node.",
                 f"{found} usable CUDA device(s)",
                 f"start --nproc_per_node={found}, or set run.device=cpu"
                 if found
@@ -45,24 +51,24 @@ def choose_device(asked: str, launch: Launch, threads: int | None = None) -> Dev
 
 
 def check_device(device: Device, *, compute: str, compiles: bool) -> None:
-    """Refuse a precision that the device lacks, and compilation where nothing can compile. Local.
+    """Raise LaunchError for a precision that the device lacks, or where no compiler is installed. Local.
 
-    `compute` is the config's name of a type. Raises LaunchError.
+    `compute` is the config's precision.compute. `compiles` is memory.compile.
     """
     kind = device.device.type
     if compute == "fp16" and kind == "cpu":
         raise LaunchError(
             explain(
-                "precision.compute=fp16 needs a device that computes in it.",
+                "precision.compute=fp16 needs a device that computes in fp16.",
                 "run.device is cpu",
-                "use precision.compute=bf16, which a CPU has, or run on a GPU",
+                "use precision.compute=bf16, which CPUs support, or run on a GPU",
             )
         )
     missing = _missing_compiler(kind) if compiles else None
     if missing is not None:
         raise LaunchError(
             explain(
-                "memory.compile=true compiles the model's blocks with torch.compile.",
+                "memory.compile=true cannot compile the model's blocks with torch.compile.",
                 missing,
                 "install it on every node, or set memory.compile=false",
             )
@@ -70,9 +76,9 @@ def check_device(device: Device, *, compute: str, compiles: bool) -> None:
 
 
 def _missing_compiler(kind: str) -> str | None:
-    """What torch.compile lacks for a kind of device, None where it has it all."""
+    """Return what torch.compile lacks for a kind of device, None where nothing is missing."""
     if kind == "cuda":
-        return None if find_spec("triton") is not None else "no package triton, which writes its GPU kernels"
+        return None if find_spec("triton") is not None else "the package triton, which writes GPU kernels, is missing"
     from torch._inductor.cpp_builder import get_cpp_compiler  # seconds, and only where one compiles
     from torch._inductor.exc import InvalidCxxCompiler
 

@@ -1,7 +1,7 @@
-"""Who am I: the only file that reads `os.environ`, once, as one value.
+"""Reads rank, world size and address from the launcher's environment variables. The only file that reads `os.environ`.
 
-Knows torchrun, `accelerate launch` (torchrun beneath), srun, and nothing (a world of one). Refuses an environment that
-contradicts itself, before any process group exists.
+Knows torchrun, `accelerate launch` (which uses torchrun), srun, and plain Python (a world of one). Rejects an
+environment that contradicts itself before any process group exists.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from disttrain.errors import LaunchError, explain
-from disttrain.runtime.agent import asked_processes
+from disttrain.runtime.accelerate_command import asked_processes
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One process's place in the world, as its launcher states it.
+    """Rank and world size of one process, as its launcher states them.
 
-    `restarts` counts how often the launcher started this world anew; `job` is its name there.
+    `restarts` counts how often the launcher restarted this world. `job` is the launcher's name for the job.
     """
 
     launcher: str
@@ -34,72 +34,75 @@ class Launch:
 
     @property
     def described(self) -> str:
-        """One line for people."""
+        """One line for log messages."""
         return f"{self.launcher}: {self.world_size} process(es), {self.local_world_size} on this node"
 
 
 def read_launch(environ: Mapping[str, str] | None = None) -> Launch:
-    """The launch this process belongs to. Local; raises LaunchError where the variables contradict each other."""
+    """Return the launch that this process belongs to. Local.
+
+    Raises LaunchError where the variables contradict each other.
+    """
     env = os.environ if environ is None else environ
     if "RANK" in env or "WORLD_SIZE" in env:
         launch = _checked(_torchrun(env))
-        if launch.world_size == 1 and launch.launcher != "environment":  # by hand it is the user's own word
-            _refuse_strangers(env, launch)
+        if launch.world_size == 1 and launch.launcher != "environment":  # set by hand, a world of one is intended
+            _reject_separate_worlds(env, launch)
         if launch.launcher == "accelerate launch":
-            _refuse_fewer(asked_processes(env), launch.world_size)
+            _reject_missing_processes(asked_processes(env), launch.world_size)
         return launch
-    if _by_accelerate(env):  # for several processes it says where they meet, even where it starts one
-        _refuse_fewer(asked_processes(env) or (2 if env.get("MASTER_ADDR") else 1), 1)
+    if _by_accelerate(env):  # it sets MASTER_ADDR for several processes, even where it starts only one
+        _reject_missing_processes(asked_processes(env) or (2 if env.get("MASTER_ADDR") else 1), 1)
     if _in_srun(env):
         return _checked(_srun(env))
     launch = Launch("plain python", rank=0, local_rank=0, world_size=1, local_world_size=1)
-    _refuse_strangers(env, launch)
+    _reject_separate_worlds(env, launch)
     return launch
 
 
 def accelerate_variables(environ: Mapping[str, str] | None = None) -> Mapping[str, str]:
-    """What `accelerate launch` handed to this process; nothing where something else started it. Local."""
+    """Return the variables that `accelerate launch` set; empty where something else started this process. Local."""
     env = os.environ if environ is None else environ
     ours = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_", "WORLD_SIZE")
     return {name: text for name, text in env.items() if name.startswith(ours)} if _by_accelerate(env) else {}
 
 
 def _by_accelerate(env: Mapping[str, str]) -> bool:
-    return "ACCELERATE_MIXED_PRECISION" in env  # the one that it always sets
+    return "ACCELERATE_MIXED_PRECISION" in env  # accelerate always sets this variable
 
 
 def _in_srun(env: Mapping[str, str]) -> bool:
     return bool(env.get("SLURM_STEP_NUM_TASKS")) and env.get("SLURM_STEP_ID", "").isdigit() and "SLURM_PROCID" in env
 
 
-def _refuse_fewer(asked: int | None, started: int) -> None:
+def _reject_missing_processes(asked: int | None, started: int) -> None:
     if asked is not None and asked > started:
         raise LaunchError(
             explain(
-                "accelerate launch was told to start several processes.",
-                f"a world of {started}: for distributed_type MULTI_CPU or NO it starts one, "
-                "and on each machine num_processes // num_machines",
+                "accelerate launch started fewer processes than it was asked for.",
+                f"a world of {started}: accelerate starts one process for distributed_type MULTI_CPU or NO, "
+                "and num_processes // num_machines on each machine otherwise",
                 "use distributed_type: MULTI_GPU, FSDP or DEEPSPEED (on CPU with use_cpu: true) and a num_processes "
                 "that num_machines divides, or num_processes: 1",
             )
         )
 
 
-# Who starts several processes at once and says so: OpenMPI, MPICH and Intel MPI, MVAPICH; srun around another launcher.
+# Launchers that state how many processes they started: OpenMPI, MPICH and Intel MPI, MVAPICH.
 _STARTED_TOGETHER = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
-def _refuse_strangers(env: Mapping[str, str], launch: Launch) -> None:
-    """Several processes that each would be a world of one, in one folder. Raises LaunchError."""
+def _reject_separate_worlds(env: Mapping[str, str], launch: Launch) -> None:
+    """Raise LaunchError where several processes would each be a world of one and share one run folder."""
     names = (*_STARTED_TOGETHER, *(["SLURM_STEP_NUM_TASKS"] if _in_srun(env) else []))
     for name in names:
         if env.get(name, "").isdecimal() and int(env[name]) > 1:
             raise LaunchError(
                 explain(
-                    f"{name}={env[name]}: so many processes were started together.",
-                    f"this one by {launch.launcher}, in a world of one: each would train on its own",
-                    "start them with torchrun, srun or accelerate launch; where worlds of one are meant, "
-                    "say so in each: RANK=0 WORLD_SIZE=1 MASTER_ADDR=127.0.0.1 MASTER_PORT=0",
+                    f"Cannot join the {env[name]} processes that were started together ({name}={env[name]}).",
+                    f"{launch.launcher} makes this process a world of one, so each process would train alone",
+                    "start them with torchrun, srun or accelerate launch; if separate worlds are intended, "
+                    "set RANK=0 WORLD_SIZE=1 MASTER_ADDR=127.0.0.1 MASTER_PORT=0 in each process",
                 )
             )
 
@@ -110,7 +113,7 @@ def _torchrun(env: Mapping[str, str]) -> Launch:
     if missing:
         raise LaunchError(
             explain(
-                "The launcher set some of the variables that place a process in its world.",
+                "The launcher set only some of the variables that state rank and world size.",
                 f"{', '.join(name for name in needed if name not in missing) or 'none'} but not {', '.join(missing)}",
                 "start with `torchrun --nproc_per_node=N -m disttrain.run CONFIG`, or unset them for a world of one",
             )
@@ -122,7 +125,7 @@ def _torchrun(env: Mapping[str, str]) -> Launch:
         rank=_number(env, "RANK"),
         local_rank=_number(env, "LOCAL_RANK", 0),
         world_size=world,
-        # DeepSpeed's own launcher says LOCAL_SIZE
+        # DeepSpeed's launcher sets LOCAL_SIZE
         local_world_size=_number(
             env,
             "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in env else "LOCAL_SIZE",
@@ -148,7 +151,7 @@ def _srun(env: Mapping[str, str]) -> Launch:
         world_size=world,
         local_world_size=here,
         master_addr=env.get("MASTER_ADDR") or first_host(nodes),
-        # One port per job and step, equal on all nodes, outside the ephemeral range of most systems (32768 up).
+        # One port for each job and step, equal on all nodes, below the ephemeral range of most systems (32768 up).
         master_port=_number(env, "MASTER_PORT", 15000 + (int(re.sub(r"\D", "", job) or 0) * 31 + step) % 15000),
         restarts=_number(env, "SLURM_RESTART_COUNT", 0),
         job=job,
@@ -156,15 +159,15 @@ def _srun(env: Mapping[str, str]) -> Launch:
 
 
 def first_host(nodelist: str) -> str:
-    """The first host of a SLURM node list such as `gpu[003-006,9],login1` (format: slurm.conf(5), NodeName)."""
+    """Return the first host of a SLURM node list such as `gpu[003-006,9],login1` (slurm.conf(5), NodeName)."""
     first = re.match(r"(?:[^\[\],]|\[\d[^\[\]]*\])+(?=,|$)", nodelist)
     if first is None:
-        raise LaunchError(explain("SLURM names the nodes of this job.", repr(nodelist), "set MASTER_ADDR yourself"))
+        raise LaunchError(explain("Cannot read SLURM's node list.", repr(nodelist), "set MASTER_ADDR yourself"))
     return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first[0])
 
 
 def _tasks_on_node(pattern: str, node: int, world: int) -> int:
-    """How many tasks a node has, from SLURM's `2(x3),1`."""
+    """Return the number of tasks on a node, from SLURM's `2(x3),1`."""
     counts: list[int] = []
     for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", pattern):
         counts += [int(count)] * int(times or 1)
@@ -179,7 +182,7 @@ def _number(env: Mapping[str, str], name: str, default: int | None = None) -> in
         return int(text or "")
     except ValueError:
         raise LaunchError(
-            explain(f"{name} is to be a whole number.", repr(text), "start with torchrun, srun or accelerate launch")
+            explain(f"{name} must be an integer.", repr(text), "start with torchrun, srun or accelerate launch")
         ) from None
 
 
@@ -187,38 +190,52 @@ def _checked(launch: Launch) -> Launch:
     if not 0 <= launch.rank < launch.world_size or not 0 <= launch.local_rank < launch.local_world_size:
         raise LaunchError(
             explain(
-                f"{launch.launcher} says where this process stands.",
+                f"{launch.launcher} states an impossible rank.",
                 f"rank {launch.rank} of {launch.world_size}, "
                 f"local rank {launch.local_rank} of {launch.local_world_size}",
                 "start all processes with one launcher: torchrun, srun or accelerate launch",
+            )
+        )
+    if launch.world_size > 1 and launch.master_port == 0:  # torch would wait for port 0 until run.timeout_s
+        raise LaunchError(
+            explain(
+                f"The {launch.world_size} processes of this world cannot connect.",
+                "MASTER_PORT=0, and torchrun passes the 0 of --master_port=0 on to its processes",
+                "start with `torchrun --standalone` on one machine, or set --master_port to a free port",
             )
         )
     return launch
 
 
 def export_for_libraries(launch: Launch, more: Mapping[str, str]) -> None:
-    """Write what libraries read from the environment: DeepSpeed wants LOCAL_RANK even in a world of one. Local."""
+    """Set variables that libraries read: DeepSpeed needs LOCAL_RANK even in a world of one. Local."""
     os.environ.update({"LOCAL_RANK": str(launch.local_rank), **more})
 
 
 def quiet_torch() -> None:
-    """Before torch is imported: its C++ side warns of what Python handles. A user's own level stands. Local."""
+    """Silence C++ warnings of torch about faults that Python handles. Local.
+
+    Call it before torch is imported. A level that the user set stays.
+    """
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def wished_threads(launch: Launch, environ: Mapping[str, str] | None = None) -> int | None:
-    """The user's OMP_NUM_THREADS, if it is theirs. Local.
+    """Return OMP_NUM_THREADS if the user set it, None otherwise. Local.
 
-    torchrun sets 1 where nothing is set, accelerate launch the host's cores: no wish of a user. Of a list (OpenMP's one
-    number a nesting level) the first counts.
+    torchrun sets 1 where the variable is missing, and accelerate launch sets the host's cores. Neither is a user's
+    wish. Of a list (OpenMP allows one number for each nesting level) the first number counts.
     """
     text = (os.environ if environ is None else environ).get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    launchers_own = launch.launcher == "accelerate launch" or (launch.launcher == "torchrun" and text == "1")
-    return int(text) if text.isdecimal() and int(text) >= 1 and not launchers_own else None
+    by_launcher = launch.launcher == "accelerate launch" or (launch.launcher == "torchrun" and text == "1")
+    return int(text) if text.isdecimal() and int(text) >= 1 and not by_launcher else None
 
 
 def cpu_quota() -> int:
-    """Whole cores this process may use: its affinity, cut by the container's quota (cgroup v2 `cpu.max`). Local."""
+    """Return the number of cores this process may use: its affinity, limited by the container's quota. Local.
+
+    The quota is that of cgroup v2, `cpu.max`.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         with open("/sys/fs/cgroup/cpu.max") as file:  # noqa: PTH123 - a kernel file, read once

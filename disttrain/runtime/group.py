@@ -1,13 +1,12 @@
-"""The process group, with a stated timeout, and the few plain collectives that rooms above need.
+"""Provides the process group of a run and the few plain collectives that the packages above need.
 
-A world of one is a real gloo group too. Refuses to start a second group over one it did not make.
+A world of one is a real gloo group too. An existing default group of the right size and backend is used and left open.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import itertools
 import threading
 import time
 from collections.abc import Callable
@@ -18,109 +17,64 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import HashStore, PrefixStore, Store
-from torch.distributed.rendezvous import rendezvous
 
-from disttrain.errors import (
-    CheckpointError,
-    ConfigError,
-    DataError,
-    DisttrainError,
-    LaunchError,
-    TrainingError,
-    explain,
-)
+from disttrain.errors import CheckpointError, ConfigError, DataError, DisttrainError, LaunchError, TrainingError
 from disttrain.runtime.device import Device
 from disttrain.runtime.environment import Launch
 from disttrain.runtime.leaving import leave_in_time
+from disttrain.runtime.process_group import destroy_group, join_group
 
 T = TypeVar("T")
 
-_CONNECTED, _ALL_CONNECTED = "connected", "all_connected"
 _FAILURE, _KNOWN_TO = "first_failure", "failure_known_to"
 _STAY_S = 5.0
-"""How long a rank that failed waits for its last collectives, and rank 0, where it keeps the store, for the others to
-read the first cause before it takes it along."""
-_stores: dict[str, Store] = {}
-_worlds = itertools.count()
-"""How many groups this process has started: a launcher's store outlives a group, so each gets a prefix of its own."""
+"""How long a failed rank waits for its last collectives. Rank 0, where it keeps the store, waits as long for the others
+to read the first cause."""
 
 
 class Group:
-    """The world of this run. All methods but `first_failure` and `tell_failure` are collective.
+    """All ranks of this run. Collective, except `first_failure` and `report_failure`.
 
-    Raises LaunchError where a group exists already, and where the processes do not all meet within `timeout_s`.
+    Raises LaunchError where the processes do not all connect within `timeout_s` seconds, and where an existing default
+    process group has another size, rank or backend.
     """
 
     def __init__(self, launch: Launch, device: Device, *, timeout_s: float) -> None:
-        if dist.is_initialized():
-            raise LaunchError(
-                explain(
-                    "disttrain starts the process group itself.",
-                    f"one that exists already ({dist.get_backend()}, {dist.get_world_size()} rank(s))",
-                    "close the earlier Engine, or do not call init_process_group before",
-                )
-            )
         self.rank = launch.rank
         self.size = launch.world_size
         self.timeout_s = timeout_s
         self._failed = False
-        # torchrun's agent keeps the store of its workers; elsewhere it lives in rank 0.
-        self._keeps_store = launch.rank == 0 and launch.launcher not in ("torchrun", "accelerate launch")
-        timeout = timedelta(seconds=timeout_s)
-        place: dict[str, Any] = {"rank": launch.rank, "world_size": launch.world_size, "timeout": timeout}
-        if device.device.type == "cuda":
-            place["device_id"] = device.device
-        try:
-            self._store = PrefixStore(f"disttrain/{next(_worlds)}", _rendezvous(launch, timeout))
-            dist.init_process_group(device.backend, store=self._store, **place)
-            self._wait_for_all()
-        except (RuntimeError, ValueError) as error:
-            address = f"{launch.master_addr}:{launch.master_port}"
-            raise LaunchError(
-                explain(
-                    f"{launch.world_size} process(es) are to meet at {address} within {timeout_s:g} s (run.timeout_s).",
-                    str(error).split("\n")[0],
-                    "start them all, and see that every node reaches that address and port",
-                )
-            ) from error
-
-    def _wait_for_all(self) -> None:
-        """Return when all ranks are connected.
-
-        One that failed and left sooner would break a slower one's connecting, which then tells of a closed connection
-        instead of the first cause.
-        """
-        if self._store.add(_CONNECTED, 1) == self.size:
-            self._store.set(_ALL_CONNECTED, "")
-        self._store.wait([_ALL_CONNECTED])
+        self._closed = False
+        self._background: list[BackgroundGroup] = []
+        self._membership = join_group(launch, device, timeout_s)
+        self._store = self._membership.store
 
     def gather(self, value: Any) -> list[Any] | None:
-        """Every rank's picklable value, in rank order, on rank 0; None elsewhere."""
+        """Return every rank's picklable value, in rank order, on rank 0; None on the other ranks."""
         into: list[Any] | None = [None] * self.size if self.rank == 0 else None
         dist.gather_object(value, into)
         return into
 
     def gather_all(self, value: Any) -> list[Any]:
-        """Every rank's picklable value, in rank order, on all ranks."""
+        """Return every rank's picklable value, in rank order, on all ranks."""
         into: list[Any] = [None] * self.size
         dist.all_gather_object(into, value)
         return into
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's picklable value, on all ranks."""
+        """Return rank 0's picklable value on all ranks."""
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
     def minimum(self, value: int) -> int:
-        """The least of the ranks' numbers."""
+        """Return the smallest of the ranks' numbers."""
         tensor = torch.tensor(value)
         dist.all_reduce(tensor, dist.ReduceOp.MIN)
         return int(tensor)
 
     def add_up(self, vector: Tensor) -> Callable[[], Any]:
-        """Begin to add a vector up over all ranks, in place; what comes back waits for it."""
+        """Start to sum a vector over all ranks, in place. Call the returned function to wait for the sum."""
         world = dist.group.WORLD
         assert world is not None, "the group is closed"
         return world.allreduce([vector]).wait  # dist.all_reduce takes 25 microseconds of Python more
@@ -129,14 +83,16 @@ class Group:
         """Wait for all ranks."""
         self.gather_all(None)
 
-    def beside(self) -> BesideGroup:
-        """The same ranks with a way of their own to speak, for a thread: its collectives meet none of training's."""
-        return BesideGroup(self)
+    def background(self) -> BackgroundGroup:
+        """Connect the same ranks a second time, for a thread. Its collectives never mix with those of training."""
+        made = BackgroundGroup(self)
+        self._background.append(made)
+        return made
 
     def agree(self, error: BaseException | None, what: str) -> None:
-        """All ranks learn that one failed: raise on every rank if any rank brings an error, the first cause named."""
-        told = None if error is None else (type(error).__name__, str(error), getattr(error, "exit_code", 1))
-        failures = [(rank, text) for rank, text in enumerate(self.gather_all(told)) if text is not None]
+        """Raise on every rank if any rank passes an error. The message of the others names the first cause."""
+        mine = None if error is None else (type(error).__name__, str(error), getattr(error, "exit_code", 1))
+        failures = [(rank, failure) for rank, failure in enumerate(self.gather_all(mine)) if failure is not None]
         if error is not None:
             raise error
         if failures:
@@ -144,7 +100,7 @@ class Group:
             raise other_rank_error(f"{what} failed on rank {rank}: {kind}: {text}", code)
 
     def together(self, act: Callable[[], T], what: str) -> T:
-        """Each rank's own `act()`; where one rank's raises, all raise, the first cause named."""
+        """Call `act()` on each rank. Where it raises on one rank, all ranks raise and name the first cause."""
         try:
             value = act()
         except Exception as error:
@@ -153,11 +109,11 @@ class Group:
         self.agree(None, what)
         return value
 
-    def tell_failure(self, text: str) -> bool:
-        """Leave the first cause where the other ranks find it. Local; True if this rank was the first."""
+    def report_failure(self, text: str) -> bool:
+        """Store the first cause where the other ranks find it. Local. Returns True if this rank was the first."""
         self._failed = True
         with contextlib.suppress(RuntimeError):  # the store is gone with the rank that kept it
-            # A file's name in a message may hold bytes that are no text.
+            # A file's name in a message may hold bytes that are not text.
             mine = f"{self.rank}:{text}".encode(errors="backslashreplace").decode()
             first = self._store.compare_set(_FAILURE, "", mine).decode() == mine
             self._store.set(f"{_KNOWN_TO}/{self.rank}", "")
@@ -165,7 +121,7 @@ class Group:
         return True
 
     def first_failure(self) -> tuple[int, str] | None:
-        """(rank, text) of the first failure that any rank told of, if any. Local."""
+        """Return (rank, text) of the first failure that any rank reported, None if there was none. Local."""
         with contextlib.suppress(RuntimeError):
             if self._store.check([_FAILURE]):
                 self._failed = True
@@ -175,44 +131,54 @@ class Group:
         return None
 
     def close(self) -> None:
-        """Leave the group: without this, torch warns and NCCL may hang. Idempotent.
+        """Destroy the group, unless it existed before this run. Idempotent.
 
-        After a failure, where the store lives in rank 0, that rank stays until all know the first cause, or 5 s.
+        Without this, torch warns and NCCL may hang. After a failure, where the store ends with rank 0, that rank waits
+        until all ranks have read the first cause, for 5 s at most.
         """
-        if not dist.is_initialized():
+        if self._closed or not dist.is_initialized():
             return
-        if not self._failed:
-            dist.destroy_process_group()
+        self._closed = True
+        if self._membership.adopted:
+            if not self._failed:
+                for group in self._background:
+                    group.close()
         else:
-            # It waits for collectives under way, whose peers may never come: the first cause is to be read meanwhile.
-            leaving = threading.Thread(target=dist.destroy_process_group, daemon=True)
-            leaving.start()
-            leaving.join(_STAY_S)
-            atexit.register(leave_in_time)
-        _let_threads_end()
+            self._destroy()
         everyone = [f"{_KNOWN_TO}/{rank}" for rank in range(self.size)]
         deadline = time.monotonic() + _STAY_S
-        while self._keeps_store and self.first_failure() and time.monotonic() < deadline:
+        while self._membership.keeps_store and self.first_failure() and time.monotonic() < deadline:
             if self._store.check(everyone):
                 return
             time.sleep(0.05)
 
+    def _destroy(self) -> None:
+        if not self._failed:
+            destroy_group()
+        else:
+            # It waits for collectives under way, whose peers may never come. Others read the first cause meanwhile.
+            leaving = threading.Thread(target=destroy_group, daemon=True)
+            leaving.start()
+            leaving.join(_STAY_S)
+            atexit.register(leave_in_time)
+        _let_threads_end()
 
-class BesideGroup:
-    """Gathers and broadcasts over a second gloo group. Made by `Group.beside`; goes with the group it was made from."""
+
+class BackgroundGroup:
+    """Gathers and broadcasts over a second gloo group. Made by `Group.background`, and closed with that group."""
 
     def __init__(self, group: Group) -> None:
         self.rank, self.size = group.rank, group.size
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=group.timeout_s))
 
     def gather(self, value: Any) -> list[Any] | None:
-        """Every rank's picklable value, in rank order, on rank 0; None elsewhere."""
+        """Return every rank's picklable value, in rank order, on rank 0; None on the other ranks."""
         into: list[Any] | None = [None] * self.size if self.rank == 0 else None
         dist.gather_object(value, into, group=self._group)
         return into
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's picklable value, on all ranks."""
+        """Return rank 0's picklable value on all ranks."""
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self._group)
         return box[0]
@@ -221,14 +187,18 @@ class BesideGroup:
         """Wait for all ranks."""
         self.broadcast(self.gather(None) is None)
 
+    def close(self) -> None:
+        """Destroy the second group."""
+        dist.destroy_process_group(self._group)
+
 
 def _let_threads_end(within_s: float = 5.0) -> None:
-    """Return when gloo's threads have let go of the last collective's tensors, for which they need Python.
+    """Return when gloo's threads have released the last collective's tensors, for which they need Python.
 
-    Destroying the groups joins them only where nothing else (a mesh, a sharded model) holds a group. One that asks for
-    Python while the interpreter ends is killed in C++, and takes the process along: "terminate called without an active
-    exception" (torch 2.13; 5 of 25 runs that held a group). A thread is done when it sleeps, and slept all the while
-    that this one left Python to it.
+    Destroying the groups joins these threads only where nothing else (a mesh, a sharded model) holds a group. A thread
+    that asks for Python while the interpreter ends is killed in C++ and takes the process along: "terminate called
+    without an active exception" (torch 2.13; 5 of 25 runs that held a group). A thread is done when it sleeps and did
+    not wake while this thread released Python to it.
     """
     deadline, before = time.monotonic() + within_s, None
     while time.monotonic() < deadline:
@@ -240,35 +210,19 @@ def _let_threads_end(within_s: float = 5.0) -> None:
 
 
 def _gloo_threads() -> dict[str, tuple[str, str]]:
-    """State and number of waits of each thread that runs collectives, by id; none where there is no /proc."""
+    """Return state and number of waits of each thread that runs collectives, by id. Empty where /proc is missing."""
     found = {}
     for task in Path("/proc/self/task").glob("*"):
-        with contextlib.suppress(OSError):  # it has ended meanwhile
+        with contextlib.suppress(OSError):  # the thread has ended meanwhile
             if (task / "comm").read_text().startswith("pt_gloo"):
                 lines = (line.partition(":") for line in (task / "status").read_text().splitlines())
-                told = {key: value.strip() for key, _, value in lines}
-                found[task.name] = told["State"][:1], told["voluntary_ctxt_switches"]
+                status = {key: value.strip() for key, _, value in lines}
+                found[task.name] = status["State"][:1], status["voluntary_ctxt_switches"]
     return found
 
 
-def _rendezvous(launch: Launch, timeout: timedelta) -> Store:
-    """Where the ranks meet: the launcher's store, SLURM's first node, or this process alone.
-
-    One for all of this process's worlds: where rank 0 keeps it, a rank that came early to a second one would meet the
-    first, about to close.
-    """
-    if launch.world_size == 1 and launch.master_port == 0:
-        return HashStore()
-    address = f"tcp://{launch.master_addr}:{launch.master_port}"
-    if address not in _stores:
-        way = address if launch.launcher == "srun" else "env://"
-        _stores[address] = next(rendezvous(way, launch.rank, launch.world_size, timeout=timeout))[0]
-    _stores[address].set_timeout(timeout)
-    return _stores[address]
-
-
 class OtherRankError(DisttrainError):
-    """Another rank failed first; `exit_code` is that rank's."""
+    """Another rank failed first. `exit_code` is the other rank's."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -282,6 +236,6 @@ _ALSO = {
 
 
 def other_rank_error(message: str, exit_code: int) -> OtherRankError:
-    """One that is also of the class which the other rank raised: a script that catches it there catches it here."""
+    """Build an error that is also of the other rank's class. Code that catches the class there catches it here."""
     made: OtherRankError = _ALSO.get(exit_code, OtherRankError)(message, exit_code)
     return made

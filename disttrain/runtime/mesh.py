@@ -1,12 +1,14 @@
-"""The mesh of ranks and a rank's data-parallel coordinate on it.
+"""Plans and builds the mesh of ranks, and derives each rank's part of the data from it.
 
-Data, batch arithmetic, seeds and metrics are cut by `Mesh.part`, never by rank or world size: ranks that share a
-coordinate (tensor parallel) see the same data.
+Data, batch arithmetic, seeds and metrics follow `Mesh.part`, never rank or world size: ranks that share a part (tensor
+parallel) see the same data.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
@@ -17,7 +19,7 @@ from disttrain.errors import ConfigError, explain
 
 @dataclass(frozen=True)
 class MeshSizes:
-    """Degrees whose product is the world size."""
+    """The size of each mesh axis. Their product is the world size."""
 
     replicate: int
     shard: int
@@ -25,17 +27,17 @@ class MeshSizes:
 
     @property
     def world_size(self) -> int:
-        """Number of processes."""
+        """The number of processes."""
         return self.replicate * self.shard * self.tensor
 
     @property
     def data_parallel(self) -> int:
-        """Number of different parts of the data."""
+        """The number of different parts of the data."""
         return self.replicate * self.shard
 
 
 def plan_mesh(world_size: int, *, replicate: int = 1, shard: int = -1, tensor: int = 1) -> MeshSizes:
-    """Fill the one degree that is -1. Raises ConfigError where the degrees do not multiply to `world_size`."""
+    """Replace the size that is -1. Local. Raises ConfigError where the product of the sizes is not `world_size`."""
     degrees = {"replicate": replicate, "shard": shard, "tensor": tensor}
     free = [name for name, degree in degrees.items() if degree == -1]
     known = 1
@@ -48,9 +50,9 @@ def plan_mesh(world_size: int, *, replicate: int = 1, shard: int = -1, tensor: i
         asked = ", ".join(f"mesh.{name}={degree}" for name, degree in degrees.items())
         raise ConfigError(
             explain(
-                f"{asked} is to multiply to the world size.",
+                f"{asked} does not multiply to the world size.",
                 f"{world_size} process(es)",
-                "set one degree to -1, or start as many processes as the degrees multiply to",
+                "set one size to -1, or start as many processes as the sizes multiply to",
             )
         )
     return MeshSizes(**degrees)
@@ -58,8 +60,15 @@ def plan_mesh(world_size: int, *, replicate: int = 1, shard: int = -1, tensor: i
 
 @dataclass(frozen=True)
 class Mesh:
-    """`part` is (index, count): which part of the data this rank computes, of how many; `data_group` joins one rank of
-    each part. Of the ranks that share a part, one `counts`: its numbers are the part's."""
+    """The mesh of this run, as one rank sees it.
+
+    Attributes:
+        sizes: the size of each axis.
+        device_mesh: torch's mesh, with the axes replicate, shard and tensor.
+        part: (index, count): which part of the data this rank computes, and the number of parts.
+        data_group: the group of one rank from each part.
+        counts: whether this rank's numbers represent its part. True for one of the ranks that share a part.
+    """
 
     sizes: MeshSizes
     device_mesh: DeviceMesh
@@ -69,12 +78,26 @@ class Mesh:
 
 
 def build_mesh(sizes: MeshSizes, device_type: str, rank: int) -> Mesh:
-    """Collective: all ranks call it after the process group exists."""
+    """Build torch's mesh over all ranks. Collective; the process group must exist."""
     shape = (sizes.replicate, sizes.shard, sizes.tensor)
     device_mesh = init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard", "tensor"))
-    data_group = (
-        dist.group.WORLD if sizes.tensor == 1 else device_mesh["replicate", "shard"]._flatten("data").get_group()
-    )
+    data_group = dist.group.WORLD if sizes.tensor == 1 else group_across(device_mesh, ("replicate", "shard"))
     assert data_group is not None
     part = (rank // sizes.tensor, sizes.data_parallel)
     return Mesh(sizes, device_mesh, part, data_group, counts=rank % sizes.tensor == 0)
+
+
+def group_across(device_mesh: DeviceMesh, axes: Sequence[str]) -> ProcessGroup:
+    """Return the group of the ranks that share this rank's place on all other axes of a mesh over all ranks.
+
+    Collective: all ranks call it with the same axes.
+    """
+    names = device_mesh.mesh_dim_names
+    assert names is not None, "build_mesh names the axes"
+    inside = [names.index(axis) for axis in axes]
+    outside = [place for place in range(device_mesh.ndim) if place not in inside]
+    size = prod(device_mesh.shape[place] for place in inside)
+    ranks = device_mesh.mesh.permute(*outside, *inside).reshape(-1, size).tolist()
+    group, _ = dist.new_subgroups_by_enumeration(ranks)
+    assert group is not None, "every rank is in one group"
+    return group

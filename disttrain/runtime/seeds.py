@@ -1,6 +1,7 @@
-"""Randomness as a function of keys: who draws, where and how often never matters, only what it is drawn for.
+"""Derives 64-bit seeds from keys and sets random generators from them.
 
-Owns the derivation of 64-bit seeds from (seed, words and numbers) and the setting of generators from them.
+A random number depends on its keys alone (seed, step, index, name), never on the rank that draws it or on earlier
+draws.
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ import torch
 from torch import Tensor
 
 GeneratorFor = Callable[[str], torch.Generator]
-"""Maps a parameter's or buffer's name to its own CPU generator."""
+"""Maps the name of a parameter or buffer to a CPU generator for it."""
 
 
 def derive_seed(seed: int, *keys: int | str) -> int:
-    """A 63-bit seed from `seed` and `keys`, equal on every machine and in every process (BLAKE2b, RFC 7693)."""
+    """Return a 63-bit seed from `seed` and `keys`, equal on every machine and in every process (BLAKE2b, RFC 7693)."""
     raw = b"".join([_NUMBER(8, True, key) if isinstance(key, int) else _word(key) for key in (seed, *keys)])
     return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little") >> 1
 
 
 _NUMBER = struct.Struct("<B?q").pack
-"""A key's length, whether it is a number, and the number: keys of other kinds or lengths never read alike."""
+"""Packs a key's length, whether it is a number, and the number. Keys of different kind or length never look equal."""
 
 
 @lru_cache(maxsize=4096)
@@ -38,7 +39,7 @@ def _word(key: str) -> bytes:
 
 
 def generators_for(seed: int) -> GeneratorFor:
-    """One CPU generator per name, keyed by (seed, name): weights can then be drawn in any order, or in part."""
+    """Return one CPU generator for each name, keyed by (seed, name). Weights can be drawn in any order, or in part."""
 
     def generator_for(name: str) -> torch.Generator:
         return torch.Generator().manual_seed(derive_seed(seed, "init", name))
@@ -47,9 +48,10 @@ def generators_for(seed: int) -> GeneratorFor:
 
 
 def seed_torch(seed: int, device: torch.device | None = None) -> None:
-    """Set torch's default generator on the CPU, and on `device` if it has its own. Local.
+    """Seed torch's default generator on the CPU, and on `device` if it has its own. Local.
 
-    torch.manual_seed walks every backend (80 microseconds measured); this sets the two that a step can use (1).
+    This seeds the two generators that a step can use and takes 1 microsecond; torch.manual_seed visits every backend
+    and takes 80 (measured).
     """
     torch.default_generator.manual_seed(seed)
     if device is not None and device.type == "cuda":
@@ -57,30 +59,30 @@ def seed_torch(seed: int, device: torch.device | None = None) -> None:
 
 
 def seed_everything(seed: int) -> None:
-    """What a careful single-process script does first: torch on all devices, numpy and Python. Local."""
+    """Seed torch on all devices, numpy and Python, as a careful script does first. Local."""
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
 
 
 def seed_all(key: int, device: torch.device | None = None) -> None:
-    """Set torch's generators as `seed_torch` does, numpy's and Python's. Local; 11 microseconds measured."""
+    """Seed torch as `seed_torch` does, numpy and Python. Local. Takes 11 microseconds (measured)."""
     seed_torch(key, device)
     np.random.seed(key % 2**32)
     random.seed(key)
 
 
 def seed_item(seed: int, epoch: int, index: int, act: str = "item") -> None:
-    """Set torch's, numpy's and Python's generators from (seed, epoch, index), before that item is fetched. Local.
+    """Seed torch, numpy and Python from (seed, epoch, index), before that item is fetched. Local.
 
-    Another `act` on the same item (`collate`: on the batch that it begins) has draws of its own.
+    Another `act` on the same item gets different numbers: `collate` acts on the batch that starts with the item.
     """
     seed_all(derive_seed(seed, act, epoch, index))
 
 
 @contextmanager
 def restored_generators() -> Iterator[None]:
-    """Put torch's CPU generator, numpy's and Python's back as they were found."""
+    """Restore the states of torch's CPU generator, numpy's and Python's on exit. Local."""
     state = torch.get_rng_state(), np.random.get_state(), random.getstate()
     try:
         yield
@@ -91,9 +93,9 @@ def restored_generators() -> Iterator[None]:
 
 
 def generator_states(device: torch.device) -> dict[str, Tensor]:
-    """Where this process's generators stand: `torch`, `cuda` where `device` is one, `numpy`, `python`. Local.
+    """Return the states of this process's generators: `torch`, `numpy`, `python`, and `cuda` on a GPU. Local.
 
-    Vectors of one length each, uint8 or int64; a pending second normal number is kept by its bits.
+    Each is a vector of fixed length, uint8 or int64. A pending second normal number is stored by its bits.
     """
     _, keys, place, pending, number = cast(tuple[str, Any, int, int, float], np.random.get_state(legacy=True))
     version, words, waiting = random.getstate()
@@ -109,7 +111,7 @@ def generator_states(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_generator_states(states: Mapping[str, Tensor], device: torch.device) -> None:
-    """Put this process's generators where `generator_states` found them; those not named stay. Local."""
+    """Restore generators to states from `generator_states`. Generators without a state stay as they are. Local."""
     if "torch" in states:
         torch.set_rng_state(states["torch"])
     if "numpy" in states:

@@ -202,7 +202,7 @@ def test_fp16_continues_exactly(tmp_path: Path) -> None:
 
 def test_fp16_on_a_cpu_is_refused_before_a_process_group_exists(tmp_path: Path) -> None:
     config = {"run": {"name": "refused", "dir": str(tmp_path), "steps": 1}}
-    with pytest.raises(LaunchError, match="needs a device that computes in it"):
+    with pytest.raises(LaunchError, match="needs a device that computes in fp16"):
         disttrain.Engine(config, [*QUIET, FP16, "run.device=cpu", "strategy.name=none"])
 
 

@@ -83,7 +83,7 @@ class Saver:
         its closed connection tells of it at once.
         """
         if self._config.background and self._beside is None:
-            self._beside = self._group.beside() if self._group.size > 1 else SoleRank()
+            self._beside = self._group.background() if self._group.size > 1 else SoleRank()
 
     def begin(self, taken: Snapshot) -> None:
         """Copy a snapshot and write it in the background."""

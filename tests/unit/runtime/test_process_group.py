@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from world import free_port, run_world
 
 from disttrain.errors import ConfigError, DataError, DisttrainError, LaunchError
 from disttrain.runtime import Group, Launch, OtherRankError, choose_device, read_launch
+from disttrain.runtime.process_group import launch_of_existing_group
 
 CPU = choose_device("cpu", Launch("plain python", 0, 0, 1, 1))
 PATIENCE_S = 120.0
@@ -111,9 +113,9 @@ def fail_in_turn() -> Any:
     group = join()
     nothing = group.first_failure()
     group.barrier()
-    first = group.tell_failure("4:DataError: item 3 has a colon: \udcff and 世界") if group.rank == 1 else None
+    first = group.report_failure("4:DataError: item 3 has a colon: \udcff and 世界") if group.rank == 1 else None
     told = wait_until(group.first_failure, "rank 1 has told")
-    later = group.tell_failure("1:RuntimeError: connection reset by peer")
+    later = group.report_failure("1:RuntimeError: connection reset by peer")
     found = nothing, first, told, later, group.first_failure()
     group.barrier()
     group.close()
@@ -130,7 +132,7 @@ def first_rank_fails_and_leaves() -> Any:
     group = join()
     try:
         if group.rank == 0:
-            group.tell_failure("4:DataError: torn")
+            group.report_failure("4:DataError: torn")
             return group.first_failure()
         return wait_until(group.first_failure, "rank 0 has told")
     finally:
@@ -141,7 +143,7 @@ def first_rank_leaves_before_another_has_looked() -> Any:
     group = join()
     try:
         if group.rank == 1:
-            group.tell_failure("4:DataError: torn")
+            group.report_failure("4:DataError: torn")
         if group.rank == 2:
             time.sleep(1.0)  # busy; nothing is asserted of the time
             return group.first_failure()
@@ -184,7 +186,7 @@ def outlive_the_store() -> Any:
     if group.rank == 0:
         return None  # ends without a word, and takes the store with it
     wait_until(lambda: not Path(f"/proc/{keeper}").exists(), "rank 0 is gone")
-    found = group.first_failure(), group.tell_failure("1:RuntimeError: Connection closed by peer")
+    found = group.first_failure(), group.report_failure("1:RuntimeError: Connection closed by peer")
     try:
         group.barrier()
     except RuntimeError as error:
@@ -211,7 +213,7 @@ def wait_for_one_that_does_not_come() -> Any:
         group.barrier()
     except RuntimeError as error:
         waited = time.monotonic() - started
-        group.tell_failure("gave up")
+        group.report_failure("gave up")
         return waited, str(error)
     finally:
         group.close()
@@ -233,7 +235,7 @@ def test_a_world_that_does_not_gather_is_a_launch_error(
     with pytest.raises(LaunchError) as refused:
         Group(Launch("srun", rank, rank, 2, 2, "127.0.0.1", port), CPU, timeout_s=1.0)
     message = str(refused.value)
-    assert message.startswith(f"2 process(es) are to meet at 127.0.0.1:{port} within 1 s (run.timeout_s).\n")
+    assert message.startswith(f"2 process(es) did not all connect at 127.0.0.1:{port} within 1 s (run.timeout_s).\n")
     assert said in message
     assert "fix: start them all" in message
     assert not dist.is_initialized()
@@ -257,20 +259,20 @@ def test_a_world_of_one_is_a_real_world() -> None:
         with pytest.raises(DataError, match="torn"):
             group.agree(DataError("torn"), "reading")
         assert group.first_failure() is None
-        assert group.tell_failure("4:torn")
+        assert group.report_failure("4:torn")
         assert group.first_failure() == (0, "4:torn")
-        assert not group.tell_failure("1:later")
+        assert not group.report_failure("1:later")
     finally:
         group.close()
     assert not dist.is_initialized()
     assert group.first_failure() == (0, "4:torn"), "what ends the process may still ask"
 
 
-def test_a_group_that_another_made_is_not_replaced() -> None:
+def test_a_group_of_an_open_engine_is_not_shared() -> None:
     alone = Launch("plain python", 0, 0, 1, 1)
     group = Group(alone, CPU, timeout_s=5)
     try:
-        with pytest.raises(LaunchError, match=r"(?s)one that exists already \(gloo, 1 rank\(s\)\).*close the earlier"):
+        with pytest.raises(LaunchError, match=r"(?s)still uses the process group \(1 rank\(s\)\).*close the earlier"):
             Group(alone, CPU, timeout_s=5)
         assert group.gather_all(1) == [1], "and goes on"
     finally:
@@ -312,3 +314,75 @@ def test_a_process_that_closed_its_group_ends_well_whoever_holds_it_still() -> N
     """Without the wait for gloo's threads some of these die of SIGABRT at their very end."""
     ran = subprocess.run([sys.executable, "-c", ENDINGS], capture_output=True, text=True, timeout=PATIENCE_S)
     assert ran.stdout.strip() == str([0] * 30), ran.stdout + ran.stderr[-2000:]
+
+
+# ---------------------------------------------------------------------- a group that exists already
+
+
+def use_existing_group() -> Any:
+    rank, size, port = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), os.environ["MASTER_PORT"]
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
+    found: dict[str, Any] = {}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+    launch = launch_of_existing_group(read_launch())
+    found["launch"] = (launch.launcher, launch.rank, launch.local_rank, launch.world_size, launch.local_world_size)
+    for attempt in ("first", "second"):
+        group = Group(launch, CPU, timeout_s=PATIENCE_S)
+        found[attempt] = group.gather_all(rank), group.background().gather(rank)
+        group.close()
+        found[f"open after {attempt}"] = dist.is_initialized()
+    group = Group(launch, CPU, timeout_s=PATIENCE_S)
+    if rank == 1:
+        group.report_failure("4:DataError: torn")
+    found["failure"] = wait_until(group.first_failure, "rank 1 has reported")
+    group.close()
+    wrong_size = outcome(lambda: Group(Launch("torchrun", rank, rank, 3, 3, "127.0.0.1", 1), CPU, timeout_s=5))
+    found["wrong size"] = wrong_size[0], wrong_size[1].split("\n")[1].strip(), wrong_size[2]
+    numbers = torch.tensor(rank + 1)
+    dist.all_reduce(numbers)
+    found["still usable"] = int(numbers)
+    dist.destroy_process_group()
+    return found
+
+
+def test_an_existing_group_is_used_and_left_open() -> None:
+    for rank, found in enumerate(run_world(use_existing_group, 2)):
+        assert found == {
+            "launch": ("process group", rank, rank, 2, 2),
+            "first": ([0, 1], [0, 1] if rank == 0 else None),
+            "second": ([0, 1], [0, 1] if rank == 0 else None),
+            "open after first": True,
+            "open after second": True,
+            "failure": (1, "4:DataError: torn"),
+            "wrong size": (
+                "LaunchError",
+                f"problem: it has rank {rank} of 2, and torchrun says rank {rank} of 3",
+                LaunchError.exit_code,
+            ),
+            "still usable": 3,
+        }
+
+
+@pytest.mark.parametrize("backend", ["fake", "cuda:gloo"])
+def test_an_existing_group_of_another_backend_is_rejected(backend: str) -> None:
+    import_module("torch.testing._internal.distributed.fake_pg")  # registers the backend "fake"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(LaunchError, match=r"(?s)Cannot use the existing process group on cpu.*without cpu:gloo"):
+            Group(Launch("plain python", 0, 0, 1, 1), CPU, timeout_s=5)
+        assert dist.is_initialized()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_repeated_groups_prefix_a_traceback_once() -> None:
+    code = (
+        "from disttrain.runtime import Group, Launch, choose_device\n"
+        "alone = Launch('plain python', 0, 0, 1, 1)\n"
+        "for _ in range(3):\n"
+        "    Group(alone, choose_device('cpu', alone), timeout_s=5).close()\n"
+        "raise ValueError('once')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE_S)
+    assert done.stderr.splitlines()[-1] == "[rank0]: ValueError: once", done.stderr

@@ -1,7 +1,7 @@
-"""How many processes `accelerate launch` was asked for: its own command line, then the file that it reads.
+"""Finds out how many processes `accelerate launch` was asked to start, from its command line and its config file.
 
-accelerate tells its processes what they are to do, and not how many they should be. Where its command line cannot be
-read (another system, a shell between) nothing is known. Imports no torch.
+accelerate does not pass that number to the processes it starts. Where its command line cannot be read (another
+operating system, a shell in between), the number stays unknown. Imports no torch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _COMMANDS = ("accelerate-launch", "accelerate.commands.launch", "accelerate/comm
 
 
 def asked_processes(environ: Mapping[str, str]) -> int | None:
-    """The `num_processes` that the launcher above this process was given, if known. Reads /proc and the file."""
+    """Return the `num_processes` of the launcher above this process, None if unknown. Reads /proc and the file."""
     try:
         words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode().split("\0")
     except (OSError, UnicodeDecodeError):
@@ -34,7 +34,7 @@ def asked_processes(environ: Mapping[str, str]) -> int | None:
 
 
 def launch_options(words: Sequence[str]) -> dict[str, str] | None:
-    """accelerate's own options with a value, of its command line; None where it is no launch of it. Pure."""
+    """Return accelerate's options that have a value; None where the command line is not `accelerate launch`. Pure."""
     places = [at + 1 for at, word in enumerate(words) if word.endswith(_COMMANDS)]
     places += [
         at + 2 for at, word in enumerate(words[:-1]) if Path(word).name == "accelerate" and words[at + 1] == "launch"
@@ -52,7 +52,7 @@ def launch_options(words: Sequence[str]) -> dict[str, str] | None:
 
 
 def _default_file(environ: Mapping[str, str]) -> str:
-    """Where `accelerate config` writes to, by accelerate's commands/config/config_args.py."""
+    """Return the file that `accelerate config` writes, as in accelerate's commands/config/config_args.py."""
     home = environ.get("HOME", "~")
     cache = environ.get("HF_HOME") or f"{environ.get('XDG_CACHE_HOME') or f'{home}/.cache'}/huggingface"
     return f"{cache}/accelerate/default_config.yaml"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from disttrain.runtime.agent import launch_options
+from disttrain.runtime.accelerate_command import launch_options
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def test_the_options_of_a_launch(line: str, options: dict[str, str] | None) -> N
 # Stands where accelerate's launcher would: by its name in the command line, and as the parent of what it starts.
 PARENT = """
 import subprocess, sys
-code = "import os; from disttrain.runtime.agent import asked_processes; print(asked_processes(os.environ))"
+code = "import os; from disttrain.runtime.accelerate_command import asked_processes; print(asked_processes(os.environ))"
 subprocess.run([sys.executable, "-c", code], check=True)
 """
 
