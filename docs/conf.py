@@ -21,7 +21,7 @@ from sphinx.util.docutils import SphinxDirective
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the API of this checkout, whatever else is installed
 
-import disttrain  # noqa: E402
+import disttrain
 
 project = "disttrain"
 author = "the disttrain authors"
@@ -56,7 +56,7 @@ autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 100
-# `-n` reports every unknown name in a signature. Other libraries' types and disttrain's internal types have no page here.
+# `-n` reports every unknown name in a signature. Types of other libraries and internal types have no page here.
 nitpick_ignore_regex = [("py:.*", ".*")]
 
 # The site's sidebar. docs/index.md gets it at build time, because a code host would show the directive as text.
@@ -114,7 +114,7 @@ def _prose_to_rest(text: str) -> str:
     )  # a list starts after a blank line
     pieces = _SPLIT.split(_CODE.sub(r"``\1``", text))
     for at in range(0, len(pieces), 2):  # outside of code
-        pieces[at] = re.sub(r"([*|\\])", r"\\\1", re.sub(r"(?<=\w)_(?!\w)", r"\\_", pieces[at]))
+        pieces[at] = re.sub(r"([*|\\]|(?<=\w)_(?!\w))", r"\\\1", pieces[at])
     return "".join(pieces)
 
 

@@ -1,4 +1,4 @@
-"""The commands in docs/ that no other test starts: run here, shortened; every document's commands are accounted for."""
+"""Assigns every page of docs/ with commands to the test that runs them, and runs those that no other test runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from launched import PROJECT, column, launch
 
-# What starts a document's commands. Batteries and benchmarks are long: what they are made of runs here or there.
+# The test that runs a page's commands. Benchmarks and slow test runs take long, so the tests run their parts.
+# test_tutorials.py runs the tutorials.
 STARTED_BY = {
     "accelerate.md": "test_accelerate.py",
     "checkpoint-commands.md": "test_checkpoint_page.py",
@@ -17,25 +18,49 @@ STARTED_BY = {
     "parity.md": "test_parity.py",
     "plugins.md": "test_plugin.py",
     "checkpoint-proof.md": "../contract/test_checkpoint_matrix.py",
-    "configuration.md": "test_readme.py",
+    "configuration.md": "test_documents.py",
     "contract.md": "../contract/test_strategies.py",
     "hardware.md": "test_gpu.py",
+    "index.md": "test_readme.py",
     "memory.md": "test_memory_formula.py",
     "speed.md": "test_documents.py",
     "strategies.md": "test_documents.py",
 }
-COMMAND = re.compile(r"^(?: {4})?((?:torchrun|python|accelerate|disttrain|pip|bash) .+)$", re.MULTILINE)
+TRAINED_HERE = ("configuration.md", "strategies.md")
+PROGRAM = r"torchrun|python|accelerate|pip|bash|disttrain (?:train|check|parity|report|eval|sample|ckpt)"
+COMMAND = re.compile(rf"^(?: {{4}})?((?:{PROGRAM}) .+)$", re.MULTILINE)
 SHORT = ("run.steps=2", "run.device=cpu", "eval.every=null", "eval.at_end=false", "report.every=1")
 
 
-def test_every_document_with_commands_has_a_test_that_starts_them() -> None:
-    found = {path.name for path in (PROJECT / "docs").rglob("*.md") if COMMAND.search(path.read_text(encoding="utf-8"))}
-    assert found == set(STARTED_BY)
+def commands_of(page: Path) -> list[str]:
+    return [command.split("  #")[0].strip() for command in COMMAND.findall(page.read_text(encoding="utf-8"))]
+
+
+def training_commands() -> list[str]:
+    pages = [PROJECT / "docs" / "reference" / name for name in TRAINED_HERE]
+    return [command for page in pages for command in commands_of(page)]
+
+
+def test_every_page_with_commands_has_a_test_that_runs_them() -> None:
+    pages = [page for page in (PROJECT / "docs").rglob("*.md") if page.parent.name != "tutorials"]
+    assert {page.name for page in pages if commands_of(page)} == set(STARTED_BY)
     assert all((PROJECT / "tests" / "system" / test).exists() for test in STARTED_BY.values())
 
 
-def test_hybrid_shards_by_one_word(tmp_path: Path) -> None:
-    (command,) = COMMAND.findall((PROJECT / "docs" / "reference" / "strategies.md").read_text(encoding="utf-8"))
+def test_pages_name_tests_and_benchmarks_that_exist() -> None:
+    for page in (PROJECT / "docs").rglob("*.md"):
+        for command in commands_of(page):
+            paths = [word for word in command.split() if re.match(r"(tests|benchmarks|configs|launch)/", word)]
+            assert [path for path in paths if not (PROJECT / path).exists()] == [], f"{page.name}: {command}"
+
+
+def test_landing_page_shows_the_commands_of_the_readme() -> None:
+    readme = commands_of(PROJECT / "README.md")
+    assert set(commands_of(PROJECT / "docs" / "index.md")) <= set(readme)
+
+
+@pytest.mark.parametrize("command", training_commands())
+def test_command_trains(command: str, tmp_path: Path) -> None:
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", *command.split()[1:]]
     launch(*words, *SHORT, "report.progress=false", f"run.dir={tmp_path}", timeout_s=300)
     assert len(column(tmp_path / "quickstart", "loss")) == 2

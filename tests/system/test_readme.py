@@ -1,20 +1,23 @@
-"""The README is run: its files are written, its commands started, briefly; what is run elsewhere is named here."""
+"""Runs the README's commands and code, shortened. The commands that other tests run are listed here."""
 
 from __future__ import annotations
 
 import math
 import re
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 from launched import PROJECT, column, launch, user_environment
 
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
+FIRST_RUN = (PROJECT / "docs" / "tutorials" / "first-run.md").read_text(encoding="utf-8")
 SET_UP = ("bash launch/quickstart.sh", "bash launch/test.sh")
+ACTIVATE = "source .venv/bin/activate"
 # Started by test_slurm.py, test_accelerate.py and test_parity.py.
 ELSEWHERE = ("sbatch ", "accelerate launch ", "disttrain parity ")
-# How a command is shortened, by the config it names: test_configs.py runs the small ones whole.
+# How a command is shortened, by the config it names. test_configs.py runs the small configs in full.
 SHORT = {
     "configs/quickstart.yaml": ("run.steps=3", "eval.at_end=false"),
     "configs/digits.yaml": ("run.epochs=2",),
@@ -22,25 +25,33 @@ SHORT = {
 }
 
 
-def blocks(language: str) -> list[str]:
-    """The README's fenced blocks of a language, in order."""
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    """The fenced blocks of a language, in order."""
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def lines_of(language: str, text: str = README) -> list[str]:
+    lines = [line.split("  #")[0].strip() for block in blocks(language, text) for line in block.splitlines()]
+    return [line for line in lines if line]
 
 
 def commands() -> list[str]:
-    """Every command the README shows: lines of bash blocks, and inline code that starts a run."""
-    lines = [line.split("  #")[0].strip() for block in blocks("bash") for line in block.splitlines()]
-    inline = re.findall(r"`((?:python|torchrun|sbatch|accelerate) [^`]+)`", README)
-    return [line for line in dict.fromkeys([*lines, *inline]) if line]
+    """Every command in the README: the lines of bash blocks, and inline code that starts a run."""
+    inline = re.findall(r"`((?:python|torchrun|sbatch|accelerate|disttrain train) [^`]+)`", README)
+    return list(dict.fromkeys([*lines_of("bash"), *inline]))
 
 
 def training_commands() -> list[str]:
-    return [one for one in commands() if one.startswith(("python", "torchrun"))]
+    return [one for one in commands() if one.startswith(("python", "torchrun", "disttrain train"))]
+
+
+def install_commands() -> list[str]:
+    return [one for one in commands() if one.startswith("pip install")]
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A user's folder: the README's files, written under the name in their first line, and the configs."""
+    """A user's folder: the README's files under the names in their first lines, and the configs."""
     for block in [*blocks("python"), *blocks("yaml")]:
         name = re.fullmatch(r"# (\w+\.(?:py|yaml))", block.splitlines()[0])
         assert name, f"a block's first line names its file: {block.splitlines()[0]}"
@@ -50,8 +61,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_every_command_is_run_by_some_test() -> None:
-    assert set(SET_UP) <= set(commands())
-    rest = set(commands()) - {*SET_UP, *training_commands()}
+    assert {*SET_UP, ACTIVATE} <= set(commands())
+    rest = set(commands()) - {*SET_UP, ACTIVATE, *training_commands(), *install_commands()}
     assert len(rest) == len(ELSEWHERE)
     assert all(one.startswith(ELSEWHERE) and "configs/quickstart.yaml" in one for one in rest)
 
@@ -62,7 +73,20 @@ def test_links_and_scripts_exist() -> None:
     assert [one for one in targets if not (PROJECT / one).exists()] == []
 
 
-def test_own_model_takes_ten_lines() -> None:
+def test_first_run_page_starts_with_the_same_quick_start() -> None:
+    assert lines_of("bash", FIRST_RUN) == [SET_UP[0], ACTIVATE]
+
+
+def test_extras_of_the_readme_are_those_of_the_package() -> None:
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    table = README[README.index("| extra |") : README.index("## Status")]
+    named = {
+        name for cell in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for name in re.findall(r"`(\w+)`", cell)
+    }
+    assert named == set(project["optional-dependencies"])
+
+
+def test_your_model_takes_ten_lines() -> None:
     yaml, python = blocks("yaml")[0], blocks("python")[1]
     for block in (yaml, python):
         lines = [line for line in block.splitlines()[1:] if line.strip()]
@@ -74,7 +98,7 @@ def test_command_trains(command: str, folder: Path) -> None:
     words = command.replace("nproc_per_node=8", "nproc_per_node=2").split()
     if words[0] == "torchrun":
         words[:1] = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    else:
+    elif words[0] == "python":
         words[0] = sys.executable
     config = next(word for word in words if word.endswith(".yaml"))
     launch(*words, "report.progress=false", *SHORT[config], timeout_s=300, cwd=folder)
@@ -87,6 +111,32 @@ def test_python_block_trains_and_loads(folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_install_commands_work_in_an_empty_environment(tmp_path: Path) -> None:
+    launch("git", "clone", "--quiet", str(PROJECT), str(tmp_path / "clone"), timeout_s=240)
+    launch(getattr(sys, "_base_executable", sys.executable), "-m", "venv", str(tmp_path / "venv"), timeout_s=240)
+    tools = tmp_path / "venv" / "bin"
+    environment = user_environment()
+    environment["PATH"] = f"{tools}:{environment['PATH']}"
+    environment.pop("PYTHONPATH")
+    for command in install_commands():
+        launch("bash", "-c", command, timeout_s=1700, cwd=tmp_path / "clone", environment=environment)
+    config = str(PROJECT / "configs" / "quickstart.yaml")
+    short = (*SHORT["configs/quickstart.yaml"], "strategy.name=deepspeed", "eval.every=null", "report.progress=false")
+    launch(
+        str(tools / "python"),
+        "-m",
+        "disttrain.run",
+        config,
+        *short,
+        timeout_s=300,
+        cwd=tmp_path,
+        environment=environment,
+    )
+    assert (tmp_path / "runs" / "quickstart" / "status.json").exists()
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_quick_start_works_in_a_clone_with_nothing_installed(tmp_path: Path) -> None:
     launch("git", "clone", "--quiet", str(PROJECT), str(tmp_path / "clone"), timeout_s=240)
@@ -96,7 +146,7 @@ def test_quick_start_works_in_a_clone_with_nothing_installed(tmp_path: Path) -> 
     run = tmp_path / "clone" / "runs" / "quickstart"
     assert (run / "loss.png").exists()
     held_out = column(run, "eval/held_out/loss")
-    assert held_out[max(held_out)] / math.log(2) < 2.1  # bits a byte, the issue's bound
+    assert held_out[max(held_out)] / math.log(2) < 2.1  # bits per byte
     assert done.stdout.strip()
 
 
