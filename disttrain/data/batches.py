@@ -1,7 +1,8 @@
-"""A part's micro-batches, step after step, from any position: the same samples at any world size and worker count.
+"""Yields a part's micro-batches step by step, from any position, with the same samples at any world size.
 
-The sequence is a function of (seed, epoch, position); the mesh, the micro-batch and the workers only decide who fetches
-what. A step never crosses an epoch's end: the last one is short, or dropped. Refuses data that cannot fill a step.
+The sequence of samples depends on (seed, epoch, position) alone. The mesh, the micro-batch size and the number of
+workers only decide which process fetches which samples. A step never crosses the end of an epoch: the last step of an
+epoch is short or dropped. Data that cannot fill a step is rejected.
 """
 
 from __future__ import annotations
@@ -20,14 +21,32 @@ from disttrain.data.plan import MicroBatch, Slot, StepBatch, distinct, plan_step
 from disttrain.data.streams import Stream
 from disttrain.errors import ConfigError, DataError, explain
 from disttrain.logs import package_logger
+from disttrain.torch_internals.modules import end_workers
 
 
 class Batches:
-    """Endless steps of one part; `state_dict` is the position after the last step that was yielded.
+    """An endless sequence of the steps of one part.
 
-    `part` is (index, count) of the data-parallel coordinate; `agree` a minimum over parts, called once a step by
-    streams that were cut with `shard`; these end an epoch with the last step that every part can fill. Local otherwise.
-    Raises ConfigError for a setting that means nothing, DataError for no dataset and for empty or too small data.
+    Local, except for `agree`.
+
+    Args:
+        dataset: a map-style or iterable dataset of single items.
+        seed: the seed of the order of samples and of each item's random numbers.
+        global_batch: samples per step over all parts.
+        micro_batch: samples per micro-batch of a part.
+        part: (index, count) of the data-parallel coordinate.
+        shuffle: whether to shuffle the samples of a map-style dataset.
+        last: `short` keeps an epoch's last partial step, and `drop` drops it.
+        workers: the number of worker processes for a map-style dataset.
+        prefetch: batches that each worker fetches in advance.
+        collate: a function from a list of items to a batch, instead of torch's default.
+        on_resume: for streams that have no exact position, `exact` rejects the resume and `replay` reads again.
+        agree: returns the minimum of a value over all parts. Streams cut by `shard` call it once per step. They end an
+            epoch with the last step that every part can fill.
+
+    Raises:
+        ConfigError: a setting has an unknown or impossible value.
+        DataError: `dataset` is not a dataset, is empty or has too few samples for a step.
     """
 
     def __init__(
@@ -58,41 +77,47 @@ class Batches:
         if is_stream(dataset):
             if workers:
                 package_logger("data").warning(
-                    "data.workers=%d: iterable data are read in the training process", workers
+                    "data.workers=%d: iterable data is read in the training process, without workers", workers
                 )
             self._stream = Stream(
                 dataset, seed=seed, part=part, collate=self._fetcher.collate, exact=on_resume == "exact"
             )
             self._agree = agree
             if self._stream.sharded and not self._drop:
-                package_logger("data").warning("data.last=short: data cut by shard end with their last whole step")
+                package_logger("data").warning(
+                    "data.last=short: a dataset cut by shard ends with its last complete step instead"
+                )
             return
         size = len(dataset)
         if size < global_batch:
             raise DataError(
                 explain(
-                    f"data.global_batch={global_batch} samples make a step.",
+                    f"Cannot fill a step of data.global_batch={global_batch} samples.",
                     f"{self._name} has {size}" if size else f"{self._name} is empty",
-                    "lower data.global_batch, or give more data" if size else "give data with at least one step in it",
+                    "lower data.global_batch or provide more data" if size else "provide enough data for one step",
                 )
             )
         self._order = Order(size, seed, shuffle=shuffle)
 
     @property
     def steps_per_epoch(self) -> int | None:
-        """Steps in an epoch; None for streams."""
+        """The number of steps in an epoch, or None for an iterable dataset."""
         if self._stream is not None:
             return None
-        whole, rest = divmod(self._order.size, self._global_batch)
-        return whole + (1 if rest and not self._drop else 0)
+        full, rest = divmod(self._order.size, self._global_batch)
+        return full + (1 if rest and not self._drop else 0)
 
     def state_dict(self) -> dict[str, Any]:
-        """The position after the last yielded step, as JSON; independent of parts, micro-batch and workers."""
-        found: dict[str, Any] = {"epoch": self._epoch, "position": self._position}
-        return found if self._stream is None else found | self._stream.state_dict()
+        """Return the position after the last yielded step as JSON values.
+
+        The position does not depend on the micro-batch size or the number of workers. It depends on the number of
+        parts only for a dataset cut by `shard`.
+        """
+        state: dict[str, Any] = {"epoch": self._epoch, "position": self._position}
+        return state if self._stream is None else state | self._stream.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there at the next `iter`."""
+        """Continue from the position in `state` at the next `iter`."""
         self._epoch, self._position = int(state["epoch"]), int(state["position"])
         if self._stream is not None:
             self._stream.load_state_dict(state)
@@ -101,13 +126,13 @@ class Batches:
         return self._streamed() if self._stream is not None else self._indexed()
 
     def close(self) -> None:
-        """End the workers."""
-        _end_workers(self._loading)
+        """Stop the worker processes."""
+        end_workers(self._loading)
 
     # ------------------------------------------------------------------ map-style data
 
     def _steps(self) -> Iterator[tuple[int, int, int]]:
-        """(epoch, first position, samples) of every step from here on."""
+        """Yield (epoch, first position, samples) of each step from the current position."""
         epoch, position, size = self._epoch, self._position, self._order.size
         while True:
             samples = min(self._global_batch, size - position)
@@ -118,43 +143,43 @@ class Batches:
             position += samples
 
     def _requests(self) -> Iterator[tuple[int, int, int]]:
-        """(epoch, first position, count) of every batch to fetch, replays of an own one left out."""
+        """Yield (epoch, first position, count) of each batch to fetch. Replays of this part's batches are left out."""
         for epoch, start, samples in self._steps():
             for slot in _planned(samples, self._micro_batch, self._part)[1]:
                 yield epoch, start + slot.start, slot.count
 
-    def _loaded(self, asked: _Asked) -> Iterator[Any] | None:
-        """What the workers bring, in the order of `_requests`; None without any."""
+    def _start_workers(self, source: _BatchesByRequest) -> Iterator[Any] | None:
+        """Start the workers and return their batches in the order of `_requests`, or None without workers."""
         if self._workers == 0:
             return None
         loader: DataLoader[Any] = DataLoader(
-            asked,  # type: ignore[arg-type]
+            source,  # type: ignore[arg-type]
             batch_size=None,
-            sampler=_Endless(self._requests),
+            sampler=_RequestSampler(self._requests),
             num_workers=self._workers,
             prefetch_factor=self._prefetch,
-            collate_fn=_as_it_is,
-            worker_init_fn=_leave_interrupts,
-            generator=torch.Generator(),  # its own: starting workers draws nothing from the user's
+            collate_fn=_unchanged,
+            worker_init_fn=_ignore_interrupts,
+            generator=torch.Generator(),  # starting workers would otherwise draw from the user's default generator
         )
         self._loading = iter(loader)
         return self._loading
 
     def _indexed(self) -> Iterator[StepBatch]:
-        asked = _Asked(self._order, self._fetcher)
-        loaded = self._loaded(asked)
+        source = _BatchesByRequest(self._order, self._fetcher)
+        loaded = self._start_workers(source)
         try:
             for epoch, start, samples in self._steps():
                 slots, fetch = _planned(samples, self._micro_batch, self._part)
                 batches = {}
                 for slot in fetch:
                     request = epoch, start + slot.start, slot.count
-                    batches[slot.index] = asked[request] if loaded is None else _next(loaded, self._name)
-                found = [MicroBatch(batches[slot.index], slot.index, slot.real, slot.count) for slot in slots]
+                    batches[slot.index] = source[request] if loaded is None else _next_batch(loaded, self._name)
+                micro_batches = [MicroBatch(batches[slot.index], slot.index, slot.real, slot.count) for slot in slots]
                 self._epoch, self._position = epoch, start + samples
-                yield StepBatch(found, epoch=epoch, samples=samples, position=self.state_dict())
+                yield StepBatch(micro_batches, epoch=epoch, samples=samples, position=self.state_dict())
         finally:
-            _end_workers(loaded)  # left to the garbage collector, each takes five seconds
+            end_workers(loaded)  # the garbage collector would take five seconds per worker
 
     # ------------------------------------------------------------------ streams
 
@@ -169,10 +194,10 @@ class Batches:
             if self._position == 0:
                 raise DataError(
                     explain(
-                        f"data.global_batch={self._global_batch} samples make a step.",
-                        f"{self._name} ended before it gave one, in epoch {self._epoch}",
-                        "give more data, lower data.global_batch, or set data.last=short; its __iter__ starts anew "
-                        "every epoch",
+                        f"Cannot fill a step of data.global_batch={self._global_batch} samples.",
+                        f"{self._name} ended before its first step in epoch {self._epoch}",
+                        "provide more data, lower data.global_batch, or set data.last=short; __iter__ must start from "
+                        "the beginning in every epoch",
                     )
                 )
             self._epoch, self._position = self._epoch + 1, 0
@@ -181,13 +206,13 @@ class Batches:
 
 @lru_cache(maxsize=16)
 def _planned(samples: int, micro_batch: int, part: tuple[int, int]) -> tuple[list[Slot], list[Slot]]:
-    """A step's slots and those of them to fetch: the same step after step, but for an epoch's last."""
+    """Return a step's slots and the slots to fetch. Both are the same for all steps except an epoch's last."""
     slots = plan_step(samples, micro_batch, part)
     return slots, distinct(slots)
 
 
-class _Asked:
-    """What a worker is asked: a batch by (epoch, first position, count)."""
+class _BatchesByRequest:
+    """The dataset that workers read: it returns a batch for (epoch, first position, count)."""
 
     def __init__(self, order: Order, fetcher: Fetcher) -> None:
         self._order, self._fetcher = order, fetcher
@@ -199,11 +224,11 @@ class _Asked:
         except DataError as error:
             if get_worker_info() is None:
                 raise
-            return error  # raised in here, its message would become the worker's traceback
+            return error  # a raised error would reach the user with the worker's traceback as its message
 
 
-class _Endless:
-    """A sampler that starts from the position at which it is asked to."""
+class _RequestSampler:
+    """A sampler that yields the requests from the current position at each `iter`."""
 
     def __init__(self, requests: Callable[[], Iterator[tuple[int, int, int]]]) -> None:
         self._requests = requests
@@ -213,73 +238,76 @@ class _Endless:
 
 
 def is_stream(dataset: Any) -> bool:
-    """Whether data can only be read from the front. Raises DataError for what is no dataset at all."""
-    found, do = f"a {type(dataset).__qualname__}", "give an object that has them"
+    """Return whether `dataset` can only be read from the front. Raises DataError if it is not a dataset."""
+    problem, fix = f"a {type(dataset).__qualname__}", "provide a dataset with these methods"
     if isinstance(dataset, type):
-        found = f"the class {dataset.__qualname__}, not an object of it"
+        problem, fix = f"the class {dataset.__qualname__}, not an instance of it", "provide an instance"
     elif isinstance(dataset, DataLoader):
-        do = "give the dataset within: order, batches and workers are data.shuffle, data.global_batch and data.workers"
+        fix = (
+            "provide the DataLoader's dataset; data.shuffle, data.global_batch and data.workers set the order, the "
+            "batches and the workers"
+        )
     elif isinstance(dataset, IterableDataset):
         return True
     elif hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
         return False
     elif hasattr(dataset, "__iter__"):
         return True
-    raise DataError(explain("A dataset has __len__ and __getitem__, or __iter__, and gives single items.", found, do))
+    raise DataError(
+        explain("A dataset needs __len__ and __getitem__, or __iter__, and returns single items.", problem, fix)
+    )
 
 
 def _check_settings(*, global_batch: int, micro_batch: int, last: str, on_resume: str) -> None:
-    """An own loop's arguments pass no schema."""
-    for name, asked, known in (("last", last, ("short", "drop")), ("on_resume", on_resume, ("exact", "replay"))):
-        if asked not in known:
-            raise ConfigError(explain(f"data.{name}={asked!r}", f"known: {' and '.join(known)}", "choose one of them"))
+    """Check the arguments of a custom training loop, which no config schema has validated."""
+    for name, value, known in (("last", last, ("short", "drop")), ("on_resume", on_resume, ("exact", "replay"))):
+        if value not in known:
+            problem = f"{value!r} is neither {' nor '.join(known)}"
+            raise ConfigError(
+                explain(f"The value of data.{name} is unknown.", problem, f"set it to {' or '.join(known)}")
+            )
     if global_batch < 1 or micro_batch < 1:
-        found = f"global_batch={global_batch}, micro_batch={micro_batch}"
-        raise ConfigError(explain("A batch is a number of samples.", found, "write at least 1 for both"))
+        problem = f"global_batch={global_batch}, micro_batch={micro_batch}"
+        raise ConfigError(explain("A batch needs at least one sample.", problem, "set both to at least 1"))
 
 
-def _next(fetched: Iterator[Any], name: str) -> Any:
+def _next_batch(fetched: Iterator[Any], name: str) -> Any:
     try:
-        found = next(fetched)
+        batch = next(fetched)
     except RuntimeError as error:
         if not is_lost_worker(error):
             raise
         raise lost_worker(error, name) from error
-    if isinstance(found, DataError):
-        raise found
-    return found
+    if isinstance(batch, DataError):
+        raise batch
+    return batch
 
 
 def is_lost_worker(error: BaseException) -> bool:
-    """Whether a data worker died, which torch raises from a signal handler in whatever code runs just then. Pure.
+    """Return whether `error` says that a data worker died. Pure.
 
-    What user code raises in a worker comes through as "Caught ... in DataLoader worker process N", and is theirs.
+    torch raises this error from a signal handler, in whatever code runs at the time. An error of user code in a worker
+    has another message, "Caught ... in DataLoader worker process N", and is not counted here.
     """
     return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
 
 
 def lost_worker(error: BaseException, name: str = "the data") -> DataError:
-    """What to tell of it; `name` is the dataset's, where that is known. Pure."""
+    """Return the DataError for a data worker that died. `name` is the name of the dataset, if known. Pure."""
     return DataError(
         explain(
-            f"data.workers processes fetch the items of {name}.",
+            f"A worker process (data.workers) that fetched items of {name} died.",
             str(error).split("\n")[0],
-            "see what killed it (memory, a crash in user code), or set data.workers=0 to see its error here",
+            "find out what killed it (memory, a crash in user code), or set data.workers=0 to see its error here",
         )
     )
 
 
-def _end_workers(fetched: Iterator[Any] | None) -> None:
-    shut_down = getattr(fetched, "_shutdown_workers", None)
-    if shut_down is not None:
-        shut_down()
-
-
-def _as_it_is(batch: Any) -> Any:
-    """A worker brings what the collate function made: a DataLoader's own rule turns arrays into tensors."""
+def _unchanged(batch: Any) -> Any:
+    """Return a collated batch as it is. The default of DataLoader would convert arrays to tensors."""
     return batch
 
 
-def _leave_interrupts(_: int) -> None:
-    """Ctrl-C reaches the workers too, and is the training process's to answer: it ends them when it is done."""
+def _ignore_interrupts(_: int) -> None:
+    """Ignore Ctrl-C in a worker. The training process handles it and stops the workers when it is done."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -6,9 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map_only
 
 from disttrain.data import MicroBatch
+from disttrain.torch_internals import map_tensors
 
 
 def to_device(micro: MicroBatch, device: torch.device) -> MicroBatch:
@@ -20,4 +20,4 @@ def to_device(micro: MicroBatch, device: torch.device) -> MicroBatch:
 
 def move(batch: Any, device: torch.device) -> Any:
     """Every tensor in lists, tuples and mappings. Local."""
-    return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device, non_blocking=True), batch)
+    return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), batch)

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from disttrain.errors import ConfigError, explain
+from disttrain.torch_internals.modules import batch_norm_classes
 
 
 class _Added(torch.autograd.Function):
@@ -36,17 +36,29 @@ class _Added(torch.autograd.Function):
         return total, None
 
 
-class _Synchronized(_BatchNorm):
+class _Synchronized(nn.Module):
     """In training one collective in the forward and one in the backward, so every rank calls it equally often."""
 
     group: Any = None
     counts = True
+    dims: tuple[int, ...] = ()
+    eps: float
+    momentum: float | None
+    affine: bool
+    track_running_stats: bool
+    weight: Any
+    bias: Any
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
 
     def forward(self, input: Tensor) -> Tensor:
         alone = not dist.is_initialized() or dist.get_world_size(self.group) == 1
         if alone or not self.training:
-            return super().forward(input)
-        self._check_input_dim(input)  # type: ignore[no-untyped-call]
+            plain: Tensor = super().forward(input)
+            return plain
+        if input.dim() not in self.dims:
+            raise ValueError(f"expected {'D or '.join(map(str, self.dims))}D input (got {input.dim()}D input)")
         wide = input.to(torch.promote_types(input.dtype, torch.float32))
         number, mean, variance = self._statistics(wide)
         if self.track_running_stats:
@@ -88,13 +100,19 @@ class _Synchronized(_BatchNorm):
 class SyncBatchNorm1d(_Synchronized, nn.BatchNorm1d):
     """Over inputs of shape (batch, channels) or (batch, channels, length)."""
 
+    dims = (2, 3)
+
 
 class SyncBatchNorm2d(_Synchronized, nn.BatchNorm2d):
     """Over inputs of shape (batch, channels, height, width)."""
 
+    dims = (4,)
+
 
 class SyncBatchNorm3d(_Synchronized, nn.BatchNorm3d):
     """Over inputs of shape (batch, channels, depth, height, width)."""
+
+    dims = (5,)
 
 
 _SYNCHRONIZED: dict[type[nn.Module], type[_Synchronized]] = {
@@ -109,7 +127,7 @@ def synchronize_batch_norm(model: nn.Module, group: Any = None) -> nn.Module:
 
     Names, weights and buffers stay what they are. Raises ConfigError where there is none, or one of a class of its own.
     """
-    norms = [(name, module) for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
+    norms = [(name, module) for name, module in model.named_modules() if isinstance(module, batch_norm_classes())]
     asked = "model.sync_batch_norm is to let batch norms take their statistics over all ranks."
     if not norms:
         raise ConfigError(explain(asked, f"none in {type(model).__qualname__}", "take the key out"))

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from disttrain.checkpoint import whole_shard
 from disttrain.checkpoint.formats import match_weights
@@ -32,6 +31,7 @@ from disttrain.parity.recorded import Recorder
 from disttrain.strategy import Prepared, World
 from disttrain.strategy.construction import name_parameters
 from disttrain.strategy.step.arithmetic import seed_micro_batch
+from disttrain.torch_internals import map_tensors
 
 NAME = "model"
 
@@ -129,7 +129,7 @@ def _as_wide(micro: MicroBatch, dtype: torch.dtype) -> MicroBatch:
     """Casts float32 tensors to float64 if the model is float64, because such a model accepts no other dtype."""
     if dtype != torch.float64:
         return micro
-    widened = tree_map_only(Tensor, lambda one: one.double() if one.dtype == torch.float32 else one, micro.batch)
+    widened = map_tensors(lambda one: one.double() if one.dtype == torch.float32 else one, micro.batch)
     return MicroBatch(widened, micro.index, micro.real, micro.samples)
 
 

@@ -9,6 +9,7 @@ import torch
 
 from disttrain.errors import LaunchError, explain
 from disttrain.runtime.environment import Launch, cpu_quota, wished_threads
+from disttrain.torch_internals.compiling import has_cpp_compiler
 
 
 @dataclass(frozen=True)
@@ -79,14 +80,7 @@ def _missing_compiler(kind: str) -> str | None:
     """Return what torch.compile lacks for a kind of device, None where nothing is missing."""
     if kind == "cuda":
         return None if find_spec("triton") is not None else "the package triton, which writes GPU kernels, is missing"
-    from torch._inductor.cpp_builder import get_cpp_compiler  # seconds, and only where one compiles
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler:
-        return "no C++ compiler (g++, or what CXX names) on this node"
-    return None
+    return None if has_cpp_compiler() else "no C++ compiler (g++, or what CXX names) on this node"
 
 
 def apply_device(device: Device) -> None:

@@ -14,7 +14,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed import HashStore, PrefixStore, ProcessGroup, Store, TCPStore
+from torch.distributed import HashStore, PrefixStore, ProcessGroup, Store, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 from disttrain.errors import LaunchError, explain

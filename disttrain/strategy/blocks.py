@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -46,7 +46,7 @@ def choose_blocks(
 def _repeated(model: nn.Module) -> list[tuple[str, nn.Module]]:
     uses: Counter[int] = Counter()
     for module in model.modules():
-        uses.update(id(parameter) for parameter in module._parameters.values() if parameter is not None)
+        uses.update(_parameter_ids(module))
     chosen: list[tuple[str, nn.Module]] = []
     for prefix, parent in model.named_modules():
         if not isinstance(parent, nn.ModuleList | nn.Sequential):
@@ -57,12 +57,17 @@ def _repeated(model: nn.Module) -> list[tuple[str, nn.Module]]:
         for key, child in parent.named_children():
             own: Counter[int] = Counter()
             for module in child.modules():
-                own.update(id(parameter) for parameter in module._parameters.values() if parameter is not None)
+                own.update(_parameter_ids(module))
             private = all(uses[key_] == count for key_, count in own.items())
             # A lone layer gains nothing from a group of its own; a block is a module of modules.
             if classes[type(child)] > 1 and own and private and any(True for _ in child.children()):
                 chosen.append((f"{prefix}.{key}" if prefix else key, child))
     return chosen
+
+
+def _parameter_ids(module: nn.Module) -> Iterator[int]:
+    """The ids of the parameters that a module itself holds, once per name."""
+    return (id(parameter) for _, parameter in module.named_parameters(recurse=False, remove_duplicate=False))
 
 
 def _outermost_last(chosen: Sequence[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:

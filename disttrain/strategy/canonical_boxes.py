@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim import Optimizer
 
 from disttrain.checkpoint import Box, Shard, full_shard
 from disttrain.errors import CheckpointError, explain
 from disttrain.strategy.contract import LoadingNumber, Prepared
+from disttrain.torch_internals.meshes import copies_outside, local_box
 
 Replica = tuple[int, int]
 
@@ -58,12 +58,9 @@ def local_shard(name: str, tensor: DTensor) -> Shard:
         if placement.is_replicate():
             index, count = index * size + place, count * size
     # A DTensor of one axis alone is held again along the others of the mesh that the axis is of.
-    root = mesh._get_root_mesh()
-    # By shape and coordinate: to slice a mesh by an axis costs a millisecond, and this is done for every tensor.
-    for axis, size, place in zip(root.mesh_dim_names or (), root.shape, root.get_coordinate() or (), strict=True):
-        if axis not in (mesh.mesh_dim_names or ()):
-            index, count = index * size + place, count * size
-    sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, mesh, tensor.placements)
+    slice_index, slices = copies_outside(mesh)
+    index, count = index * slices + slice_index, count * slices
+    sizes, offsets = local_box(tensor)
     box = Box(tuple(offsets), tuple(sizes))
     return Shard(name, tuple(tensor.shape), box, tensor.to_local().detach(), (index, count))
 
@@ -74,7 +71,7 @@ def copy_part(place: Tensor, value: Tensor) -> None:
         if not isinstance(place, DTensor):
             place.copy_(value)
             return
-        sizes, offsets = compute_local_shape_and_global_offset(place.shape, place.device_mesh, place.placements)
+        sizes, offsets = local_box(place)
         part = value[tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))]
         place.to_local().copy_(part)
 

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
-from torch.utils._pytree import tree_map_only
 
 from disttrain.errors import ConfigError, TrainingError, explain
 from disttrain.model import build_model
 from disttrain.optim.named import NamedParameter
 from disttrain.strategy.contract import Ingredients, Prepared, World
 from disttrain.strategy.memory_savers import save_memory
+from disttrain.torch_internals import map_tensors
 
 
 def build_on_host(world: World, ingredients: Ingredients) -> nn.Module:
@@ -77,9 +77,7 @@ def cast(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _cast_inputs(dtype: torch.dtype, module: nn.Module, args: Any, kwargs: Any) -> Any:
-    return tree_map_only(
-        Tensor, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, (args, kwargs)
-    )
+    return map_tensors(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, (args, kwargs))
 
 
 def check_same_everywhere(world: World, model: nn.Module, name: str) -> None:

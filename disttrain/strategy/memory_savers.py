@@ -17,9 +17,10 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from disttrain.config.schema import MemoryConfig
-from disttrain.errors import ConfigError, explain
+from disttrain.errors import ConfigError, LaunchError, explain
 from disttrain.logs import package_logger
 from disttrain.strategy.blocks import choose_blocks
+from disttrain.torch_internals.compiling import compile_within, missing_for_budget
 
 _log = package_logger("strategy")
 
@@ -43,6 +44,10 @@ over ranks within a block. Never a collective that writes into its argument (ZeR
 result would leave the argument unwritten the second time."""
 
 
+_OPTIONS: dict[str, Any] = {"fallback_random": True}
+"""torch.compile's: torch draws random numbers, so that dropout is equal to that of a block that is not compiled."""
+
+
 def save_memory(model: nn.Module, memory: MemoryConfig) -> None:
     """Let each block recompute and compile as the config's section says. Local.
 
@@ -58,6 +63,14 @@ def save_memory(model: nn.Module, memory: MemoryConfig) -> None:
                 f"{asked} works block by block.",
                 f"{type(model).__qualname__}, without repeated blocks",
                 "name its large parts, by class or by a pattern of module names: memory.blocks=['encoder.*']",
+            )
+        )
+    if memory.recompute == "budget" and (missing := missing_for_budget()) is not None:
+        raise LaunchError(
+            explain(
+                "Cannot use memory.recompute=budget.",
+                f"torch {torch.__version__} has no usable {missing}",
+                "install torch 2.11 to 2.14, or set memory.recompute to selective or full",
             )
         )
     for _, block in blocks:
@@ -90,8 +103,7 @@ def _compiled(forward: Callable[..., Any], block: nn.Module, memory: MemoryConfi
     budget = memory.budget if memory.recompute == "budget" else None
     function = getattr(forward, "__func__", None)
     if function is None or getattr(forward, "__self__", None) is not block:
-        compiled: Callable[..., Any] = torch.compile(forward, backend=partial(_compile, budget))
-        return compiled
+        return _compiled_anew(forward, budget)
     return MethodType(_compiled_function(function, budget), block)
 
 
@@ -99,22 +111,22 @@ def _compiled(forward: Callable[..., Any], block: nn.Module, memory: MemoryConfi
 def _compiled_function(function: Callable[..., Any], budget: float | None) -> Callable[..., Any]:
     """Once a process: what torch compiled it finds again by function and backend, for all blocks of a class. With a
     backend for each block every block would be compiled again, and after eight none any more."""
-    compiled: Callable[..., Any] = torch.compile(function, backend=partial(_compile, budget))
+    return _compiled_anew(function, budget)
+
+
+def _compiled_anew(function: Callable[..., Any], budget: float | None) -> Callable[..., Any]:
+    compiled: Callable[..., Any] = (
+        torch.compile(function, options=_OPTIONS)
+        if budget is None
+        else torch.compile(function, backend=partial(_compile, budget))
+    )
     return compiled
 
 
-def _compile(budget: float | None, graph: Any, inputs: Any) -> Any:
-    """torch.compile's own backend, with its drawing of random numbers left to torch, so that dropout is that of a block
-    not compiled; the budget, a setting of the whole process, holds for this graph alone."""
-    from torch._functorch import config
-    from torch._inductor.compile_fx import compile_fx
-
-    patches: dict[str, Any] = {"fallback_random": True}
-    if budget is None:
-        return compile_fx(graph, inputs, config_patches=patches)
+def _compile(budget: float, graph: Any, inputs: Any) -> Any:
+    """torch.compile's backend under a budget, which is a setting of the process and holds for this graph alone."""
     # A budget of exactly 0 keeps the inputs alone, whatever a node says of itself.
-    with config.patch({"activation_memory_budget": max(budget, 1e-9)}):
-        return compile_fx(graph, inputs, config_patches=patches | {"joint_custom_pre_pass": _keep_random})
+    return compile_within(max(budget, 1e-9), graph, inputs, _OPTIONS | {"joint_custom_pre_pass": _keep_random})
 
 
 def _keep_random(graph: torch.fx.Graph) -> None:

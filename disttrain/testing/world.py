@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from torch._C._distributed_c10d import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 # Importing torch._dynamo takes two seconds, and DeepSpeed always imports it.

@@ -85,14 +85,14 @@ def _state_dict(path: Path, content: Any) -> dict[str, Tensor]:
     keys = (
         f"a mapping with {', '.join(map(str, list(content)[:5]))}" if isinstance(content, Mapping) else "not a mapping"
     )
-    do = f"save model.state_dict(), or a mapping that contains it under one of {', '.join(_INNER)}"
-    raise CheckpointError(explain(f"Cannot read {path} as a model's weights.", keys, do))
+    fix = f"save model.state_dict(), or a mapping that contains it under one of {', '.join(_INNER)}"
+    raise CheckpointError(explain(f"Cannot read {path} as a model's weights.", keys, fix))
 
 
 def _plain(path: Path, name: str, tensor: Tensor) -> Tensor:
     if tensor.layout is not torch.strided or tensor.is_quantized:
-        do = "save it as a dense tensor, for example with tensor.to_dense() or dequantize()"
-        raise CheckpointError(explain(f"Cannot read {name} in {path}.", f"it is a {tensor.layout} tensor", do))
+        fix = "save it as a dense tensor, for example with tensor.to_dense() or dequantize()"
+        raise CheckpointError(explain(f"Cannot read {name} in {path}.", f"it is a {tensor.layout} tensor", fix))
     return tensor.detach().resolve_conj().resolve_neg()
 
 
@@ -146,9 +146,8 @@ class _Pickler(pickle.Pickler):
         info = value.storage.info
         strides = torch.empty(info.shape, device="meta").stride()
         call: tuple[Any, ...] = (value.storage, 0, tuple(info.shape), tuple(strides), False, OrderedDict())
-        if info.dtype in _STORAGES:
-            return torch._utils._rebuild_tensor_v2, call
-        return torch._utils._rebuild_tensor_v3, (*call, info.dtype)
+        rebuild = torch.empty(0, dtype=info.dtype, device="cpu").__reduce_ex__(2)[0]  # type: ignore[no-untyped-call]
+        return rebuild, (call if info.dtype in _STORAGES else (*call, info.dtype))
 
 
 def write_torch(weights: Weights, path: Path, aliases: Mapping[str, str]) -> None:

@@ -1,4 +1,7 @@
-"""The base of a checkpoint that holds trainable parameters alone: what the frozen ones are, by checksum."""
+"""Fingerprints the frozen parameters that a checkpoint with trainable parameters alone leaves out.
+
+Loading compares the fingerprints, so that trained parameters are never combined with other frozen parameters.
+"""
 
 from __future__ import annotations
 
@@ -7,54 +10,58 @@ from collections.abc import Mapping, Sequence
 from disttrain.checkpoint import Box, Checkpoint, Shard, combine_fingerprints, fingerprint
 from disttrain.errors import CheckpointError, explain
 from disttrain.runtime import Group
+from disttrain.torch_internals import version_of
 
 
-def base_of(checkpoint: Checkpoint) -> Mapping[str, str]:
-    """The tensors that a checkpoint left out, each with its fingerprint in hexadecimal; none in a whole one. Local."""
+def left_out_tensors(checkpoint: Checkpoint) -> Mapping[str, str]:
+    """Return the hexadecimal fingerprint of each tensor that a checkpoint left out; empty for a complete one. Pure."""
     found: Mapping[str, str] = checkpoint.document.get("base", {})
     return found
 
 
-def refuse_other_base(checkpoint: Checkpoint, left_out: Mapping[str, str], found: Mapping[str, str]) -> None:
-    """Raise CheckpointError where these are not the frozen parameters that the checkpoint left out. Local."""
+def reject_other_frozen_parameters(
+    checkpoint: Checkpoint, left_out: Mapping[str, str], found: Mapping[str, str]
+) -> None:
+    """Raise CheckpointError where `found` differs from the frozen parameters that the checkpoint left out. Pure."""
     differing = sorted(name for name, stored in left_out.items() if found.get(name) != stored)
     if differing:
         more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
         raise CheckpointError(
             explain(
-                f"{checkpoint.path} holds the trainable parameters alone, for frozen ones of known checksums.",
+                f"{checkpoint.path} holds trainable parameters alone and needs the frozen parameters it was trained "
+                "with.",
                 f"other values or none in {', '.join(differing[:5])}{more}",
-                "start from the base that it was trained on (model.weights), with the same parameters frozen",
+                "start from the weights it was trained on (model.weights), with the same parameters frozen",
             )
         )
 
 
-def hexadecimal(number: int) -> str:
-    """A fingerprint as it is kept."""
+def to_hexadecimal(number: int) -> str:
+    """Return a fingerprint as a checkpoint stores it. Pure."""
     return f"{number:016x}"
 
 
-class Base:
-    """Fingerprints of frozen parameters, taken again only where torch has seen one change."""
+class FrozenFingerprints:
+    """Fingerprints of frozen parameters, computed again only where torch has seen a parameter change."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[str, Box], tuple[int, int]] = {}
+        self._known: dict[tuple[str, Box], tuple[int | None, int]] = {}
 
-    def fingerprints(self, shards: Sequence[Shard], group: Group) -> dict[str, str]:
-        """Each tensor's, in hexadecimal, the same however it is cut. Collective."""
+    def compute(self, shards: Sequence[Shard], group: Group) -> dict[str, str]:
+        """Return each tensor's fingerprint in hexadecimal, equal for any sharding. Collective."""
         mine: dict[str, int] = {}
         for shard in shards:
             if shard.replica[0] == 0 and shard.box.numel:
-                mine[shard.name] = combine_fingerprints((mine.get(shard.name, 0), self._own(shard)))
+                mine[shard.name] = combine_fingerprints((mine.get(shard.name, 0), self._of_shard(shard)))
         found: dict[str, list[int]] = {}
         for part in group.gather_all(mine):
             for name, number in part.items():
                 found.setdefault(name, []).append(number)
-        return {name: hexadecimal(combine_fingerprints(numbers)) for name, numbers in sorted(found.items())}
+        return {name: to_hexadecimal(combine_fingerprints(numbers)) for name, numbers in sorted(found.items())}
 
-    def _own(self, shard: Shard) -> int:
-        key, version = (shard.name, shard.box), shard.tensor._version
+    def _of_shard(self, shard: Shard) -> int:
+        key, version = (shard.name, shard.box), version_of(shard.tensor)
         known = self._known.get(key)
-        if known is None or known[0] != version:
+        if known is None or version is None or known[0] != version:
             known = self._known[key] = version, fingerprint(shard)
         return known[1]

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from disttrain.config.strategy_options import FSDPOptions
 from disttrain.errors import ConfigError, explain
@@ -23,6 +21,8 @@ from disttrain.logs import package_logger
 from disttrain.strategy.blocks import choose_blocks
 from disttrain.strategy.construction import lay_out_rows
 from disttrain.strategy.contract import DTYPES, World
+from disttrain.torch_internals.fully_shard import ShardedGroup
+from disttrain.torch_internals.modules import batch_norm_classes
 
 _log = package_logger("strategy")
 
@@ -39,18 +39,12 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, options: FSDPOptions, world:
     pinned = world.device.type == "cuda"
     offload = CPUOffloadPolicy(pin_memory=pinned) if options.offload else OffloadPolicy()
     reduced = DTYPES[world.precision.reduce]
-    if world.autocast is not None:
-        # Their kernels want parameters as wide as the running statistics: groups of their own, in the master type.
-        for module in model.modules():
-            if isinstance(module, _BatchNorm) and any(True for _ in module.parameters()):
-                fully_shard(
-                    module, mesh=mesh, offload_policy=offload, mp_policy=MixedPrecisionPolicy(reduce_dtype=reduced)
-                )
+    wide = [module for module in model.modules() if _is_wide(module, world)]
+    for module in wide:
+        fully_shard(module, mesh=mesh, offload_policy=offload, mp_policy=MixedPrecisionPolicy(reduce_dtype=reduced))
     # Parameters travel, and gradients are computed, in the type of matrix products. Forwards run under autocast all the
     # same, so that what it keeps wide stays wide.
-    # Where gradients have the type of reductions it stays unsaid: torch 2.13 would accumulate them in a copy.
-    same = reduced == (world.autocast or world.dtype)
-    policy = MixedPrecisionPolicy(world.autocast, None if same else reduced)
+    policy = MixedPrecisionPolicy(world.autocast, reduced if _states_reduction(world) else None)
     shard = partial(fully_shard, mesh=mesh, offload_policy=offload, mp_policy=policy)
     for _, block in blocks:
         ignored = uncut & set(block.parameters())
@@ -73,11 +67,11 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, options: FSDPOptions, world:
 def _refuse_mixed(model: nn.Module) -> None:
     """Raise ConfigError for a group that would travel in several types, which torch asserts in the first forward."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    for parameters in Groups(model).parameters():
+    for parameters in Groups(model).sharded():
         kinds: dict[torch.dtype, str] = {}
         for one in parameters:
-            if one.sharded_param.requires_grad:
-                kinds.setdefault(one.sharded_param.dtype, names[id(one.sharded_param)])
+            if one.requires_grad:
+                kinds.setdefault(one.dtype, names[id(one)])
         if len(kinds) > 1:
             found = ", ".join(f"{name} of {str(dtype).removeprefix('torch.')}" for dtype, name in kinds.items())
             do = "use strategy ddp, give them one type, or name in strategy.fsdp.blocks a module for those of the other"
@@ -122,23 +116,18 @@ class Groups:
 
     def __init__(self, model: nn.Module) -> None:
         self._modules: list[FSDPModule] = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        self._groups = [ShardedGroup(module) for module in self._modules]
         self._said: tuple[bool, bool] | None = None
         self._holding = False
 
-    def parameters(self) -> Iterator[list[Any]]:
-        """Torch's own records of the parameters of each group."""
-        for module in self._modules:
-            group = module._get_fsdp_state()._fsdp_param_group
-            if group is not None:
-                yield group.fsdp_params
+    def sharded(self) -> Iterator[list[nn.Parameter]]:
+        """Each group's parameters, as this rank's shards."""
+        for group in self._groups:
+            yield group.sharded()
 
     def changed(self) -> list[Tensor]:
-        """Parameters that were changed while they were gathered, which the next gather knows nothing of. Local. Torch's
-        own writes leave the versions of whole ones as they are; those made in inference mode have none."""
-        whole = [(one, getattr(one, "_unsharded_param", None)) for own in self.parameters() for one in own]
-        return [
-            one.sharded_param for one, held in whole if held is not None and not held.is_inference() and held._version
-        ]
+        """Parameters that were changed while they were gathered, which the next gather knows nothing of. Local."""
+        return [parameter for group in self._groups for parameter in group.changed()]
 
     def communicate(self, *, reduce: bool, last: bool) -> None:
         """Whether the next backward reduces over shards, and over replicas as the step's `last` does. Local."""
@@ -149,7 +138,8 @@ class Groups:
                 module.set_is_last_backward(reduce)
             self._said = reduce, last
         if reduce and self._holding:
-            self._complete_accumulated()
+            for group in self._groups:
+                group.complete_gradients()
         self._holding = not reduce
 
     def free_whole(self) -> None:
@@ -157,27 +147,30 @@ class Groups:
         for module in self._modules:
             module.reshard()
 
-    def _complete_accumulated(self) -> None:
-        """Zeros where a group holds gradients of earlier micro-batches and a parameter of it has none.
 
-        Torch 2.13 adds these up in the type of reductions, and refuses beside them a gradient that is new, or never
-        comes, in the type of computation.
-        """
-        for parameters in self.parameters():
-            if all(one.unsharded_accumulated_grad is None for one in parameters):
-                continue
-            for one in parameters:
-                if one.unsharded_accumulated_grad is None and one._unsharded_param.requires_grad:
-                    one.unsharded_accumulated_grad = torch.zeros_like(one._unsharded_param, dtype=one.reduce_dtype)
-
-
-def introduce(model: nn.Module) -> None:
+def introduce(model: nn.Module, world: World) -> None:
     """Gather and free each group once whose gradients are added up in a type that is stated. Collective.
 
     A block that no forward has called yet has no whole parameter, which torch 2.13 asks for then at the end of a
     backward without a reduction.
     """
     for module in model.modules():
-        if isinstance(module, FSDPModule) and module._get_fsdp_state()._mp_policy.reduce_dtype is not None:
+        if isinstance(module, FSDPModule) and (_states_reduction(world) or _is_wide(module, world)):
             module.unshard()
             module.reshard()
+
+
+def _states_reduction(world: World) -> bool:
+    """Whether a group's policy states the type of reductions: where gradients have another type. Where they have the
+    same, stated, torch 2.13 would accumulate them in a copy."""
+    return DTYPES[world.precision.reduce] != (world.autocast or world.dtype)
+
+
+def _is_wide(module: nn.Module, world: World) -> bool:
+    """Whether a module is a group of its own in the master type: under autocast the kernels of batch norms want
+    parameters as wide as the running statistics."""
+    return (
+        world.autocast is not None
+        and isinstance(module, batch_norm_classes())
+        and any(True for _ in module.parameters())
+    )

@@ -25,13 +25,14 @@ from disttrain.checkpoint import Shard
 from disttrain.config.schema import PrecisionConfig
 from disttrain.config.strategy_options import FSDPOptions
 from disttrain.data import MicroBatch
-from disttrain.errors import ConfigError, explain
+from disttrain.errors import ConfigError, LaunchError, explain
 from disttrain.model import build_model, fill, says_how
 from disttrain.objective import Objective
 from disttrain.optim.combined import factories_of
 from disttrain.optim.named import MakeOptimizer
 from disttrain.optim.trials import is_exact_on_shards, kind_of
 from disttrain.runtime import Device, Mesh, MeshSizes
+from disttrain.runtime.mesh import group_across
 from disttrain.runtime.seeds import generators_for
 from disttrain.strategy.call_order import CallOrder
 from disttrain.strategy.canonical_boxes import copy_part, sharded_shards, whole_tensors
@@ -51,6 +52,7 @@ from disttrain.strategy.fsdp.tensor_parallel import TensorParallel, is_part
 from disttrain.strategy.fsdp.tensor_plan import plan_modules
 from disttrain.strategy.step.arithmetic import Gradients, add_up_together, earlier_apart, run_micro_batches
 from disttrain.strategy.step.update import torch_step
+from disttrain.torch_internals.fully_shard import missing_for_fsdp
 
 _UNSHARDABLE: dict[type[Optimizer] | None, str] = {
     torch.optim.Adafactor: "whose norms torch's DTensor does not take",
@@ -86,11 +88,19 @@ class FSDP(AbstractStrategy):
         # The ranks that hold one copy of a model between them.
         self._holders = dist.group.WORLD if sizes.replicate == 1 else self._mesh.get_group("shard")
         if sizes.replicate > 1 and sizes.tensor > 1:
-            self._holders = mesh["shard", "tensor"]._flatten("holders").get_group()
+            self._holders = group_across(mesh, ("shard", "tensor"))
 
     @classmethod
     def check(cls, options: Any, sizes: MeshSizes, device: Device, precision: PrecisionConfig) -> None:
         """The groups of ranks that `reshard` keeps parameters in are parts of `mesh.shard`."""
+        if (missing := missing_for_fsdp()) is not None:
+            raise LaunchError(
+                explain(
+                    "Cannot use strategy fsdp.",
+                    f"torch {torch.__version__} has no usable {missing}, which fsdp needs and which has no public form",
+                    "install torch 2.11 to 2.14, or use strategy ddp or deepspeed",
+                )
+            )
         if not isinstance(options.reshard, bool) and sizes.shard % options.reshard:
             divisors = [str(n) for n in range(2, sizes.shard + 1) if sizes.shard % n == 0]
             raise ConfigError(
@@ -145,8 +155,8 @@ class FSDP(AbstractStrategy):
             model = build_on_host(self.world, ingredients)
             tensor = self._cut(model)
             blocks = shard_model(model, self._mesh, self.options, self.world)
-            model._apply(lambda tensor: tensor.to(self._home(tensor)))  # type: ignore[no-untyped-call]
-        introduce(model)
+            self._move_home(model)
+        introduce(model, self.world)
         prepared = Prepared(ingredients.name, model, ingredients.objective)
         equip(prepared, ingredients, name_parameters(model, ingredients.objective))
         places = [(place, named.parameter) for place, named in enumerate(prepared.named)]
@@ -174,14 +184,19 @@ class FSDP(AbstractStrategy):
         tensor.cut(model)
         return tensor
 
-    def _home(self, tensor: Tensor) -> torch.device:
-        """Where a parameter or buffer lives between steps."""
-        return torch.device("cpu") if self.options.offload and isinstance(tensor, DTensor) else self.world.device
+    def _move_home(self, model: nn.Module) -> None:
+        """Where parameters and buffers live between steps: the device, but shards on the host under `offload`."""
+        if not self.options.offload:
+            model.to(self.world.device)
+            return
+        for tensor in (*model.parameters(), *model.buffers()):
+            if not isinstance(tensor, DTensor):
+                tensor.data = tensor.data.to(self.world.device)
 
     def _fill(self, model: nn.Module) -> None:
         """Shard by shard: a rank holds one whole tensor at a time, and keeps its own part of it."""
-        to_home = lambda tensor: torch.empty_like(tensor, device=self._home(tensor))  # noqa: E731
-        model._apply(to_home)  # type: ignore[no-untyped-call]
+        model.to_empty(device="cpu" if self.options.offload else self.world.device)
+        self._move_home(model)
         places: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
         places.update(model.named_buffers(remove_duplicate=False))
         fill(model, generators_for(self.world.seed), lambda name, value: copy_part(places[name], value))

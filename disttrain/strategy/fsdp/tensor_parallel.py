@@ -207,17 +207,19 @@ def is_part(parameter: Tensor) -> bool:
 
 def _use_locally(module: nn.Module) -> None:
     """A module computes with plain tensors, each rank on its own part: gradients are parts of a sum."""
-    kept: dict[str, nn.Parameter | None] = {}
+    shadowed: list[str] = []
 
     def before(module: nn.Module, args: Any) -> None:
-        for key, parameter in module._parameters.items():
+        for key, parameter in module.named_parameters(recurse=False):
             if isinstance(parameter, DTensor):
-                kept[key] = parameter
-                module._parameters[key] = parameter.to_local(grad_placements=[Partial()])
+                shadowed.append(key)
+                # An attribute of the instance is found before the parameter of its name.
+                vars(module)[key] = parameter.to_local(grad_placements=[Partial()])
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
-        module._parameters.update(kept)
-        kept.clear()
+        for key in shadowed:
+            del vars(module)[key]
+        shadowed.clear()
 
     module.register_forward_pre_hook(before)
     module.register_forward_hook(after, always_call=True)

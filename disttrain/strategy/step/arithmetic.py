@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from disttrain.data import MicroBatch
 from disttrain.errors import ConfigError, TrainingError, explain
@@ -27,6 +26,7 @@ from disttrain.runtime.seeds import derive_seed, seed_all
 from disttrain.strategy.contract import Prepared, StepSums, World
 from disttrain.strategy.step.fused_adam import local_part
 from disttrain.strategy.step.step_sums import AddUp, Ledger
+from disttrain.torch_internals import copy_each, flatten, multiply_each, norm_each, unflatten, zero_each
 
 Wrapper = Callable[[Objective, Any, Context], tuple[Any, Any, Any]]
 Backward = Callable[[Tensor], None]
@@ -189,9 +189,9 @@ def add_up_together(tensors: Sequence[Tensor], add_up: Callable[[Tensor], Any]) 
     held = list(filter(Tensor.numel, tensors))  # torch loses the shape of an empty one
     if not held:
         return
-    flat = _flatten_dense_tensors(held)  # type: ignore[no-untyped-call]
+    flat = flatten(held)
     add_up(flat)
-    torch._foreach_copy_(held, _unflatten_dense_tensors(flat, held))  # type: ignore[no-untyped-call]
+    copy_each(held, unflatten(flat, held))
 
 
 def refuse_non_finite(found: str) -> None:
@@ -231,7 +231,7 @@ class Gradients:
     def drop(self, *, keep: bool) -> None:
         """Forget them, as `zero_grad(set_to_none=True)` does with more ado; or `keep` their memory, as zeros."""
         if keep:
-            torch._foreach_zero_(self.locals)
+            zero_each(self.locals)
             return
         for parameter in self._parameters:
             parameter.grad = None
@@ -243,7 +243,7 @@ class Gradients:
             return torch.zeros((), dtype=torch.float64, device=self.locals[0].device if self.locals else None)
         # bf16 gradients would get norms of 8 bits; wider ones keep their own type, bit for bit.
         wide = torch.float32 if gradients[0].dtype == torch.bfloat16 else None
-        norms = torch.stack(torch._foreach_norm(gradients, dtype=wide)).double()
+        norms = torch.stack(norm_each(gradients, wide)).double()
         return norms.dot(norms)
 
     def scale(self, factor: float) -> None:
@@ -252,9 +252,9 @@ class Gradients:
             return
         if self.locals[0].device.type == "cpu" and self.dtype in (torch.float32, torch.float64):
             # On a CPU a number is made a tensor for every gradient anew.
-            torch._foreach_mul_(self.locals, torch.tensor(factor, dtype=self.dtype))
+            multiply_each(self.locals, torch.tensor(factor, dtype=self.dtype))
         else:
-            torch._foreach_mul_(self.locals, factor)
+            multiply_each(self.locals, factor)
 
 
 _KIND = attrgetter("__class__", "dtype", "is_sparse")

@@ -14,15 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.optim import Adam, AdamW, Optimizer
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from torch.optim import AdamW, Optimizer
+
+from disttrain.torch_internals.optimizers import fused_adam
 
 _STATE = ("exp_avg", "exp_avg_sq", "step")
 _PLAIN = {"fused": True, "amsgrad": False, "capturable": False, "differentiable": False}
 """A group's settings with which torch.optim.adam (torch 2.13) ends in the kernel, on state of these three."""
-_HOOKED = Optimizer.profile_hook_step(lambda *_: None).__code__
-_STEP = Adam.step.__wrapped__ if Adam.step.__code__ is _HOOKED else Adam.step  # type: ignore[attr-defined]
-"""Torch's `Adam.step`, and the code of the wrapper that the first object of a class puts around it."""
 
 
 class _Group(NamedTuple):
@@ -44,11 +42,14 @@ class FusedAdam:
         self._rows: list[dict[str, Tensor]] = []
         self._groups: list[_Group] = []
         self._dtype: torch.dtype | None = None
+        self._kernels = fused_adam()
 
     def ready(self, gradients: Sequence[Tensor], dtype: torch.dtype | None) -> bool:
         """Whether `step` would do what the optimizer's own does. `gradients` are all parameters', as these hold them,
         and `dtype` is theirs, None where they have several."""
-        if self._is_watched() or not all(map(_is_plain, self.optimizer.param_groups)):
+        if self._kernels is None or self._kernels.is_watched(self.optimizer):
+            return False
+        if not all(map(_is_plain, self.optimizer.param_groups)):
             return False
         if not self._is_as_seen():
             self._groups = self._see()
@@ -56,43 +57,13 @@ class FusedAdam:
 
     def step(self, local: Sequence[Tensor], divisor: Tensor | None) -> None:
         """Once `ready`: the step on gradients' `local` tensors, each divided by `divisor` where there is one."""
+        assert self._kernels is not None, "not ready"
         for settings, parameters, _, pick, rows in self._groups:
-            averages, squares, steps = ([local_part(row[name]) for row in rows] for name in _STATE)
-            # On a CPU a number is made a tensor for every one of them anew; on a GPU a tensor is waited for.
-            torch._foreach_add_(steps, torch.ones(()) if steps[0].is_cpu else 1)
-            beta1, beta2 = settings["betas"]
+            state = ([local_part(row[name]) for row in rows] for name in _STATE)
             decoupled = settings.get("decoupled_weight_decay", type(self.optimizer) is AdamW)
-            (torch._fused_adamw_ if decoupled else torch._fused_adam_)(
-                [local_part(parameter) for parameter in parameters],
-                pick(local),
-                averages,
-                squares,
-                [],
-                steps,
-                lr=settings["lr"],
-                beta1=beta1,
-                beta2=beta2,
-                weight_decay=settings["weight_decay"],
-                eps=settings["eps"],
-                amsgrad=False,
-                maximize=settings["maximize"],
-                grad_scale=divisor,
-                found_inf=None,
-            )
-        self.optimizer._opt_called = True  # type: ignore[attr-defined]  # what a schedule asks for
-
-    def _is_watched(self) -> bool:
-        optimizer, step = self.optimizer, type(self.optimizer).step
-        return bool(
-            type(optimizer) not in (Adam, AdamW)
-            or getattr(step, "__code__", None) is not _HOOKED
-            or getattr(step, "__wrapped__", None) is not _STEP
-            or optimizer._optimizer_step_pre_hooks
-            or optimizer._optimizer_step_post_hooks
-            or _global_optimizer_pre_hooks
-            or _global_optimizer_post_hooks
-            or torch._C._autograd._profiler_enabled()
-        )
+            mine = [local_part(parameter) for parameter in parameters]
+            self._kernels.step(settings, [mine, pick(local), *state], divisor, decoupled)
+        self._kernels.note_call(self.optimizer)
 
     def _is_as_seen(self) -> bool:
         """Whether `step`, groups, parameters and rows of state are the very objects that were seen."""
@@ -111,8 +82,9 @@ class FusedAdam:
     def _see(self) -> list[_Group]:
         """The groups as they are now; none where the kernel, which trusts its caller, is not for them."""
         optimizer = self.optimizer
+        assert self._kernels is not None, "asked before"
         self._own_step, self._rows = optimizer.__dict__.get("step"), list(optimizer.state.values())
-        if self._own_step is not None and not _is_schedules(self._own_step):
+        if self._own_step is not None and not self._kernels.is_of_schedule(self._own_step):
             return []
         places = {id(parameter): place for place, parameter in enumerate(self._parameters)}
         found = []
@@ -149,12 +121,6 @@ def _is_state_of(row: dict[str, Tensor], parameter: Tensor) -> bool:
         and all(row[name].shape == parameter.shape for name in _STATE[:2])
         and row["step"].device == parameter.device
     )
-
-
-def _is_schedules(step: Any) -> bool:
-    """Whether it is the class's own, in the wrapper by which a schedule notes that it was called (LRScheduler)."""
-    inner = getattr(step, "__wrapped__", None)
-    return hasattr(step, "_wrapped_by_lr_sched") and getattr(inner, "__wrapped__", None) is _STEP
 
 
 def _picker(places: Sequence[int]) -> Callable[[Sequence[Tensor]], tuple[Tensor, ...]]:

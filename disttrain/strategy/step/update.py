@@ -8,11 +8,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
-from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from disttrain.strategy.contract import Prepared, StepOutcome, StepSums
 from disttrain.strategy.step.arithmetic import Gradients, refuse_non_finite
 from disttrain.strategy.step.fused_adam import FusedAdam
+from disttrain.torch_internals import divide_each
+from disttrain.torch_internals.optimizers import may_set_grad_scale
 
 
 def torch_step(
@@ -89,7 +90,7 @@ def _step(prepared: Prepared, gradients: Gradients, scale: float, fused: FusedAd
     if divisor is None:
         gradients.scale(scale)
     elif not within:
-        torch._foreach_div_(gradients.locals, divisor)
+        divide_each(gradients.locals, divisor)
     if fused is not None:
         fused.step(gradients.locals, divisor)
     elif not within:
@@ -103,8 +104,4 @@ def _step(prepared: Prepared, gradients: Gradients, scale: float, fused: FusedAd
 
 
 def _takes_divisor(optimizer: Optimizer) -> bool:
-    return (
-        type(optimizer) in (Adam, AdamW, SGD, Adagrad)
-        and getattr(optimizer, "_step_supports_amp_scaling", False)
-        and not (optimizer._optimizer_step_pre_hooks or _global_optimizer_pre_hooks)
-    )
+    return type(optimizer) in (Adam, AdamW, SGD, Adagrad) and may_set_grad_scale(optimizer)
