@@ -1,19 +1,20 @@
-"""What saving and loading cost beside the same bytes written and read by hand, and beside torch's own checkpoints.
+"""Compares the cost of saving and loading with plain writes and reads of the same bytes, and with torch's checkpoints.
 
     python benchmarks/checkpoint.py [durable load stall memory manifest] [--mib 1024] [--ranks 2] [--rounds 7]
 
-Every rank holds `--mib` of float32 tensors of many sizes (rows of matrices, as FSDP2 cuts them). In every round each
-contestant acts once, in an order that is rotated from round to round; a time is from one barrier to the next, and the
-table gives medians and the median of the ratios to the raw act of the same round.
+Every rank holds `--mib` of float32 tensors of many sizes (rows of matrices, as FSDP2 shards them). In every round each
+method runs once, in an order that rotates from round to round. A time runs from one barrier to the next. The table gives
+medians, and the median of the ratios to the raw method of the same round.
 
-durable   `save_checkpoint` beside `os.write` and `os.fsync` of the same bytes, torch's DCP, and torch.save with fsync
-load      found, verified and loaded, beside reading the same bytes into the same tensors, and by pieces of 16 MiB that
-          nobody keeps; from the disk (cold), and from memory (warm). As a resume does it, in one pass, and as
-          engine.load, which touches nothing before all is verified
-stall     what a step that saves in the background waits, beside copying the same bytes to kept memory by the same
-          ranks, and torch's async save; and a step's time while a save is written, beside that without one
-memory    what the process holds at most while it loads, above what it holds before
-manifest  the manifest of a model of 1,000 tensors saved by 1 to 1,024 simulated ranks: its size, and what it costs
+durable   `save_checkpoint`, compared with `os.write` and `os.fsync` of the same bytes, torch's DCP, and torch.save with
+          fsync
+load      finding, verifying and loading a checkpoint, compared with reading the same bytes into the same tensors, and
+          with reading them into a buffer of 16 MiB; from the disk (cold) and from memory (warm); in one pass, as a
+          resume does, and as engine.load, which changes nothing before everything is verified
+stall     how long a step waits for a save in the background, compared with copying the same bytes to preallocated
+          memory on the same ranks and with torch's async save; and the time of a step with and without a save
+memory    the peak memory of the process while it loads, above its memory before
+manifest  the manifest of a model of 1,000 tensors saved by 1 to 1,024 simulated ranks: its size and its cost
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ PIECE = 16 * 2**20
 
 
 def shapes_of(mib: int, ranks: int) -> dict[str, tuple[int, ...]]:
-    """Global shapes of about `mib` MiB a rank: mostly matrices of 16 MiB and 4 MiB a rank, and small vectors."""
+    """Returns global shapes of about `mib` MiB per rank: matrices of 16 MiB and 4 MiB per rank, and small vectors."""
     shapes: dict[str, tuple[int, ...]] = {}
     left, number = mib * 2**20, 0
     while left > 0:
@@ -57,7 +58,7 @@ def shapes_of(mib: int, ranks: int) -> dict[str, tuple[int, ...]]:
 
 
 def parts_of(shapes: dict[str, tuple[int, ...]], rank: int, ranks: int) -> dict[str, Any]:
-    """This rank's rows of every tensor."""
+    """Returns this rank's rows of every tensor."""
     import torch
 
     generator = torch.Generator().manual_seed(rank)
@@ -65,7 +66,7 @@ def parts_of(shapes: dict[str, tuple[int, ...]], rank: int, ranks: int) -> dict[
 
 
 def shards_of(shapes: dict[str, tuple[int, ...]], parts: dict[str, Any], rank: int) -> list[Any]:
-    """The same as canonical boxes."""
+    """Returns the same rows as canonical boxes."""
     from disttrain.checkpoint import Box, Shard
 
     return [
@@ -75,7 +76,7 @@ def shards_of(shapes: dict[str, tuple[int, ...]], parts: dict[str, Any], rank: i
 
 
 def world() -> tuple[int, int]:
-    """(rank, size), with a gloo group started."""
+    """Starts a gloo group and returns (rank, size)."""
     import torch
     import torch.distributed as dist
 
@@ -85,7 +86,7 @@ def world() -> tuple[int, int]:
 
 
 class Ranks:
-    """The world, as `save_checkpoint` wants it."""
+    """The process group in the form that `save_checkpoint` needs."""
 
     def __init__(self) -> None:
         import torch.distributed as dist
@@ -107,7 +108,7 @@ class Ranks:
 
 
 def timed(act: Callable[[], Any]) -> float:
-    """Seconds from all ranks' beginning to all ranks' end."""
+    """Returns seconds from the start to the end of an action on all ranks. Collective."""
     import torch.distributed as dist
 
     dist.barrier()
@@ -118,7 +119,7 @@ def timed(act: Callable[[], Any]) -> float:
 
 
 def settle_disk(folder: Path | None = None) -> None:
-    """What was written before is on the disk; of a folder nothing is in memory any more."""
+    """Syncs the disk, and evicts the files of a folder from the page cache. Collective."""
     import torch.distributed as dist
 
     os.sync()
@@ -132,13 +133,13 @@ def settle_disk(folder: Path | None = None) -> None:
 
 
 def rotated(names: list[str], turn: int) -> list[str]:
-    """The names, beginning at another one each turn."""
+    """Returns the names, rotated by `turn`."""
     turn %= len(names)
     return names[turn:] + names[:turn]
 
 
 def raw_bytes(tensor: Any) -> memoryview:
-    """A contiguous tensor's bytes as they lie."""
+    """Returns the bytes of a contiguous tensor, without a copy."""
     import torch
 
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
@@ -148,7 +149,7 @@ def raw_bytes(tensor: Any) -> memoryview:
 
 
 def write_raw(folder: Path, rank: int, parts: dict[str, Any]) -> None:
-    """Every byte, then fsync of the file and its folder."""
+    """Writes every byte, then syncs the file and its folder."""
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder / f"{rank}.raw", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for tensor in parts.values():
@@ -163,7 +164,7 @@ def write_raw(folder: Path, rank: int, parts: dict[str, Any]) -> None:
 
 
 def dtensors(shapes: dict[str, tuple[int, ...]], parts: dict[str, Any]) -> dict[str, Any]:
-    """The same state as DCP wants it."""
+    """Returns the same state in the form that DCP needs."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor import Shard as Cut
@@ -173,7 +174,7 @@ def dtensors(shapes: dict[str, tuple[int, ...]], parts: dict[str, Any]) -> dict[
 
 
 def save_torch(folder: Path, rank: int, parts: dict[str, Any]) -> None:
-    """torch.save of a rank's own tensors, and fsync."""
+    """Saves the tensors of a rank with torch.save and syncs the file."""
     import torch
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -184,7 +185,7 @@ def save_torch(folder: Path, rank: int, parts: dict[str, Any]) -> None:
 
 
 def durable(mib: int, rounds: int, folder: str) -> dict[str, list[float]]:
-    """Seconds until all is on the disk. Collective."""
+    """Returns seconds until everything is on the disk. Collective."""
     rank, size = world()
     import torch.distributed as dist
     import torch.distributed.checkpoint as dcp
@@ -220,7 +221,7 @@ def durable(mib: int, rounds: int, folder: str) -> dict[str, list[float]]:
 
 
 def load(mib: int, rounds: int, folder: str) -> dict[str, list[float]]:
-    """Seconds until this rank's tensors hold what was saved. Collective."""
+    """Returns seconds until the tensors of this rank hold the saved values. Collective."""
     rank, size = world()
     import torch
     import torch.distributed.checkpoint as dcp
@@ -259,7 +260,7 @@ def load(mib: int, rounds: int, folder: str) -> dict[str, list[float]]:
 
     acts: dict[str, Callable[[], Any]] = {
         "raw": read_raw,
-        "read by pieces that are dropped": read_and_drop,
+        "read into a buffer": read_and_drop,
         "disttrain, a resume": resume,
         "disttrain, engine.load": verify_and_load,
         "DCP, which verifies nothing": lambda: dcp.load(cut, checkpoint_id=root / "dcp"),
@@ -288,7 +289,7 @@ def _fill(checkpoint: Any, shards: list[Any]) -> None:
 
 
 def stall(mib: int, rounds: int, folder: str) -> dict[str, list[float]]:
-    """Seconds that the loop waits for a save in the background, and a step's with one under way. Collective."""
+    """Returns seconds that the loop waits for a save in the background, and of a step during a save. Collective."""
     import torch
     import torch.distributed as dist
     import torch.distributed.checkpoint as dcp
@@ -299,7 +300,7 @@ def stall(mib: int, rounds: int, folder: str) -> dict[str, list[float]]:
 
     size = int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)
-    layers = max(1, mib * size // (3 * 16))  # parameter and two moments of 16 MiB each a layer, over the ranks
+    layers = max(1, mib * size // (3 * 16))  # per layer a parameter and two moments of 16 MiB each, over all ranks
 
     def make_model() -> nn.Module:
         return nn.Sequential(*(nn.Linear(2048, 2048, bias=False) for _ in range(layers)))
@@ -319,7 +320,7 @@ def stall(mib: int, rounds: int, folder: str) -> dict[str, list[float]]:
         "report": {"every": 10**6, "progress": False, "plot": False},
     }
     found: dict[str, list[float]] = {
-        name: [] for name in ("copy", "disttrain", "DCP async", "step alone", "step beside a save")
+        name: [] for name in ("copy", "disttrain", "DCP async", "step alone", "step during a save")
     }
     with disttrain.Engine(config) as engine:
         engine.prepare("model", make_model, lambda own: torch.optim.AdamW(own, lr=1e-4, fused=True))
@@ -332,8 +333,8 @@ def stall(mib: int, rounds: int, folder: str) -> dict[str, list[float]]:
         kept = [torch.empty_like(own) for own in live]
         group = dist.new_group(backend="gloo")
 
-        def save_beside() -> list[float]:
-            """Steps while a save is under way on all ranks; the last one sees its end."""
+        def steps_during_save() -> list[float]:
+            """Returns the times of steps during a save. The last step sees its end."""
             times = [timed(step)]
             while agree(engine._state.saver.under_way):
                 times.append(timed(step))
@@ -348,7 +349,7 @@ def stall(mib: int, rounds: int, folder: str) -> dict[str, list[float]]:
                     times[name] = timed(lambda: [a.copy_(b) for a, b in zip(kept, live, strict=True)])
                 elif name == "disttrain":
                     times[name] = timed(lambda: engine._state.saver.begin(engine._state.snapshot()))
-                    beside = save_beside()
+                    during = steps_during_save()
                     engine._state.saver.wait()
                 else:
                     state = {"model": model.state_dict(), "optim": _named(model, optimizer)}
@@ -367,7 +368,7 @@ def stall(mib: int, rounds: int, folder: str) -> dict[str, list[float]]:
                 for name, took in times.items():
                     found[name].append(took)
                 found["step alone"].append(statistics.median(alone))
-                found["step beside a save"].append(statistics.median(beside))
+                found["step during a save"].append(statistics.median(during))
     return found
 
 
@@ -377,7 +378,7 @@ def _named(model: Any, optimizer: Any) -> dict[str, Any]:
 
 
 def agree(mine: bool) -> bool:
-    """Whether all ranks say so."""
+    """Returns whether `mine` is true on all ranks. Collective."""
     import torch
     import torch.distributed as dist
 
@@ -390,7 +391,7 @@ def agree(mine: bool) -> bool:
 
 
 def memory(mib: int, folder: str) -> dict[str, float]:
-    """MiB that the process holds at most while it loads, above what it holds before. Collective."""
+    """Returns the peak memory in MiB while the process loads, above its memory before. Collective."""
     rank, size = world()
     from disttrain.checkpoint import newest_intact, save_checkpoint
 
@@ -398,14 +399,14 @@ def memory(mib: int, folder: str) -> dict[str, float]:
     parts = parts_of(shapes, rank, size)
     shards, ranks = shards_of(shapes, parts, rank), Ranks()
     save_checkpoint(Path(folder) / "ours", 1, shards, {}, ranks)
-    newest_intact(Path(folder) / "ours", ranks)  # whatever is allocated once is there
+    newest_intact(Path(folder) / "ours", ranks)  # allocates everything that is allocated once
     before = resident()
     newest_intact(Path(folder) / "ours", ranks, lambda one: _fill(one, shards))
     return {"state": mib, "above it": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before}
 
 
 def resident() -> float:
-    """MiB of this process in memory now."""
+    """Returns the resident memory of this process in MiB."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize() / 2**20
 
@@ -414,8 +415,12 @@ def resident() -> float:
 
 
 def manifest(most: int, tensors: int = 1000) -> Iterator[str]:
-    """Rows, up to `most` ranks: their number, the manifest's KiB, seconds of rank 0 to unpickle and judge all plans, to
-    encode, and of a reader to decode; and of rank 0 at the next save, for its own digest and all ranks'."""
+    """Yields rows for up to `most` ranks.
+
+    A row has the number of ranks, the size of the manifest in KiB, the seconds of rank 0 to unpickle, combine and encode
+    all plans, the seconds of a reader to decode the manifest, and the seconds of rank 0 at the next save for its digest
+    and those of all ranks.
+    """
     import torch
 
     from disttrain.checkpoint import Box, Manifest, Shard
@@ -465,7 +470,7 @@ def _rows(rank: int, ranks: int) -> Any:
 
 
 def print_times(title: str, found: list[dict[str, list[float]]], base: Callable[[str], str]) -> None:
-    """One table: medians of the slowest rank, and of the ratios to the base of the same round."""
+    """Prints a table with medians of the slowest rank, and of the ratios to the base of the same round."""
     worst = {name: [max(times) for times in zip(*(one[name] for one in found), strict=True)] for name in found[0]}
     print(f"\n{title}\n\n| | seconds | ratio | spread of the ratio |\n|---|---:|---:|---|")
     for name, times in worst.items():
@@ -475,20 +480,20 @@ def print_times(title: str, found: list[dict[str, list[float]]], base: Callable[
 
 
 def main() -> None:
-    """Race, and print Markdown tables."""
+    """Runs the comparisons and prints Markdown tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", default=list(KINDS))
-    parser.add_argument("--mib", type=int, default=1024, help="of state for each rank")
+    parser.add_argument("--mib", type=int, default=1024, help="MiB of state per rank")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--simulated", type=int, default=1024, help="ranks of the largest manifest")
-    parser.add_argument("--dir", help="where to write; a file system of its own kind and speed")
+    parser.add_argument("--simulated", type=int, default=1024, help="number of ranks of the largest manifest")
+    parser.add_argument("--dir", help="folder to write to")
     given = parser.parse_args()
     unknown = sorted(set(given.what) - set(KINDS))
     if unknown:
         parser.error(f"no {', '.join(unknown)}; there are {', '.join(KINDS)}")
     os.environ["OMP_NUM_THREADS"] = "1"
-    title = f"{given.mib} MiB a rank, {given.ranks} ranks, medians of {given.rounds} rounds"
+    title = f"{given.mib} MiB per rank, {given.ranks} ranks, medians of {given.rounds} rounds"
     for what in given.what:
         with tempfile.TemporaryDirectory(dir=given.dir) as folder:
             if what == "durable":
@@ -501,11 +506,11 @@ def main() -> None:
                 found = run_ranks(given.ranks, stall, given.mib, given.rounds, folder)
                 print_times(f"stall: {title}", found, lambda name: "step alone" if "step" in name else "copy")
             elif what == "memory":
-                print("\n| rank | state, MiB | above it, MiB |\n|---|---:|---:|")
+                print("\n| rank | state, MiB | above the state, MiB |\n|---|---:|---:|")
                 for rank, one in enumerate(run_ranks(given.ranks, memory, given.mib, folder)):
                     print(f"| {rank} | {one['state']:.0f} | {one['above it']:.1f} |")
             else:
-                print("\n| | ranks | KiB | unpickle, s | judge, s | encode, s | decode, s | next save, s |")
+                print("\n| | ranks | KiB | unpickle, s | combine, s | encode, s | decode, s | next save, s |")
                 print("|---|---:|---:|---:|---:|---:|---:|---:|")
                 for row in manifest(given.simulated):
                     print(row, flush=True)

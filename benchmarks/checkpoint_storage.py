@@ -1,10 +1,10 @@
-"""Checkpoints to and from S3 beside s3fs by hand: seconds, and memory above the state.
+"""Compares checkpoints in S3 with plain use of s3fs: seconds, and memory above the state.
 
     python benchmarks/checkpoint_storage.py [--mib 256] [--rounds 3]
 
-One process and one tensor, against moto's server in a process of its own on this machine. By hand is what s3fs does
-with the same parts and ranges: a multipart upload of 16 MiB parts, and a range of 16 MiB after another, unverified. In
-every round all five are taken in turn. The server is the bottleneck: the rows compare, and say nothing of a real store.
+One process saves and loads one tensor, against moto's server in a separate process on this machine. Plain use of s3fs
+is a multipart upload in parts of 16 MiB, and unverified reads of ranges of 16 MiB. Every round runs all five methods in
+turn. The server is the bottleneck, so the rows are comparable with each other but say nothing about a real store.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ sys.stdin.read()
 
 
 class Watch(threading.Thread):
-    """The most resident memory of this process while it is alive, above what it had before."""
+    """Records the peak resident memory of this process, above its memory at the start."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -53,14 +53,14 @@ class Watch(threading.Thread):
             self._most = max(self._most, self._resident())
 
     def stop(self) -> float:
-        """MiB."""
+        """Stops recording and returns the peak in MiB."""
         self._ended.set()
         self.join()
         return (self._most - self._before) / MIB
 
 
 def acts(mib: int) -> dict[str, Callable[[], Any]]:
-    """What is measured, by name."""
+    """Returns the methods to measure, by name."""
     import s3fs
     import torch
 
@@ -100,11 +100,11 @@ def acts(mib: int) -> dict[str, Callable[[], Any]]:
         assert torch.equal(into, tensor)
         prune(root, 1)
 
-    return {"put by hand": put, "save": save, "get by hand": get, "resume": resume, "load": load}
+    return {"plain put": put, "save": save, "plain get": get, "resume": resume, "load": load}
 
 
 def main() -> None:
-    """Print the table."""
+    """Runs the comparison and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mib", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)

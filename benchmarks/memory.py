@@ -1,9 +1,9 @@
-"""Memory per rank of every strategy, measured on CPU processes and held against `memory_formula`.
+"""Measures the memory per rank of every strategy on CPU processes, and compares it with `memory_formula`.
 
     python benchmarks/memory.py [--model deep|wide|third|small] [--world-size 4] [CASE ...]
 
-Starts one world of gloo processes for each case, traces construction and some steps (a first one creates optimizer
-state, from the third on everything is in place), and prints one Markdown table.
+Starts one world of gloo processes for each case, traces construction and some steps, and prints one Markdown table. The
+first step creates optimizer state; from the third step on, all memory has been allocated.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "third": {"layers": 8, "width": 640, "heads": 8, "vocab": 12288, "context": 8, "tied": False},
     "small": {"layers": 6, "width": 192, "heads": 4, "vocab": 4096, "context": 8, "tied": True},
 }
-"""50 M parameters in two very different shapes, a third that no formula had seen, and 3.4 M for tests."""
+"""50 M parameters in two very different shapes, a third shape the formula was not fitted to, and 3.4 M for tests."""
 
 STEPS = 6
-"""The last four count: from the third on all is in place."""
+"""The last four steps count, because from the third step on all memory has been allocated."""
 
 CASES: dict[str, dict[str, Any]] = {
     "ddp": {"strategy": {"name": "ddp"}},
@@ -53,7 +53,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def expect(model: dict[str, Any], case: dict[str, Any], world_size: int) -> formula.Peak:
-    """The formula's word for a case; needs no process group."""
+    """Returns the formula's prediction for a case. Needs no process group."""
     shapes, strategy = shapes_of(model), case["strategy"]
     accumulation = case.get("accumulation", 1)
     options = strategy.get(strategy["name"], {})
@@ -69,7 +69,7 @@ def expect(model: dict[str, Any], case: dict[str, Any], world_size: int) -> form
 
 
 def shapes_of(model: dict[str, Any]) -> formula.Shapes:
-    """What the formula needs to know of our GPT."""
+    """Returns the shapes of our GPT that the formula needs."""
     width, layers, vocab = model["width"], model["layers"], model["vocab"]
     hidden = -(-8 * width // (3 * 64)) * 64
     parameters: dict[str, tuple[int, ...]] = {"tokens.weight": (vocab, width)}
@@ -96,7 +96,7 @@ def shapes_of(model: dict[str, Any]) -> formula.Shapes:
 
 
 def measure(model: dict[str, Any], case: dict[str, Any], folder: str) -> dict[str, Any]:
-    """One rank's bytes: peaks of construction and of a step, and what a step begins with. Collective."""
+    """Returns the bytes of one rank: peaks of construction and of a step, and the memory before a step. Collective."""
     import torch
 
     import disttrain
@@ -144,7 +144,7 @@ def measure(model: dict[str, Any], case: dict[str, Any], folder: str) -> dict[st
 
 
 def run_case(model: dict[str, Any], case: dict[str, Any], world_size: int) -> list[dict[str, Any]]:
-    """`measure` on a new world; every rank's result."""
+    """Runs `measure` in a new world and returns the result of every rank."""
     with tempfile.TemporaryDirectory() as folder:
         return run_ranks(world_size, measure, model, case, folder)
 
@@ -163,9 +163,7 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", default=list(CASES))
     given = parser.parse_args()
     model = MODELS[given.model]
-    print(
-        f"{shapes_of(model).numel() / 1e6:.1f} M parameters, {given.world_size} ranks; MB a rank, the largest of all\n"
-    )
+    print(f"{shapes_of(model).numel() / 1e6:.1f} M parameters, {given.world_size} ranks; MB per rank, largest rank\n")
     print("| case | a step's peak | formula | difference | highest step | between steps | construction |")
     print("|---|---:|---:|---:|---:|---:|---:|", flush=True)
     for name in given.cases:

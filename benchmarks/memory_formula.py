@@ -1,8 +1,8 @@
-"""Memory of one rank at the worst moment of a training step, from shapes and settings alone: pure, without torch.
+"""Predicts the memory of one rank at the worst moment of a training step, from shapes and settings. Pure; no torch.
 
-Written down from torch's and DeepSpeed's sources before anything was measured; `memory.py` measures against it, and
-`docs/measurements/memory.md` records the result. Counts tensors in elements of the master dtype: parameters, masters, optimizer
-state, gradients, gathered groups, buckets; and activations in those of fsdp's moments at which they are alive.
+Derived from the sources of torch and DeepSpeed before anything was measured. `memory.py` measures it, and
+`docs/measurements/memory.md` records the result. Counts elements of the master dtype: parameters, masters, optimizer
+state, gradients, gathered groups and buckets, and for fsdp the activations that are alive at that moment.
 """
 
 from __future__ import annotations
@@ -18,9 +18,12 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Shapes:
-    """A model's trainable tensors, each once under its first name. `blocks` are prefixes of names, in the order of the
-    forward; what lies in none of them is the root. `head` is the tensor that makes logits; where it is `tied` it is
-    the token table too, and gets a gradient from both ends of the backward. `activations` are elements, all blocks'."""
+    """The trainable tensors of a model, each once under its first name.
+
+    `blocks` are name prefixes in the order of the forward; tensors outside the blocks form the root. `head` is the
+    tensor that computes logits. If it is `tied`, it is also the token table and receives a gradient at both ends of the
+    backward. `activations` is the number of elements of all blocks' activations.
+    """
 
     parameters: Mapping[str, Shape]
     blocks: Sequence[str]
@@ -29,7 +32,7 @@ class Shapes:
     activations: int = 0
 
     def numel(self, prefix: str = "") -> int:
-        """Elements of the tensors whose names begin so."""
+        """Returns the elements of the tensors whose names start with `prefix`."""
         return sum(math.prod(shape) for name, shape in self.parameters.items() if name.startswith(prefix))
 
     @property
@@ -39,7 +42,7 @@ class Shapes:
 
     @property
     def last_of_root(self) -> int:
-        """Elements of the root's last tensor that is no vector."""
+        """Elements of the last matrix of the root."""
         outside = [name for name in self.parameters if not name.startswith(tuple(f"{block}." for block in self.blocks))]
         return [math.prod(self.parameters[name]) for name in outside if len(self.parameters[name]) > 1][-1]
 
@@ -56,7 +59,7 @@ class Shapes:
 
 @dataclass(frozen=True)
 class Peak:
-    """Elements of each part at the worst moment, and `bytes` of all."""
+    """Elements of each term at the worst moment, and the `bytes` of all terms."""
 
     terms: Mapping[str, float]
     element_bytes: int = 4
@@ -64,22 +67,22 @@ class Peak:
 
     @property
     def bytes(self) -> int:
-        """All terms."""
+        """Bytes of all terms."""
         return int(sum(self.terms.values()) * self.element_bytes)
 
 
 def worst(always: Mapping[str, float], moments: Mapping[str, Mapping[str, float]]) -> Peak:
-    """What is held always, and the most that any moment adds to it."""
+    """Returns the memory that is always held, plus the largest addition of any moment."""
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     return Peak({**always, **moments[moment]}, moment=moment)
 
 
 def none(model: Shapes, *, states: int = 2, accumulation: int = 1) -> Peak:
-    """Parameters, `states` tensors of optimizer state each, and a gradient each.
+    """Predicts strategy `none`: parameters, and for each one `states` tensors of optimizer state and a gradient.
 
-    autograd hands its gradient over without a copy (torch/csrc/autograd/functions/accumulate_grad.h). A tied table's
-    two gradients meet at the end of the backward, when activations are gone, and their sum is a third tensor
-    (input_buffer.cpp). An accumulation's later gradients are made beside those that they are added to.
+    autograd stores a gradient without a copy (torch/csrc/autograd/functions/accumulate_grad.h). The two gradients of a
+    tied table meet at the end of the backward, after activations are freed, and their sum is a third tensor
+    (input_buffer.cpp). Under accumulation, later gradients exist in addition to the accumulated ones.
     """
     size = model.numel()
     extra = _making(model) - (_head(model) if model.tied and accumulation == 1 else 0)
@@ -95,10 +98,10 @@ def none(model: Shapes, *, states: int = 2, accumulation: int = 1) -> Peak:
 
 
 def ddp(model: Shapes, *, states: int = 2) -> Peak:
-    """`none`, with gradients that live in DDP's buckets (gradient_as_bucket_view), which exist from construction on.
+    """Predicts `ddp`: like `none`, but gradients live in DDP's buckets, which exist from construction on.
 
-    Each gradient is made by autograd, then copied into its bucket (torch/csrc/distributed/c10d/reducer.cpp,
-    mark_variable_ready_dense). An accumulation adds up there too: our step zeroes gradients where they lie.
+    autograd creates each gradient, and DDP copies it into its bucket (torch/csrc/distributed/c10d/reducer.cpp,
+    mark_variable_ready_dense). Accumulation adds up in the buckets, too, because our step zeroes gradients in place.
     """
     size = model.numel()
     moments = {"end of backward": {"gradients in the making": _making(model)}}
@@ -110,7 +113,7 @@ def _head(model: Shapes) -> int:
 
 
 def _making(model: Shapes) -> int:
-    """Gradients outside their place at once: a tied table's two and their sum, or the largest tensor's."""
+    """Returns the largest temporary gradients: two of a tied table and their sum, or that of the largest tensor."""
     return max(model.largest, 3 * _head(model) if model.tied else 0)
 
 
@@ -124,28 +127,29 @@ def fsdp(
     every: bool = False,
     gloo: bool = True,
 ) -> Peak:
-    """Shards of parameters, optimizer state and gradients; the root whole from forward to the backward's end; a block
-    whole while it computes.
+    """Predicts `fsdp`: shards of parameters, optimizer state and gradients, the gathered root, and a gathered block.
 
-    torch/distributed/fsdp/_fully_shard: an all-gather's flat buffer lives beside the tensors copied out of it, until
-    after the copy; in the backward the next block's is gathered before this one computes (_backward_prefetch); a
-    reduce-scatter's flat input lives until the next one (reduce_scatter_states). The root is reduced last, when its
-    whole parameters are gone; a loop's variable still names its last gradient (foreach_reduce).
+    The root stays gathered from the forward to the end of the backward, a block while it computes. From
+    torch/distributed/fsdp/_fully_shard: the flat buffer of an all-gather exists together with the tensors copied out of
+    it until the copy ends. In the backward the next block is gathered before the current one computes
+    (_backward_prefetch). The flat input of a reduce-scatter lives until the next one (reduce_scatter_states). The root
+    is reduced last, after its gathered parameters are freed; a loop variable still holds its last gradient
+    (foreach_reduce).
     """
     size, root, block = model.numel(), model.root, model.largest_block
     head = math.prod(model.parameters[model.head])
     blocks = size - root
     count = len(model.blocks)
-    whole = accumulation > 1 and not every
+    unsharded = accumulation > 1 and not every
     root_gradients = max(_making(model), root) if model.tied else root
     moments: dict[str, dict[str, float]] = {}
-    if whole:
+    if unsharded:
         moments["last backward, second block"] = {
-            "accumulated whole": size - block,
+            "accumulated, unsharded": size - block,
             "gradient shards": block / shards,
-            "root whole": root,
+            "gathered root": root,
             "head's gradient": head if model.tied else 0,
-            "block whole": block,
+            "gathered block": block,
             "next block gathered": block if reshard else blocks - block,
             "reduce-scatter input": block,
             "activations": model.activations,
@@ -153,9 +157,9 @@ def fsdp(
     elif reshard:
         moments["backward of the second block"] = {
             "gradient shards": (size if accumulation > 1 else blocks - 2 * block) / shards,
-            "root whole": root,
+            "gathered root": root,
             "head's gradient": head,
-            "block whole": block,
+            "gathered block": block,
             "next block gathered": block,
             "block's gradients": block,
             "reduce-scatter input": block,
@@ -163,28 +167,28 @@ def fsdp(
         }
         moments["end of backward"] = {
             "gradient shards": (size if accumulation > 1 else blocks) / shards,
-            "root whole": root,
+            "gathered root": root,
             "root's gradients": root_gradients,
             "reduce-scatter input": block,
         }
     else:
         moments["backward of the last block but one"] = {
             "gradient shards": (size if accumulation > 1 else block) / shards,
-            "root whole": root,
+            "gathered root": root,
             "head's gradient": head,
-            "blocks whole": blocks - (block if count > 1 else 0),
+            "gathered blocks": blocks - (block if count > 1 else 0),
             "block's gradients": block,
             "reduce-scatter input": block if count > 1 else 0,
             "activations": model.activations,
         }
         moments["end of backward"] = {
             "gradient shards": blocks / shards,
-            "root whole": root,
+            "gathered root": root,
             "root's gradients": root_gradients,
             "reduce-scatter input": block,
         }
     moments["root reduced"] = {
-        "gradient shards": (blocks if accumulation == 1 or whole else size) / shards,
+        "gradient shards": (blocks if accumulation == 1 or unsharded else size) / shards,
         "root's new shard": root / shards,
         "reduce-scatter input": root,
         "gloo's copy of it": root if gloo else 0,
@@ -192,9 +196,9 @@ def fsdp(
     }
     if accumulation > 1:
         moments["forward of a later micro-batch"] = {
-            "gradients": size if whole else size / shards,
-            "root gathered": root,
-            "root whole": root,
+            "gradients": size if unsharded else size / shards,
+            "root's flat buffer": root,
+            "gathered root": root,
             "first block gathered": block,
             "gloo's copy of it": block if gloo else 0,
         }
@@ -202,15 +206,15 @@ def fsdp(
 
 
 def zero(model: Shapes, *, stage: int, ranks: int, bucket: int, states: int = 2, gloo: bool = True) -> Peak:
-    """Flat partitions; `bucket` is in elements.
+    """Predicts `deepspeed`. `bucket` is in elements.
 
-    Stages 1 and 2 (deepspeed/runtime/zero/stage_1_and_2.py, fp32): all parameters flat, of which this rank's partition
-    is its masters too (`share_masters`; DeepSpeed alone would clone it), and its optimizer state. Stage 1 keeps every
-    gradient until the backward's end, the tied table's last sum among them, and makes room for copies of those of its
-    partition at the first reduction that has one; stage 2 those that lie in this partition,
-    in whole, of what was reduced before. Gradients go through a bucket, which stage 2 copies while it is reduced. The
-    step flattens the partition's gradients once more, then gathers all parameters in place, of which gloo makes a flat
-    copy (torch/csrc/distributed/c10d/ProcessGroupGloo.cpp, AllgatherWork; NCCL does not).
+    Stages 1 and 2 (deepspeed/runtime/zero/stage_1_and_2.py, fp32): all parameters are flat. This rank's partition also
+    serves as its masters (`share_masters`; DeepSpeed alone would clone it) and has the rank's optimizer state. Stage 1
+    keeps every gradient until the end of the backward, including the last sum of a tied table, and allocates copies of
+    the gradients in its partition at the first reduction that has one. Stage 2 keeps the reduced gradients that touch
+    its partition, unsharded. Gradients pass through a bucket, which stage 2 copies while it is reduced. The step
+    flattens the partition's gradients once more, then gathers all parameters in place. gloo makes a flat copy of them
+    (torch/csrc/distributed/c10d/ProcessGroupGloo.cpp, AllgatherWork); NCCL does not.
     Stage 3: partitions of parameters, which are the masters, of optimizer state and of gradients (`_stage_three`).
     """
     size = model.numel()
@@ -225,7 +229,7 @@ def zero(model: Shapes, *, stage: int, ranks: int, bucket: int, states: int = 2,
             "bucket": bucket,
             "in the making": _making(model) - _head(model),
         }
-        last = _owned(model, ranks)[-1]  # reduced alone where no bucket holds it, else out of the bucket
+        last = _owned(model, ranks)[-1]  # reduced alone if it exceeds the bucket, else as part of it
         moments["first reduction"] = {
             "gradients": size - (0 if last.size > bucket else min(bucket, size)),
             "bucket": bucket,
@@ -242,24 +246,25 @@ def zero(model: Shapes, *, stage: int, ranks: int, bucket: int, states: int = 2,
 
 
 def _stage_three(model: Shapes, ranks: int, bucket: int, gloo: bool) -> dict[str, dict[str, float]]:
-    """What each reduction of a bucket meets, in the order of the backward.
+    """Returns the memory at each reduction of a bucket, in the order of the backward.
 
-    Gradients wait as autograd made them until the next one would not fit (stage3.py, with contiguous_gradients off);
-    they are then copied together, unless one is alone (coalesced_collectives.py, reduce_scatter_coalesced), and gloo
-    reduces a copy of that (ProcessGroupGloo.cpp, _reduce_scatter_base; NCCL does not). A tied head's gradient waits for
-    the table's, last of all. Whole parameters are the prefetcher's (`zero_gathers`), bounded by the strategy to a
-    bucket more than the largest module; each of gloo's two threads holds a copy of what it is gathering. The table is
-    whole to the end, for its indices need no gradient that would tell DeepSpeed to let it go.
+    Gradients stay as autograd created them until the next one would not fit (stage3.py, with contiguous_gradients off).
+    They are then copied together, unless there is only one (coalesced_collectives.py, reduce_scatter_coalesced), and
+    gloo reduces a copy of the result (ProcessGroupGloo.cpp, _reduce_scatter_base); NCCL does not copy. The gradient of
+    a tied head waits for the gradient of the table, which comes last. The prefetcher decides which parameters are
+    gathered (`zero_gathers`), and the strategy limits them to the largest module plus a bucket. Each of gloo's two
+    threads holds a copy of what it gathers. The table stays gathered to the end, because its indices need no gradient,
+    which would make DeepSpeed release it.
     """
     head = _head(model)
     sizes = {name: math.prod(shape) for name, shape in model.parameters.items()}
     backward = [*([model.head] if model.tied else ()), *reversed(sizes)]
     uses = [*reversed(backward), *backward]
-    whole = zero_gathers.play(uses, sizes, bucket=bucket, bound=model.largest + bucket)[-len(sizes) :]
+    gathered = zero_gathers.play(uses, sizes, bucket=bucket, bound=model.largest + bucket)[-len(sizes) :]
     waiting: list[int] = []
     moments: dict[str, dict[str, float]] = {}
 
-    def reduce(before: str, gradient: int, held: int, on_their_way: int) -> None:
+    def reduce(before: str, gradient: int, held: int, in_flight: int) -> None:
         filled = sum(waiting)
         alone = len(waiting) == 1 and filled % ranks == 0
         moments[f"reduction before {before}"] = {
@@ -268,31 +273,31 @@ def _stage_three(model: Shapes, ranks: int, bucket: int, gloo: bool) -> dict[str
             "copied together": 0 if alone else filled,
             "gloo's copy": filled if gloo else 0,
             "tied head's gradient": head if model.tied and before not in (model.head, "the end") else 0,
-            "whole parameters": held,
-            "gloo's copies of them": on_their_way if gloo else 0,
+            "gathered parameters": held,
+            "gloo's copies of them": in_flight if gloo else 0,
         }
         waiting.clear()
 
-    for (name, size), there in zip(reversed(sizes.items()), whole, strict=True):
+    for (name, size), there in zip(reversed(sizes.items()), gathered, strict=True):
         if waiting and sum(waiting) + size > bucket:
-            reduce(name, size, there.held, there.on_their_way)
+            reduce(name, size, there.held, there.in_flight)
         waiting.append(size)
     reduce("the end", 0, waiting[-1], 0)
-    moments["table's gradients in the making"] = {"table whole": head, "gradients": _making(model)}
+    moments["table's gradients in the making"] = {"gathered table": head, "gradients": _making(model)}
     moments["step"] = {"gradients, flat": model.numel() / ranks}
     return moments
 
 
 @dataclass(frozen=True)
 class _Owned:
-    """A matrix, and the ranks in whose flat ranges a part of it lies."""
+    """A matrix, and the ranks whose flat ranges contain a part of it."""
 
     size: int
     ranks: range
 
 
 def _owned(model: Shapes, ranks: int) -> list[_Owned]:
-    """The matrices in their order. Vectors, a group of their own without weight decay, are left out."""
+    """Returns the matrices in order. Vectors are left out: they form a separate group without weight decay."""
     sizes = [math.prod(shape) for shape in model.parameters.values() if len(shape) > 1]
     part = -(-sum(sizes) // ranks)
     found, start = [], 0
@@ -303,12 +308,14 @@ def _owned(model: Shapes, ranks: int) -> list[_Owned]:
 
 
 def _in_partition(model: Shapes, ranks: int) -> list[int]:
-    """For each rank, elements of the matrices that lie in its flat range, in part at least."""
+    """Returns for each rank the elements of the matrices that overlap its flat range."""
     owned = _owned(model, ranks)
     return [sum(one.size for one in owned if rank in one.ranks) for rank in range(ranks)]
 
 
 def gpt_activations(*, tokens: int, layers: int, width: int, hidden: int) -> int:
-    """Elements that our GPT's blocks keep for their backward, roughly: per token and block some twelve vectors of the
-    width and four of the hidden width."""
+    """Returns roughly how many elements our GPT's blocks keep for the backward.
+
+    Per token and block: twelve vectors of the model width and four of the hidden width.
+    """
     return tokens * layers * (12 * width + 4 * hidden)

@@ -1,9 +1,9 @@
-"""Memory of this process's tensors over time on a CPU: what torch's CPU allocator has given out, at each of its acts.
+"""Traces the memory of this process's tensors on a CPU, as torch's CPU allocator reports it.
 
-The allocator reports to the profiler (c10/core/CPUAllocator.cpp), with every act, how much it has given out in all:
-what no Python object shows (autograd's buffers) as well. By itself it counts the acts of the profiled threads only, and
-one of gloo's threads is often the last to let go of a tensor; a switch of c10's makes it count those of all threads.
-What gloo takes for itself is not torch's: not seen.
+At each allocation and release, the allocator reports its total to the profiler (c10/core/CPUAllocator.cpp). The total
+includes memory that no Python object shows, such as autograd's buffers. By default it counts the profiled threads only,
+but a gloo thread is often the last to release a tensor. A flag of c10 makes it count all threads. Memory that gloo
+allocates itself is not torch's and is not seen.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 
 def count_every_thread() -> None:
-    """Let torch's CPU allocator count in all threads from now on; what was made before is not counted. Local."""
+    """Makes torch's CPU allocator count all threads from now on. Earlier allocations are not counted. Local."""
     c10 = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
     ctypes.c_bool.in_dll(c10, "FLAGS_caffe2_report_cpu_memory_usage").value = True
 
 
 @dataclass(frozen=True)
 class Window:
-    """Bytes given out as a part of the program begins and as it ends, and the most of them between."""
+    """Allocated bytes at the start and end of a part of the program, and their peak in between."""
 
     begin_bytes: int
     end_bytes: int
@@ -35,8 +35,10 @@ class Window:
 
 
 class MemoryTrace:
-    """Traces what runs inside `with trace:`; `trace.part(name)` marks a part of it. Local to this process, which has
-    called `count_every_thread` first."""
+    """Traces what runs inside `with trace:`. `trace.part(name)` marks a part of it.
+
+    Local. The process must have called `count_every_thread` before.
+    """
 
     def __init__(self) -> None:
         self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
@@ -63,14 +65,14 @@ class MemoryTrace:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """What runs in here can be asked for with `window(name)`."""
+        """Marks a part, whose memory `window(name)` returns."""
         with record_function(f"part:{name}"):
-            torch.empty(1)  # acts of the allocator, at the beginning and the end, that say what it has given out
+            torch.empty(1)  # an allocation at the start and at the end reports the total
             yield
             torch.empty(1)
 
     def window(self, name: str) -> Window:
-        """The part of that name, once the trace has ended."""
+        """Returns the memory of a part, once the trace has ended."""
         return self._windows[name]
 
 

@@ -1,4 +1,4 @@
-"""Worlds of gloo processes for benchmarks: `run_ranks(size, function, ...)` brings back each rank's result."""
+"""Runs a function on new gloo processes and returns the result of each rank."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def run_ranks(size: int, function: Callable[..., Any], *given: Any) -> list[Any]:
-    """`function(*given)` on `size` new processes, placed as torchrun would; results in rank order."""
+    """Calls `function(*given)` on `size` new processes, placed as torchrun would. Returns results in rank order."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -31,11 +31,11 @@ def run_ranks(size: int, function: Callable[..., Any], *given: Any) -> list[Any]
 def _rank(rank: int, size: int, port: int, results: Any, function: Callable[..., Any], given: tuple[Any, ...]) -> None:
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
     os.environ.update({"OMP_NUM_THREADS": "1"})
-    if size > 1:  # one process alone is not launched: plain `python`
+    if size > 1:  # a single process is started by plain `python`
         os.environ.update({"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in place.items()}})
     try:
         found: tuple[bool, Any] = (True, function(*given))
-    except BaseException as error:  # noqa: BLE001 - whatever it is, the parent is to say it
+    except BaseException as error:  # noqa: BLE001 - the parent reports any error
         found = (False, repr(error))
     results.put((rank, found))
-    os._exit(0)  # a world that a contestant left behind may keep the interpreter from ending
+    os._exit(0)  # a process group that a loop left open may keep the interpreter from exiting

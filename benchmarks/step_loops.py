@@ -1,6 +1,6 @@
-"""The contestants of `step.py`: the same model, data, optimizer, schedule, clipping and report, in five loops.
+"""The five loops that `step.py` compares, with the same model, data, optimizer, schedule, clipping and report.
 
-Those that leave a model behind, which holds the process group, return it: `measure` lets go of it.
+A loop whose model holds the process group returns the model, so that `measure` decides when to destroy it.
 """
 
 from __future__ import annotations
@@ -24,34 +24,34 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
 import disttrain
-from benchmarks.step import CLIP, LEARNING_RATE, REPORT
 from disttrain.model import GPT
 
+LEARNING_RATE, CLIP, REPORT = 1e-3, 1.0, 10
 WARM = 20
-"""Steps that are not counted."""
+"""Warm-up steps, which are not measured."""
 WIDTH, CLASSES, BATCH, SAMPLES = 64, 10, 32, 4096
 CONTEXT, VOCAB = 1024, 50304
 
 
 def world_size() -> int:
-    """Processes of this world."""
+    """Returns the number of processes."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 class Clock:
-    """Called at each loss: the main thread's CPU time and the wall's, in ns."""
+    """Records the CPU time of the main thread and the wall-clock time, in ns, at each call of the loss."""
 
     def __init__(self) -> None:
         self.ticks: list[tuple[int, int]] = []
 
     def tick(self) -> None:
-        """Note the time."""
+        """Records the current time."""
         self.ticks.append((time.thread_time_ns(), time.perf_counter_ns()))
 
     def per_step_us(self, steps: int) -> tuple[float, float]:
-        """A step's cost after the warm ones: the lower quartile over spans of ten steps, of which one is reported.
+        """Returns the cost of a step after the warm-up: the lower quartile over spans of ten steps.
 
-        What another process on the machine costs falls on some spans and not on others.
+        The quartile leaves out the spans that other processes on the machine slowed down.
         """
         assert len(self.ticks) == WARM + steps + 1, f"{len(self.ticks)} calls for {steps} steps"
         marks = self.ticks[WARM::REPORT]
@@ -63,7 +63,7 @@ class Clock:
 
 
 class Block(nn.Module):
-    """Two linear layers around an activation, added to what came in: four tensors."""
+    """A residual block of two linear layers around an activation: four tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """12 tensors: an entrance, two blocks, a head. 242: sixty blocks and a head."""
+    """12 tensors: a first layer, two blocks and a head. 242 tensors: sixty blocks and a head."""
 
     def __init__(self, tensors: int) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class Net(nn.Module):
 
 
 class Samples(torch.utils.data.Dataset[Any]):
-    """Tensors in memory, gathered a batch at a time."""
+    """Tensors in memory, gathered batch by batch."""
 
     draws_randomness = False
 
@@ -109,13 +109,13 @@ class Samples(torch.utils.data.Dataset[Any]):
         return self.inputs[index], self.targets[index]
 
     def gather_batch(self, indices: Any) -> tuple[Tensor, Tensor]:
-        """The batch of these samples."""
+        """Returns the batch of these samples."""
         where = torch.from_numpy(indices)
         return self.inputs[where], self.targets[where]
 
 
 class Tokens(Samples):
-    """Sequences of random tokens, each to be told from those before it."""
+    """Sequences of random tokens with next-token targets."""
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -125,8 +125,11 @@ class Tokens(Samples):
 
 @dataclass(frozen=True)
 class Task:
-    """What a contestant does: `steps` steps that count, in `folder`. `work` is a number, for `Net` of as many tensors,
-    or `gpt`: 124 million parameters, 8 x 1024 tokens a rank and step, in bf16 by autocast, for a GPU."""
+    """The work of a loop: `steps` measured steps in `folder`.
+
+    `work` is the number of tensors of `Net`, or `gpt`: 124 million parameters and 8 x 1024 tokens per rank and step, in
+    bf16 by autocast, for a GPU.
+    """
 
     strategy: str
     work: str
@@ -136,38 +139,38 @@ class Task:
 
     @property
     def taken(self) -> int:
-        """Steps, with those that are not counted and the one whose beginning ends the last that is."""
+        """All steps: the warm-up, the measured steps, and one more, whose start ends the last measured step."""
         return WARM + self.steps + 1
 
     @property
     def batch(self) -> int:
-        """Samples a rank and step."""
+        """Samples per rank and step."""
         return 8 if self.work == "gpt" else BATCH
 
     @property
     def model(self) -> tuple[type[nn.Module], dict[str, Any]]:
-        """The model's class and its arguments."""
+        """The class of the model and its arguments."""
         if self.work == "gpt":
             return GPT, {"layers": 12, "width": 768, "heads": 12, "context": CONTEXT, "vocab": VOCAB}
         return Net, {"tensors": int(self.work)}
 
     @property
     def samples(self) -> type[Samples]:
-        """The data's class."""
+        """The class of the data."""
         return Tokens if self.work == "gpt" else Samples
 
     def computing(self) -> AbstractContextManager[Any]:
-        """What surrounds a forward."""
+        """Returns the context manager for a forward."""
         return torch.autocast(self.device, torch.bfloat16) if self.work == "gpt" else nullcontext()
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-    """Over all positions."""
+    """Returns the cross entropy over all positions."""
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction=reduction)
 
 
 def schedule_factor(step: int, total: int) -> float:
-    """Half a cosine."""
+    """Returns the factor of a half-cosine schedule."""
     return 0.5 * (1 + math.cos(math.pi * step / total))
 
 
@@ -178,7 +181,7 @@ def _plain_parts(task: Task) -> tuple[nn.Module, Callable[[int], float]]:
 
 
 def _plain_batches(task: Task) -> Any:
-    """This rank's part of a shuffled global batch, epoch after epoch."""
+    """Yields this rank's part of each shuffled global batch, epoch after epoch."""
     data, generator = task.samples(), torch.Generator().manual_seed(1)
     rank, size = int(os.environ.get("RANK", 0)), world_size()
     taken = 0
@@ -196,11 +199,11 @@ def _to(device: str, batch: Tensor) -> Tensor:
     return batch if device == "cpu" else batch.pin_memory().to(device, non_blocking=True)
 
 
-# ---------------------------------------------------------------------- by hand
+# ---------------------------------------------------------------------- plain PyTorch
 
 
 def raw(task: Task, clock: Clock) -> Any:
-    """Plain PyTorch, written for speed."""
+    """Trains in plain PyTorch, written for speed."""
     if task.strategy != "none":
         place = {} if world_size() > 1 else {"init_method": "tcp://127.0.0.1:0", "rank": 0, "world_size": 1}
         dist.init_process_group("gloo" if task.device == "cpu" else "nccl", **place)
@@ -272,8 +275,8 @@ def _config(task: Task, clock: Clock) -> dict[str, Any]:
     }
 
 
-def own_loop(task: Task, clock: Clock) -> None:
-    """A user's loop over the public Engine."""
+def engine_loop(task: Task, clock: Clock) -> None:
+    """Trains with a custom loop over the public Engine."""
     with disttrain.Engine(_config(task, clock)) as engine:
         engine.prepare("model")
         for micro_batches in engine.batches():
@@ -285,15 +288,15 @@ def own_loop(task: Task, clock: Clock) -> None:
 
 
 def train(task: Task, clock: Clock) -> None:
-    """The loop of `disttrain.run`."""
+    """Trains with the loop of `disttrain.run`."""
     disttrain.train(_config(task, clock))
 
 
-# ---------------------------------------------------------------------- others
+# ---------------------------------------------------------------------- other libraries
 
 
 def accelerate(task: Task, clock: Clock) -> Any:
-    """Hugging Face accelerate, on the CPU."""
+    """Trains with Hugging Face accelerate on the CPU."""
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
 
@@ -323,7 +326,7 @@ def accelerate(task: Task, clock: Clock) -> Any:
 
 
 def fabric(task: Task, clock: Clock) -> Any:
-    """Lightning Fabric, on the CPU."""
+    """Trains with Lightning Fabric on the CPU."""
     from lightning_fabric import Fabric
     from lightning_fabric.plugins.environments import LightningEnvironment
     from lightning_fabric.strategies import DDPStrategy, SingleDeviceStrategy

@@ -1,10 +1,12 @@
-"""Which whole parameters DeepSpeed's ZeRO 3 holds as a backward goes on: its prefetcher, played by the rules of
-deepspeed/runtime/zero/partitioned_param_coordinator.py (0.19). Pure; counts elements. Enters: `memory_formula`.
+"""Simulates which gathered parameters DeepSpeed's ZeRO 3 holds during a backward, for `memory_formula`.
 
-At each module it gathers what the module lacks, then some of what the recorded order of uses has next: until that is a
-bucket, or all is at the bound; the tensor that reaches it is still taken, and what is there already is passed over and
-kept. Several tensors are gathered into one flat buffer, from which all are copied when the first is used, and which
-lives until the last is; one tensor alone has its own buffer from the start.
+Follows the prefetcher in deepspeed/runtime/zero/partitioned_param_coordinator.py (0.19). Pure; counts elements.
+
+At each module the prefetcher gathers the parameters that the module lacks, then parameters ahead in the recorded order
+of uses, until they fill a bucket or all gathered parameters reach the bound. The tensor that reaches the limit is still
+gathered, and tensors that are already gathered are skipped and kept. Several tensors are gathered into one flat buffer.
+All are copied out of it when the first is used, and the buffer lives until the last is used. A single tensor has its
+own buffer from the start.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 PERSISTENT = 10_000
-"""Up to so many elements a parameter is whole always, by our strategy's setting."""
+"""Parameters of up to this many elements always stay gathered, as our strategy configures it."""
 
 
 @dataclass
@@ -25,20 +27,20 @@ class _Gather:
 
 
 @dataclass(frozen=True)
-class Whole:
-    """Elements whole, or on their way, as a use begins; and those of the last two gathers that nobody waited for."""
+class Gathered:
+    """Elements gathered or being gathered when a use begins, and those of the last two gathers still in flight."""
 
     held: int
-    on_their_way: int
+    in_flight: int
 
 
-def play(uses: Sequence[str], sizes: Mapping[str, int], *, bucket: int, bound: int) -> list[Whole]:
-    """What is held at each of a step's `uses` of a parameter, in order."""
-    own: set[str] = set()  # whole in memory of their own
-    there: set[str] = set()  # whole, or on their way
+def play(uses: Sequence[str], sizes: Mapping[str, int], *, bucket: int, bound: int) -> list[Gathered]:
+    """Returns what is held at each use of a parameter in a step, in the order of `uses`."""
+    own: set[str] = set()  # gathered, in their own memory
+    there: set[str] = set()  # gathered, or being gathered
     gathers: list[_Gather] = []
-    until: dict[str, int] = {}  # the last use that the prefetcher has looked at
-    found: list[Whole] = []
+    until: dict[str, int] = {}  # the last use that the prefetcher has considered
+    found: list[Gathered] = []
     upcoming = 0
 
     def gather(names: list[str]) -> None:
@@ -73,7 +75,7 @@ def play(uses: Sequence[str], sizes: Mapping[str, int], *, bucket: int, bound: i
             gather(ahead)
         flats = sum(one.size for one in gathers if one.flat)
         going = [one.size for one in gathers if not one.waited]
-        found.append(Whole(sum(sizes[one] for one in own) + flats, sum(going[-2:])))
+        found.append(Gathered(sum(sizes[one] for one in own) + flats, sum(going[-2:])))
         if until[name] <= place and not small:
             own.discard(name)
             there.discard(name)

@@ -41,4 +41,4 @@ def test_the_prefetcher_gathers_a_bucket_ahead_and_no_further_than_its_bound() -
     found = play("abcdef", sizes, bucket=30_000, bound=70_000)
     # b and c share a buffer, which goes as c, its last, is used; so do d and e; f has the room that is left to itself
     assert [one.held for one in found] == [60_000, 120_000, 80_000, 100_000, 40_000, 20_000]
-    assert [one.on_their_way for one in found] == [40_000, 40_000, 60_000, 20_000, 20_000, 0]
+    assert [one.in_flight for one in found] == [40_000, 40_000, 60_000, 20_000, 20_000, 0]
