@@ -3,8 +3,8 @@
     python benchmarks/checkpoint.py [durable load stall memory manifest] [--mib 1024] [--ranks 2] [--rounds 7]
 
 Every rank holds `--mib` of float32 tensors of many sizes (rows of matrices, as FSDP2 shards them). In every round each
-method runs once, in an order that rotates from round to round. A time runs from one barrier to the next. The table gives
-medians, and the median of the ratios to the raw method of the same round.
+method runs once, in an order that rotates from round to round. A time runs from one barrier to the next. The table
+gives medians, and the median of the ratios to the raw method of the same round.
 
 durable   `save_checkpoint`, compared with `os.write` and `os.fsync` of the same bytes, torch's DCP, and torch.save with
           fsync
@@ -417,8 +417,8 @@ def resident() -> float:
 def manifest(most: int, tensors: int = 1000) -> Iterator[str]:
     """Yields rows for up to `most` ranks.
 
-    A row has the number of ranks, the size of the manifest in KiB, the seconds of rank 0 to unpickle, combine and encode
-    all plans, the seconds of a reader to decode the manifest, and the seconds of rank 0 at the next save for its digest
+    A row has the number of ranks, the size of the manifest in KiB, the seconds of rank 0 to unpickle, combine and
+    encode all plans, the seconds of a reader to decode the manifest, and the seconds of rank 0 at the next save for its digest
     and those of all ranks.
     """
     import torch

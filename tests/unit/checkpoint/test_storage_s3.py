@@ -384,6 +384,6 @@ def test_memory_is_bounded_by_parts_and_chunks_and_not_by_the_state() -> None:
     assert done.returncode == 0, done.stderr
     cells = [row.split("|")[1:4] for row in done.stdout.splitlines()[2:]]
     above = {name.strip(): float(mib) for name, _, mib in cells}
-    assert list(above) == ["put by hand", "save", "get by hand", "resume", "load"]
+    assert list(above) == ["plain put", "save", "plain get", "resume", "load"]
     assert above["save"] < 72, above
     assert max(above["resume"], above["load"]) < 40, above
