@@ -418,8 +418,8 @@ def manifest(most: int, tensors: int = 1000) -> Iterator[str]:
     """Yields rows for up to `most` ranks.
 
     A row has the number of ranks, the size of the manifest in KiB, the seconds of rank 0 to unpickle, combine and
-    encode all plans, the seconds of a reader to decode the manifest, and the seconds of rank 0 at the next save for its digest
-    and those of all ranks.
+    encode all plans, the seconds of a reader to decode the manifest, and the seconds of rank 0 at the next save for its
+    digest and those of all ranks.
     """
     import torch
 
