@@ -152,8 +152,8 @@ def decode_manifest(raw: bytes, *, where: str) -> Manifest:
     try:
         manifest = _read(content)
     except (_ContentError, KeyError, TypeError, ValueError, OverflowError) as error:
-        found = f"no {error}" if isinstance(error, KeyError) else str(error)
-        raise _invalid(where, found, "do not use it: the program that wrote it made an invalid checkpoint") from None
+        problem = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise _invalid(where, problem, "do not use it: the program that wrote it made an invalid checkpoint") from None
     return manifest
 
 
@@ -167,20 +167,20 @@ def _open_envelope(raw: bytes, where: str) -> dict[str, Any]:
         content = None
     named = isinstance(content, dict) and content.get("format") == FORMAT
     if not intact:
-        found = "its bytes do not match its own digest" if match or named else "a file of another program's format"
-        do = "the file is damaged: use another checkpoint" if match or named else "name a folder that disttrain wrote"
-        raise _invalid(where, found, do)
+        problem = "its bytes do not match its digest" if match or named else "a file of another program's format"
+        fix = "the file is damaged: use another checkpoint" if match or named else "name a folder that disttrain wrote"
+        raise _invalid(where, problem, fix)
     if not named:
         raise _invalid(where, "a file of another program's format", "name a folder that disttrain wrote")
     version = content.get("version")
     if version != VERSION or type(version) is not int:
-        found = f"format version {version!r}; this disttrain reads {VERSION}"
-        raise UnreadableError(str(_invalid(where, found, "upgrade disttrain")))
+        problem = f"format version {version!r}; this disttrain reads {VERSION}"
+        raise UnreadableError(str(_invalid(where, problem, "upgrade disttrain")))
     return content  # type: ignore[no-any-return]
 
 
-def _invalid(where: str, found: str, do: str) -> CheckpointError:
-    return CheckpointError(explain(f"Cannot use {where} as a manifest.", found, do))
+def _invalid(where: str, problem: str, fix: str) -> CheckpointError:
+    return CheckpointError(explain(f"Cannot use {where} as a manifest.", problem, fix))
 
 
 class _ContentError(Exception):
@@ -213,7 +213,7 @@ def _read(content: dict[str, Any]) -> Manifest:
     files = {name: _read_file(name, entry, chunk_bytes) for name, entry in _mapping(content["files"], "files").items()}
     read = _TensorReader(files)
     tensors = {name: read(name, item) for name, item in _mapping(content["tensors"], "tensors").items()}
-    _refuse_shared_bytes(tensors)
+    _reject_shared_bytes(tensors)
     return Manifest(
         step=_number(content["step"], "step"),
         chunk_bytes=chunk_bytes,
@@ -289,7 +289,7 @@ class _TensorReader:
         return grid
 
 
-def _refuse_shared_bytes(tensors: Mapping[str, TensorInfo]) -> None:
+def _reject_shared_bytes(tensors: Mapping[str, TensorInfo]) -> None:
     spans = sorted(
         (stored.file, stored.start, stored.start + stored.box.numel * info.dtype.itemsize, name)
         for name, info in tensors.items()

@@ -147,9 +147,9 @@ def _staged(target: Path, disk: Disk, write: Callable[[Path], None]) -> None:
         disk.rename(staging, target)
         disk.sync_folder(target.parent)
     except OSError as error:
-        found = f"{error.strerror or error} ({error.filename or staging})"
+        problem = f"{error.strerror or error} ({error.filename or staging})"
         raise CheckpointError(
-            explain(f"Cannot write {target}.", found, "free disk space, or write elsewhere")
+            explain(f"Cannot write {target}.", problem, "free disk space, or write elsewhere")
         ) from error
     finally:
         if staging.is_dir():

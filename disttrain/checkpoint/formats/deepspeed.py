@@ -40,7 +40,7 @@ ALLOWED: dict[str, Any] = {
         )
     },
 }
-"""Names that a DeepSpeed file may use other than tensors and plain values. Each becomes a number or its plain fields."""
+"""Names that a DeepSpeed file may use beyond tensors and plain values. Each becomes a number or plain fields."""
 
 _OPTIMIZER_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _MODEL_FILE = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
@@ -61,9 +61,9 @@ def read_deepspeed(path: Path, owner: str) -> ForeignState:
     try:
         return _read(folder, owner)
     except (AttributeError, KeyError, TypeError, ValueError, IndexError, OSError, RuntimeError) as error:
-        found = f"{type(error).__name__}: {error}"
+        problem = f"{type(error).__name__}: {error}"
         raise _unreadable(
-            folder, found, "the file is damaged or has an unknown version (0.19 is known): save the checkpoint again"
+            folder, problem, "the file is damaged or has an unknown version (0.19 is known): save the checkpoint again"
         ) from error
 
 
@@ -88,7 +88,7 @@ def _read(folder: Path, owner: str) -> ForeignState:
     first = load_torch_file(models[0], ALLOWED)
     held = [load_torch_file(file, ALLOWED)["optimizer_state_dict"] for file in optimizers]
     stage = int(held[0]["zero_stage"])
-    _refuse_other_counts(folder, held, len(optimizers))
+    _reject_other_counts(folder, held, len(optimizers))
     shapes: list[dict[str, torch.Size]] = [dict(group) for group in first["param_shapes"]]
     if stage == 3:
         masters = [list(one["fp32_flat_groups"]) for one in held]
@@ -99,8 +99,8 @@ def _read(folder: Path, owner: str) -> ForeignState:
         ranges = _sliced_ranges(folder, shapes, [one["param_slice_mappings"] for one in held])
         bases = [one["base_optimizer_state"] for one in held]
     if not all(isinstance(base, Mapping) for base in bases):
-        do = "load it with DeepSpeed and save it again with elastic_checkpoint false"
-        raise _unreadable(folder, "optimizer state of an elastic_checkpoint", do)
+        fix = "load it with DeepSpeed and save it again with elastic_checkpoint false"
+        raise _unreadable(folder, "optimizer state of an elastic_checkpoint", fix)
     states = [[_state_of(base, group) for group in range(len(masters[0]))] for base in bases]
     shape_of = {name: tuple(shape) for group in shapes for name, shape in group.items()}
     shards: list[Shard] = []
@@ -139,8 +139,8 @@ def _files(folder: Path) -> tuple[list[Path], list[Path]]:
     optimizers: dict[int, Path] = {}
     for file in sorted(folder.iterdir()):
         if re.match(r"layer_\d+|expert_|zero$", file.name):
-            found = f"{file.name}: pipeline stages, experts or a universal checkpoint"
-            raise _unreadable(folder, found, "gather the weights with DeepSpeed's tool, then convert them")
+            problem = f"{file.name}: pipeline stages, experts or a universal checkpoint"
+            raise _unreadable(folder, problem, "gather the weights with DeepSpeed's tool, then convert them")
         for pattern, into in ((_MODEL_FILE, models), (_OPTIMIZER_FILE, optimizers)):
             match = pattern.fullmatch(file.name)
             if match and int(match[2]):
@@ -150,8 +150,8 @@ def _files(folder: Path) -> tuple[list[Path], list[Path]]:
             if match:
                 into[int(match[1] or 0)] = file
     if not models or not optimizers:
-        found = f"{len(models)} file(s) of the model's state, {len(optimizers)} of the optimizer's"
-        raise _unreadable(folder, found, "use a complete checkpoint of ZeRO stage 1, 2 or 3")
+        problem = f"{len(models)} file(s) of the model's state, {len(optimizers)} of the optimizer's"
+        raise _unreadable(folder, problem, "use a complete checkpoint of ZeRO stage 1, 2 or 3")
     if sorted(optimizers) != list(range(len(optimizers))):
         raise _unreadable(
             folder, f"optimizer state of ranks {', '.join(map(str, sorted(optimizers)))} only", "use all files"
@@ -159,13 +159,15 @@ def _files(folder: Path) -> tuple[list[Path], list[Path]]:
     return [models[rank] for rank in sorted(models)], [optimizers[rank] for rank in sorted(optimizers)]
 
 
-def _refuse_other_counts(folder: Path, held: Sequence[Mapping[str, Any]], files: int) -> None:
+def _reject_other_counts(folder: Path, held: Sequence[Mapping[str, Any]], files: int) -> None:
     counts = held[0]["partition_count"]
     for count in counts if isinstance(counts, list) else [counts]:
         if count != files:
-            found = f"{files} files of optimizer state, written by {count} ranks"
+            problem = f"{files} files of optimizer state, written by {count} ranks"
             raise _unreadable(
-                folder, found, "use all files of one save; partitions over fewer ranks than the world are not supported"
+                folder,
+                problem,
+                "use all files of one save; partitions over fewer ranks than the world are not supported",
             )
 
 
@@ -299,5 +301,5 @@ def _untrained(
     return shards, ties, lost
 
 
-def _unreadable(path: Path, found: str, do: str) -> CheckpointError:
-    return CheckpointError(explain(f"Cannot read {path} as {KIND}.", found, do))
+def _unreadable(path: Path, problem: str, fix: str) -> CheckpointError:
+    return CheckpointError(explain(f"Cannot read {path} as {KIND}.", problem, fix))

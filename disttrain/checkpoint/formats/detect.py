@@ -50,7 +50,7 @@ def format_of(path: Path) -> str:
             return "deepspeed"
         if huggingface.is_folder(path):
             return "huggingface"
-        found = f"a folder with {', '.join(names[:5])}" if names else "an empty folder"
+        problem = f"a folder with {', '.join(names[:5])}" if names else "an empty folder"
     elif path.is_file():
         with path.open("rb") as file:
             start = file.read(16)
@@ -58,14 +58,14 @@ def format_of(path: Path) -> str:
             return "safetensors"
         if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
             return "torch"
-        found = f"a file that begins with {start[:8]!r}"
+        problem = f"a file that begins with {start[:8]!r}"
     else:
-        found = "no such file or folder"
+        problem = "no such file or folder"
     fix = (
         "name a run, a checkpoint, a Hugging Face folder, a .safetensors file, a file of torch.save, a torch "
         "distributed checkpoint or a DeepSpeed checkpoint"
     )
-    raise CheckpointError(explain(f"Cannot load {path}.", found, fix))
+    raise CheckpointError(explain(f"Cannot load {path}.", problem, fix))
 
 
 def open_weights(path: str | Path, owner: str = "model") -> Weights:

@@ -40,8 +40,8 @@ class ForeignState:
         shapes = {shard.name: shard.shape for shard in self.shards}
         faults = [f"{name}: {fault}" for name, own in boxes.items() if (fault := tiling_fault(shapes[name], own))]
         if faults:
-            do = "a file is missing or belongs to another save: use a complete checkpoint"
-            raise CheckpointError(explain(f"Cannot read {self.path} as {self.kind}.", "; ".join(faults[:5]), do))
+            fix = "a file is missing or belongs to another save: use a complete checkpoint"
+            raise CheckpointError(explain(f"Cannot read {self.path} as {self.kind}.", "; ".join(faults[:5]), fix))
 
 
 class ForeignWeights:

@@ -58,9 +58,8 @@ class SafetensorsWeights:
     def __init__(self, path: Path, files: Sequence[Path]) -> None:
         self.path = path
         self._file_of: dict[str, Path] = {}
-        self._opened = {
-            file: _open(file) for file in files
-        }  # kept open, because opening reads and checks the complete header
+        # Files stay open, because opening a file reads and checks its complete header.
+        self._opened = {file: _open(file) for file in files}
         self.tensors: dict[str, WeightInfo] = {}
         for file, opened in self._opened.items():
             for name in opened.keys():  # noqa: SIM118 - not a mapping
@@ -158,17 +157,17 @@ def _dtype(file: Path, name: str, stored: str) -> torch.dtype:
     return _DTYPES[stored]
 
 
-def _unreadable(path: Path, found: str, do: str) -> CheckpointError:
-    return CheckpointError(explain(f"Cannot read {path} as safetensors.", found, do))
+def _unreadable(path: Path, problem: str, fix: str) -> CheckpointError:
+    return CheckpointError(explain(f"Cannot read {path} as safetensors.", problem, fix))
 
 
 def write_safetensors(weights: Weights, names: Sequence[str], path: Path, disk: Disk) -> None:
     """Write a new, synced file with these weights. One tensor at a time is in memory. Local. Raises OSError."""
     for name in names:
         if weights.tensors[name].dtype is torch.complex128:
-            do = "use --to torch, which supports it"
+            fix = "use --to torch, which supports it"
             raise CheckpointError(
-                explain(f"Cannot write {name} as safetensors.", "safetensors has no type complex128", do)
+                explain(f"Cannot write {name} as safetensors.", "safetensors has no type complex128", fix)
             )
     stored = [(name, weights.tensors[name]) for name in names]
     entries = [Entry(name, info.shape, info.dtype, full_box(info.shape)) for name, info in stored]

@@ -99,8 +99,8 @@ def mapped_tensor(path: Path, window: memoryview) -> Tensor:
     except CheckpointError:
         raise
     except Exception as error:
-        found = f"{type(error).__name__}: {error}"
-        raise rejection(path, found, "the file is damaged or has no dense tensor: use an intact file") from error
+        problem = f"{type(error).__name__}: {error}"
+        raise rejection(path, problem, "the file is damaged or has no dense tensor: use an intact file") from error
 
 
 def _mapped(window: memoryview) -> Tensor:

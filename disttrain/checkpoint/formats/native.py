@@ -25,9 +25,9 @@ class NativeWeights:
         }
         if not self.tensors:
             owners = sorted({name.split("/")[1] for name in checkpoint.tensors if name.startswith("model/")})
-            found = f"models prepared as {', '.join(owners)}" if owners else "no model"
+            problem = f"it contains models prepared as {', '.join(owners)}" if owners else "it contains no model"
             raise CheckpointError(
-                explain(f"Cannot load the model {owner!r} of {checkpoint.path}.", found, "name one of them")
+                explain(f"Cannot load the model {owner!r} of {checkpoint.path}.", problem, "name one of them")
             )
 
     def fill(self, wanted: Sequence[WantedBox]) -> None:

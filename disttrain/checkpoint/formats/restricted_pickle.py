@@ -137,6 +137,6 @@ _SAVE_PLAIN_VALUES = (
 )
 
 
-def rejection(path: Path, found: str, do: str) -> CheckpointError:
+def rejection(path: Path, problem: str, fix: str) -> CheckpointError:
     """Return the error for a pickle that was not read."""
-    return CheckpointError(explain(f"Cannot read {path} with the restricted loader for pickles.", found, do))
+    return CheckpointError(explain(f"Cannot read {path} with the restricted loader for pickles.", problem, fix))

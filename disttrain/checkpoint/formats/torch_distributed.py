@@ -86,9 +86,9 @@ def read_torch_distributed(path: Path, owner: str) -> ForeignState:
         folder = _Folder(path, read_pickle(path / METADATA, ALLOWED))
         return _StateReader(folder, owner).read()
     except (AttributeError, KeyError, TypeError, ValueError, IndexError, OSError, RuntimeError) as error:
-        found = f"{type(error).__name__}: {error}"
+        problem = f"{type(error).__name__}: {error}"
         raise _unreadable(
-            path, found, "the folder is damaged or has an unknown version: load it with torch and save it again"
+            path, problem, "the folder is damaged or has an unknown version: load it with torch and save it again"
         ) from error
 
 
@@ -103,8 +103,8 @@ class _Folder:
         self._spans: dict[tuple[str, tuple[int, ...] | None], _FileSpan] = {}
         for index, info in metadata.fields["storage_data"].items():
             if info.fields.get("transform_descriptors"):
-                found = f"{index.fqn} transformed by {', '.join(map(str, info.transform_descriptors))}"
-                raise _unreadable(path, found, "save it without extensions (compression)")
+                problem = f"{index.fqn} transformed by {', '.join(map(str, info.transform_descriptors))}"
+                raise _unreadable(path, problem, "save it without extensions (compression)")
             offset = index.fields.get("offset")
             span = _FileSpan(str(info.relative_path), int(info.offset), int(info.length))
             self._spans[index.fqn, tuple(offset) if offset is not None else None] = span
@@ -141,8 +141,8 @@ class _Folder:
                 self._maps[span.file] = memoryview(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY))
         content = self._maps[span.file]
         if not 0 <= span.start <= span.start + span.length <= len(content):
-            found = f"{span.file} has {len(content)} bytes, and {span.length} bytes from {span.start} on are needed"
-            raise _unreadable(self.path, found, "the file is incomplete: use a complete folder")
+            problem = f"{span.file} has {len(content)} bytes, and {span.length} bytes from {span.start} on are needed"
+            raise _unreadable(self.path, problem, "the file is incomplete: use a complete folder")
         return content[span.start : span.start + span.length]
 
 
@@ -156,16 +156,16 @@ class _StateReader:
     def read(self) -> ForeignState:
         weights, state, rest = self._sorted()
         if not weights:
-            found = f"{len(self.folder.entries)} entries, such as {', '.join(list(self.folder.entries)[:3])}"
-            do = f"save the model's state dict at the top, or under one of {', '.join(_MODEL_KEYS)}"
-            raise _unreadable(self.folder.path, found, do)
+            problem = f"{len(self.folder.entries)} entries, such as {', '.join(list(self.folder.entries)[:3])}"
+            fix = f"save the model's state dict at the top, or under one of {', '.join(_MODEL_KEYS)}"
+            raise _unreadable(self.folder.path, problem, fix)
         weights = _without_ddp(weights)
         state = {_undotted(name, weights): entry for name, entry in state.items()}
         unknown = sorted(name for name in state if name not in weights)
         if unknown:
-            found = f"optimizer state of {', '.join(unknown[:3])}, which names no parameter"
-            do = "save get_state_dict(model, optimizer), which stores state by parameter names, or the weights alone"
-            raise _unreadable(self.folder.path, found, do)
+            problem = f"optimizer state of {', '.join(unknown[:3])}, which names no parameter"
+            fix = "save get_state_dict(model, optimizer), which stores state by parameter names, or the weights alone"
+            raise _unreadable(self.folder.path, problem, fix)
         ties = self._ties(weights, state)
         shards = [
             Shard(f"model/{self.owner}/{name}", shape, box, tensor)
@@ -281,5 +281,5 @@ def _undotted(name: str, weights: Mapping[str, str]) -> str:
     return name.removeprefix("module.") if name not in weights else name
 
 
-def _unreadable(path: Path, found: str, do: str) -> CheckpointError:
-    return CheckpointError(explain(f"Cannot read {path} as {KIND}.", found, do))
+def _unreadable(path: Path, problem: str, fix: str) -> CheckpointError:
+    return CheckpointError(explain(f"Cannot read {path} as {KIND}.", problem, fix))

@@ -146,8 +146,8 @@ def _reject_unused_patterns(only: Sequence[str], held: Mapping[str, object]) -> 
     for pattern in only:
         if not any(fnmatchcase(name, pattern) for name in held):
             near = get_close_matches(pattern, held, n=3, cutoff=0.3) or list(held)[:3]
-            found = f"no weight of the model matches {pattern!r}; there are {', '.join(near)}"
-            raise CheckpointError(explain("Cannot load the weights selected by `only`.", found, "fix the pattern"))
+            problem = f"no weight of the model matches {pattern!r}; there are {', '.join(near)}"
+            raise CheckpointError(explain("Cannot load the weights selected by `only`.", problem, "fix the pattern"))
 
 
 def _by_model_name(

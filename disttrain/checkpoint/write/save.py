@@ -199,7 +199,7 @@ class _Save:
         )
         try:
             for name, info in manifest.files.items():
-                self._refuse_absent(staging.folder / name, info.size)
+                self._reject_absent(staging.folder / name, info.size)
             content = encode_manifest(manifest)
             with self.storage.create(staging.folder / MANIFEST, len(content)) as file:
                 file.write(content)
@@ -210,7 +210,7 @@ class _Save:
         except OSError as error:
             raise self._write_error(error, staging) from error
 
-    def _refuse_absent(self, path: Location, size: int) -> None:
+    def _reject_absent(self, path: Location, size: int) -> None:
         found = self.storage.size(path)
         if found != size:
             raise CheckpointError(
@@ -222,15 +222,15 @@ class _Save:
             )
 
     def _write_error(self, error: OSError, staging: _Staging) -> CheckpointError:
-        found = f"{error.strerror} ({error.filename or staging.folder}); the checkpoint needs {staging.needed} bytes"
+        problem = f"{error.strerror} ({error.filename or staging.folder}); the checkpoint needs {staging.needed} bytes"
         if staging.free is None:
             fix = (
                 "check that the address exists and is reachable, and that its credentials allow list, get, put, delete"
             )
-            return CheckpointError(explain("The store failed.", found, fix))
-        found += f", {staging.free} were free before it and {self.storage.free_bytes(staging.folder)} are now"
+            return CheckpointError(explain("The store failed.", problem, fix))
+        problem += f", {staging.free} were free before it and {self.storage.free_bytes(staging.folder)} are now"
         fix = "free disk space or set another run.dir; on several nodes, all of them must see that folder"
-        return CheckpointError(explain("The disk failed.", found, fix))
+        return CheckpointError(explain("The disk failed.", problem, fix))
 
 
 class _SummedFile:

@@ -217,7 +217,7 @@ def test_resuming_goes_on_from_the_newest_whole_one_and_says_what_was_wrong(tmp_
             assert [path.name for path, _ in rejected] == ["step-00000400", "step-00000300", "step-00000250"]
             assert "manifest.json" in rejected[0][1]
             assert "rank-00001.safetensors" in rejected[1][1]
-            assert "another step" in rejected[2][1]
+            assert "it contains step 200" in rejected[2][1]
         assert len({str(rejected) for _, rejected in found}) == 1
 
 

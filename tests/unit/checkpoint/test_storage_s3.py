@@ -367,7 +367,7 @@ def test_a_storage_that_cannot_be_used_ends_a_run_before_its_first_step(
     for storage, found in {
         "s4://models": "Protocol not known",
         "s3:/models": "s3://models",
-        "s3://": "no place",
+        "s3://": "does not name a bucket",
     }.items():
         with pytest.raises(ConfigError, match=found):
             plan_run(load_config("afar.yaml", [f"checkpoint.storage={storage}"]))

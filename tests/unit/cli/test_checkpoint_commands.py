@@ -238,7 +238,7 @@ def test_verify_reads_every_byte_and_names_every_fault(tmp_path: Path, ckpt: Cal
             f"rank-00001.safetensors, bytes {size // 4096 * 4096} to {size}",
         ],
         "step-00000400": [
-            "manifest.json: its bytes do not match its own digest (it is damaged: use another checkpoint)"
+            "manifest.json: its bytes do not match its digest (the file is damaged: use another checkpoint)"
         ],
     }
     assert done.json["checkpoints"][0]["strays"] == ["stray.bin"]
