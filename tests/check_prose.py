@@ -19,7 +19,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 
 PHRASES: dict[str, str] = {
     "is to ...": r"\b(?:is|are|was|were) to (?:be|have|say|hold|go|do|take|bring|give|come|name|run|train|continue|record|save)\b",
-    "a bare own": r"\b(?:an? own|own loops?|own draws|of (?:its|their|your|our) own)\b",
+    "a bare own": r"\b(?:an? own|own loops?|own draws)\b|\bof (?:its|their|your|our) own(?=[.,;:)]|$)",
     "What of": r"\b[Ww]hat of\b",
     "begin anew": r"\b(?:begin(?:s|ning)?|began|begun) anew\b|\banew\b",
     "by which way": r"\bby which way\b|\bother ways\b|\bin (?:one|no) way of\b",
