@@ -70,6 +70,10 @@ SIDEBAR = {
 
 _CODE = re.compile(r"(?<!`)`([^`]+)`(?!`)")
 _SPLIT = re.compile(r"(``[^`]+``)")
+_FENCE = re.compile(r"(?P<indent> *)```(?P<language>\w*)\n(?P<code>.*?)^ *```\n?", re.MULTILINE | re.DOTALL)
+_VERBATIM = re.compile(
+    r"(^ *```\w*\n(?s:.*?)^ *```\n?|(?<=::\n)(?:\n|^ {4,}.*\n)+|^ *>>> (?:.*\n)+?(?=\n|\Z))", re.MULTILINE
+)
 
 
 def setup(app: Sphinx) -> None:
@@ -99,12 +103,20 @@ def _process_docstring(app: Sphinx, kind: str, name: str, found: Any, options: A
 
 
 def to_rest(text: str) -> str:
-    """Converts a docstring's Markdown (code in single backticks, fences, lists) to reST. Pure."""
-    blocks = re.split(r"^( *)```(\w*)\n(.*?)^ *```$", text, flags=re.MULTILINE | re.DOTALL)
-    parts = [_prose_to_rest(blocks[0])]
-    for indent, language, code, prose in zip(*(blocks[at::4] for at in (1, 2, 3, 4)), strict=True):
-        body = "".join(f"   {line}\n" for line in code.splitlines())
-        parts += [f"\n{indent}.. code-block:: {language or 'text'}\n\n{body}\n", _prose_to_rest(prose)]
+    """Converts a docstring's Markdown (code in single backticks, fences, lists) to reST. Pure.
+
+    Literal blocks and doctests stay as they are.
+    """
+    parts = []
+    for index, part in enumerate(_VERBATIM.split(text)):
+        fence = _FENCE.fullmatch(part)
+        if index % 2 == 0:
+            parts.append(_prose_to_rest(part))
+        elif fence:
+            body = "".join(f"   {line}\n" for line in fence["code"].splitlines())
+            parts.append(f"\n{fence['indent']}.. code-block:: {fence['language'] or 'text'}\n\n{body}\n")
+        else:
+            parts.append(part)
     return "".join(parts)
 
 
