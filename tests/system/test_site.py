@@ -111,7 +111,7 @@ def test_no_link_is_dead_on_a_code_host(page: Path) -> None:
 def test_every_public_name_is_documented(site: Path) -> None:
     ids = Links((site / "docs" / "reference" / "api.html").read_text(encoding="utf-8")).ids
     names = [f"disttrain.{name}" for name in disttrain.__all__ if not name.startswith("__") and name != "Config"]
-    names += [f"disttrain.Engine.{name}" for name in vars(Engine) if not name.startswith("_")]
+    names += [f"disttrain.Engine.{name}" for name in dir(Engine) if not name.startswith("_")]
     names += [f"disttrain.strategy.{name}" for name in disttrain.strategy.__all__]
     names += [f"disttrain.testing.{name}" for name in disttrain.testing.__all__]
     names += [f"{Config.__module__}.Config"]
@@ -147,7 +147,9 @@ def test_dead_links_are_noticed_on_a_code_host(tmp_path: Path) -> None:
         ("globs `a/*` and *.py", r"globs ``a/*`` and \*.py"),
         ("a trailing_ underscore, `init_`", r"a trailing\_ underscore, ``init_``"),
         ("Items:\n- one\n- two", "Items:\n\n- one\n- two"),
-        ("Do:\n```python\na = `b*`\n```\nend", "Do:\n\n.. code-block:: python\n\n   a = `b*`\n\n\nend"),
+        ("Do:\n```python\na = `b*`\n```\nend", "Do:\n\n.. code-block:: python\n\n   a = `b*`\n\nend"),
+        ("Do *it*::\n\n    f(*args)\n\nend_", "Do \\*it\\*::\n\n    f(*args)\n\nend\\_"),
+        (">>> f(*args)\n2\n\nend_", ">>> f(*args)\n2\n\nend\\_"),
     ],
 )
 def test_docstrings_are_read_as_markdown(conf: ModuleType, docstring: str, rest: str) -> None:
