@@ -1,8 +1,9 @@
-"""Checkpoints: one form for all strategies and world sizes; sharded, atomic, verified, free of pickle.
+"""Saves and loads checkpoints in one form for all strategies and world sizes: sharded, atomic, verified, and no pickle.
 
-Owns the folder `step-NNNNNNNN`: canonical boxes, the files, the manifest, the commit. Entered by strategies (which say
-what shards a rank holds) and by the engine (which saves and loads them). Refuses to overwrite and to read what does not
-fit its checksums.
+A checkpoint is a folder `step-NNNNNNNN`. The sub-packages are `form` (boxes, files, manifest), `storage` (disks and
+object stores), `write`, `read`, `keep` (listing, retention, comparison) and `formats` (other libraries). Strategies
+state which shards a rank holds. The engine saves and loads them. Existing checkpoints are never overwritten, and bytes
+that differ from their checksums are rejected.
 """
 
 from __future__ import annotations

@@ -19,9 +19,9 @@ from disttrain.checkpoint.formats.huggingface import SHARD_BYTES, write_folder, 
 from disttrain.checkpoint.formats.restricted_pickle import reject_corrupt_zip
 from disttrain.checkpoint.formats.torch_file import TorchWeights, write_torch
 from disttrain.checkpoint.formats.weights import Weights
-from disttrain.checkpoint.keep.discovery import STAGING
 from disttrain.checkpoint.ranks import SoleRank
 from disttrain.checkpoint.storage.durable_files import Disk
+from disttrain.checkpoint.storage.local_storage import STAGING
 from disttrain.checkpoint.write.save import save_checkpoint
 from disttrain.errors import CheckpointError, explain
 

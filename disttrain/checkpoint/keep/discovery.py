@@ -16,7 +16,6 @@ from disttrain.checkpoint.read.chunk_ranges import ChunkRange, divide_unread
 from disttrain.checkpoint.read.reader import Checkpoint
 from disttrain.checkpoint.storage.durable_files import Disk
 from disttrain.checkpoint.storage.interface import storage_of
-from disttrain.checkpoint.storage.local_storage import STAGING
 from disttrain.checkpoint.storage.location import Location, LocationT, child, sibling, step_folder, step_of
 from disttrain.errors import CheckpointError, UnreadableError, explain
 from disttrain.logs import package_logger
@@ -169,16 +168,3 @@ def remove_stale_staging(root: LocationT, *, disk: Disk | None = None) -> list[L
     stale = storage.unfinished(root)
     storage.remove(stale)
     return stale
-
-
-__all__ = [
-    "STAGING",
-    "holds_checkpoints",
-    "list_checkpoints",
-    "newest_intact",
-    "prune",
-    "reject_unwritable",
-    "remove_stale_staging",
-    "set_aside",
-    "step_folder",
-]

@@ -46,8 +46,8 @@ class DiskFile:
     """A new file that is being written. `Disk.create` makes it.
 
     A large file is written `direct`ly to a local disk. Filling a page cache that nobody reads costs a quarter of a
-    second or more of processor time per GiB, and the copy into one aligned buffer costs a tenth. Training that
-    continues during the save has the rest.
+    second or more of processor time per GiB. The copy into one aligned buffer costs a tenth of a second. Training that
+    continues during the save gains the difference.
     """
 
     def __init__(self, path: Path, before: Before, *, direct: bool = False) -> None:

@@ -219,7 +219,7 @@ def test_a_bucket_that_is_not_there_is_named(bucket: Any) -> None:
     root = Address("s3://nowhere/run")
     with pytest.raises(CheckpointError, match=r"s3://nowhere/run[^\n]*\n.*bucket does not exist"):
         reject_unwritable(root)
-    with pytest.raises(CheckpointError, match=r"(?s)Could not save the checkpoint of step \d+ to s3://nowhere/run.*bucket does not exist"):
+    with pytest.raises(CheckpointError, match=r"(?s)of step \d+ to s3://nowhere/run.*bucket does not exist"):
         save_checkpoint(root, 1, [full_shard(W, torch.ones(3))], {}, SoleRank())
     assert newest_intact(root, SoleRank()) == (None, [])
     with pytest.raises(CheckpointError, match="no such folder"):
@@ -236,7 +236,7 @@ def test_credentials_that_may_not_are_named(endpoint: str, bucket: Any) -> None:
     path = save(100)
     check_keys(endpoint, b"0")
     try:
-        with pytest.raises(CheckpointError, match=r"(?s)Cannot store checkpoints at s3://models/team/run.*Access Key.*fix: "):
+        with pytest.raises(CheckpointError, match=r"(?s)checkpoints at s3://models/team/run.*Access Key.*fix: "):
             reject_unwritable(ROOT)
         for act in (
             lambda: save(200),
