@@ -1,4 +1,4 @@
-"""What every test finds and leaves: a `tests` folder to import from, no process group, no stray thread settings."""
+"""Fixtures for every test, and checks that a test restores the environment and leaves no process group."""
 
 from __future__ import annotations
 

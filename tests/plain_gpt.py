@@ -1,4 +1,4 @@
-"""The decoder written out plainly, from its papers, under the names of `gpt`: scores, mask and softmax by hand."""
+"""The decoder written out plainly from its papers, with the parameter names of `gpt` and explicit attention."""
 
 from __future__ import annotations
 

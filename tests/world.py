@@ -1,4 +1,4 @@
-"""Real worlds for tests: see disttrain.testing.world."""
+"""Real worlds for tests, from disttrain.testing.world."""
 
 from disttrain.testing.world import WorldError, free_port, run_world
 

@@ -1,7 +1,7 @@
-"""The cells of the checkpoint matrix: who saves, who loads, and what one rank does for each.
+"""Defines the cells of the checkpoint matrix: who saves, who loads, and what one rank does in each.
 
-A saver trains SAVED steps, saves, and goes on to the end: that is the uninterrupted run. A loader loads that
-checkpoint, saves it again at once under its own layout, and goes on to the end from what it wrote itself.
+A saver trains SAVED steps, saves, and trains to the end, which is the uninterrupted run. A loader loads that
+checkpoint, saves it again at once in its own layout, and trains to the end from the checkpoint that it wrote.
 """
 
 from __future__ import annotations

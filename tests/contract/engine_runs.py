@@ -1,4 +1,4 @@
-"""Runs of the public `Engine` on one rank of a real world, with everything a plain loop needs brought back as data."""
+"""Runs the public `Engine` on one rank of a real world, and returns everything that a plain loop needs as data."""
 
 from __future__ import annotations
 

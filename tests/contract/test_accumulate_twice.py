@@ -1,4 +1,4 @@
-"""Two losses before one step, as a discriminator's real and fake halves: gradients add up, whatever holds them."""
+"""Two losses before one step, like the real and fake halves of a discriminator: their gradients add up."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Saves beside the training: of the very step, one at a time, and a failure known to all ranks at the next step."""
+"""Saves in the background: of the right step, one at a time, and a failure stops all ranks at the next step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranks whose backwards reach the same parameters in another order: as a plain loop, however ZeRO fills its buckets."""
+"""Ranks whose backwards reach the same parameters in different orders equal a plain loop under every ZeRO stage."""
 
 from __future__ import annotations
 

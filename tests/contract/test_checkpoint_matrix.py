@@ -1,6 +1,6 @@
-"""One checkpoint for every strategy: saved by each, loaded into each, bit-equal, and the losses go on undisturbed.
+"""Every strategy loads the checkpoints of every other, bit-equal, and the losses continue unchanged.
 
-In CI every saver and every loader at least once, at mixed sizes; with `-m slow -s` every cell, and the table of
+CI runs every saver and every loader at least once, at mixed sizes. `-m slow -s` runs every cell and prints the table of
 docs/measurements/checkpoint-proof.md.
 """
 

@@ -1,6 +1,6 @@
-"""Collectives counted for real, as torch dispatches them: gradients cross the ranks once an optimizer step.
+"""Counts collectives as torch dispatches them: gradients are communicated once per optimizer step.
 
-What is expected is computed here from shapes: numbers of elements, buckets, blocks.
+The expected numbers of elements, buckets and blocks are computed here from shapes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""DeepSpeed beyond plain ZeRO in float32: offload, construction shard by shard, a native JSON, other precisions."""
+"""DeepSpeed beyond plain ZeRO in float32: offload, shard-by-shard construction, a native JSON, other precisions."""
 
 from __future__ import annotations
 
@@ -271,7 +271,7 @@ def test_an_empty_parameter_is_refused_by_stage_three_alone(tmp_path: Path) -> N
         try:
             engine.prepare("model", Hollow, lambda own: torch.optim.SGD(own, lr=0.1))
         except ConfigError as error:
-            assert strategy == "zero3" and "empty parameters nothing" in str(error)
+            assert strategy == "zero3" and "empty parameters: nothing" in str(error)
         else:
             assert strategy == "zero2"
         finally:

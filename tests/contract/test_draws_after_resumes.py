@@ -1,7 +1,7 @@
-"""Killed twice within one epoch and resumed at other world sizes: data, augmentation, dropout, own draws do not notice.
+"""Kills and resumes within an epoch at other world sizes change no data, augmentation, dropout or other random number.
 
-An own loop with all that is random: a shuffled dataset that draws from torch, numpy and Python for every item, dropout,
-and draws of the loop itself.
+The custom loop has every kind of randomness: a shuffled dataset that draws from torch, numpy and Python for every item,
+dropout, and random numbers drawn in the loop.
 """
 
 from __future__ import annotations

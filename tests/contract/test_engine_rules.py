@@ -1,4 +1,4 @@
-"""What own loops get wrong is told in words, and what they leave to the engine is done: one rule a test."""
+"""Mistakes in custom loops raise clear errors, and the engine keeps its duties: one rule per test."""
 
 from __future__ import annotations
 

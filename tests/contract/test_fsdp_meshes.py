@@ -1,6 +1,6 @@
-"""fsdp on every mesh of shards and replicas, and with each of its options, equals a plain loop.
+"""fsdp equals a plain loop on every mesh of shards and replicas, and with each of its options.
 
-float32 within 1e-5 relative in losses and norms, float64 within 1e-9, weights too; first weights bit-equal.
+Relative bounds: float32 1e-5 for losses and norms, float64 1e-9, weights alike. Initial weights are bit-equal.
 """
 
 from __future__ import annotations

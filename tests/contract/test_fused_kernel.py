@@ -1,4 +1,4 @@
-"""Every strategy whose optimizer is torch's own steps by the kernel, and to the same bits as by `Optimizer.step`."""
+"""Every strategy with a torch optimizer steps by the fused kernel, bit-equal to `Optimizer.step`."""
 
 from __future__ import annotations
 

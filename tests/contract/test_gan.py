@@ -1,4 +1,4 @@
-"""Two prepared models in one loop equal their plain loop: gradients flow through the other, none is collected in it."""
+"""Two prepared models in one loop equal a plain loop: gradients flow through the other and are not stored in it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The contract suite on GPUs, by NCCL, against the plain loop on the CPU, as many ranks as there are GPUs: every case,
-and for DeepSpeed, which takes its time to begin, a sample.
+"""The contract suite on GPUs with NCCL, compared with the plain loop on the CPU.
 
-Skipped without CUDA. docs/measurements/hardware.md says what has been run on which hardware.
+Uses as many ranks as there are GPUs. DeepSpeed, which starts slowly, runs a sample of the cases. Skipped without CUDA;
+docs/measurements/hardware.md lists the hardware that was used.
 """
 
 from __future__ import annotations

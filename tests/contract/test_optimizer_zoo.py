@@ -1,4 +1,4 @@
-"""Every optimizer of torch, in every strategy: the plain loop's numbers, or a refusal by name. Nothing between."""
+"""Every optimizer of torch under every strategy equals a plain loop, or is rejected by name."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Ranks that go other ways through a model: as a plain loop where a strategy can, refused by name where it cannot.
+"""Ranks that use different modules equal a plain loop if the strategy supports it, and are rejected by name otherwise.
 
-Without that, collectives would pair one expert with another: equal shapes, no error, other numbers (13 % of the loss).
+Without that check, collectives would pair different experts: equal shapes, no error, a loss that is 13 % off.
 """
 
 from __future__ import annotations

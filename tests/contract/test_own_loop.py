@@ -1,6 +1,6 @@
-"""An own loop over `Engine` with all it may hold: two datasets, a frozen teacher, a trained objective, tracked state.
+"""A custom loop over `Engine` with two datasets, a frozen teacher, a trained objective and tracked state.
 
-Stopped in the middle and started again, under another strategy at another size, it equals the loop that went through.
+Stopped midway and restarted under another strategy at another size, it equals an uninterrupted loop.
 """
 
 from __future__ import annotations

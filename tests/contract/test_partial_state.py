@@ -1,4 +1,4 @@
-"""What a checkpoint holds besides whole models: trainable parameters alone, and what each rank has for itself."""
+"""Checkpoints with more or less than complete models: trainable parameters only, and per-rank state."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""Precisions mean the same under every strategy: fp16 as torch's GradScaler has it, bf16 near float32, each reduction
-in the type that is stated.
+"""Precisions mean the same under every strategy: fp16 like torch's GradScaler, bf16 near float32, stated reductions.
 
-fp16 runs here on CPUs, which have autocast for it but no speed: the refusal of fp16 on a CPU is put aside.
+fp16 runs on CPUs here, which support its autocast slowly; the rejection of fp16 on a CPU is disabled.
 """
 
 from __future__ import annotations

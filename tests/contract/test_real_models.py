@@ -1,4 +1,4 @@
-"""What real models bring, in every strategy against a plain loop: inputs, parts, groups, frozen weights."""
+"""Features of real models under every strategy, compared with a plain loop: inputs, methods, groups, frozen weights."""
 
 from __future__ import annotations
 
@@ -217,7 +217,7 @@ def sam(parameters: Any) -> torch.optim.Optimizer:
     ("make_optimizer", "make_schedule", "told"),
     [
         (torch.optim.LBFGS, None, r"LBFGS\.step, which needs closure"),
-        (sam, None, r"SAM, which steps with a closure only"),
+        (sam, None, r"SAM only steps with a closure"),
         (sgd, lambda optimizer: Plateau(optimizer), r"step, which needs metrics"),
     ],
     ids=["LBFGS", "SAM", "ReduceLROnPlateau"],

@@ -1,4 +1,4 @@
-"""Resumed past a damaged checkpoint of which every rank has filled its tensors already: nothing of it is left."""
+"""A resume past a damaged checkpoint that had already filled tensors on every rank keeps nothing of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory savers under every strategy: the same numbers, to the bit where nothing is compiled, and less memory."""
+"""Memory savers under every strategy: equal results, bit-equal without compilation, and less memory."""
 
 from __future__ import annotations
 

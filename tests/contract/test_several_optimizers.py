@@ -1,4 +1,4 @@
-"""Several optimizers by `match` equal a plain loop that steps each of them, in every strategy that can step them."""
+"""Several optimizers by `match` equal a plain loop that steps each of them, under every strategy that supports them."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_muon_for_matrices_and_adamw_for_the_rest(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "told"), [("fsdp", "cuts parameters by rows"), ("zero1", "cuts parameters into flat")]
+    ("name", "told"), [("fsdp", "cuts parameters by rows"), ("zero1", "steps flat parts of parameters")]
 )
 def test_what_cannot_be_cut_is_refused_by_name_before_there_is_a_group(
     name: str, told: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
@@ -164,8 +164,8 @@ def test_what_cannot_be_cut_is_refused_by_name_before_there_is_a_group(
     ("override", "told"),
     [
         ("optim.1.match=wte.*", "ln_f|h.0.ln.bias"),
-        ("optim.0.match=['h.*','hh.*']", r"'hh\.\*', which none of"),
-        ("optim.0.match='*'", "optimizers before it take all"),
+        ("optim.0.match=['h.*','hh.*']", r"'hh\.\*' matches none of"),
+        ("optim.0.match='*'", "earlier optimizers take all parameters"),
         ("optim.1.no_decay=['ln_f.bias','ln_f.weight']", r"optim\.1\.no_decay"),
     ],
 )

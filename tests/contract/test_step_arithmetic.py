@@ -1,6 +1,6 @@
-"""The step's arithmetic where it is hard: ragged weights, dropout, terms of their own denominators, uneven batches.
+"""Difficult arithmetic of a step: ragged weights, dropout, terms with separate denominators, uneven batches.
 
-Every strategy at 1 to 4 ranks against one plain loop; what is left is the order of float32 sums.
+Every strategy on 1 to 4 ranks is compared with one plain loop. Only the order of float32 sums differs.
 """
 
 from __future__ import annotations

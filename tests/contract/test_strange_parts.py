@@ -1,4 +1,4 @@
-"""Parts that users bring and that are unlike torch's own: optimizers with numbers for state, odd layouts, counters."""
+"""User parts unlike torch's: optimizers with numbers as state, unusual memory layouts, counters."""
 
 from __future__ import annotations
 

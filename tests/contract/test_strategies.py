@@ -1,4 +1,4 @@
-"""The contract suite over every strategy: in CI a covering sample, with `-m slow` everything.
+"""The contract suite over every strategy: a covering sample in CI, everything with `-m slow`.
 
 `python -m pytest -m slow -s tests/contract/test_strategies.py` prints the tables of docs/measurements/contract.md.
 """

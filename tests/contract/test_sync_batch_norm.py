@@ -1,4 +1,4 @@
-"""`model.sync_batch_norm`: ranks together equal one process that puts their micro-batches of a round in one batch."""
+"""`model.sync_batch_norm`: all ranks together equal one process that joins their micro-batches of a round."""
 
 from __future__ import annotations
 
@@ -140,7 +140,10 @@ class Own(nn.BatchNorm1d):
 
 @pytest.mark.parametrize(
     ("model", "told"),
-    [(nn.Linear(2, 2), "none in Linear"), (nn.Sequential(Own(2)), r"'0', a .*\.Own, whose forward is its own")],
+    [
+        (nn.Linear(2, 2), "Linear has no batch norm"),
+        (nn.Sequential(Own(2)), r"'0' is a .*\.Own, which has a custom forward"),
+    ],
     ids=["none", "own"],
 )
 def test_what_cannot_be_synchronized_is_told(model: nn.Module, told: str) -> None:

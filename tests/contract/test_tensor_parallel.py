@@ -1,6 +1,6 @@
-"""Tensor parallel, alone and with fsdp, equals a plain loop: gpt, and a model in Hugging Face's manner by its own plan.
+"""Tensor parallelism, alone and with fsdp, equals a plain loop for gpt and a Hugging Face-style model.
 
-Losses and norms in float32 within 1e-5 relative, in float64 within 1e-9, weights likewise; first weights bit-equal.
+Relative bounds: float32 1e-5 for losses and norms, float64 1e-9, weights alike. Initial weights are bit-equal.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A user's own modules, from a folder outside the project: by YAML alone and with `Engine`, equal to a plain loop."""
+"""User modules from a folder outside the project equal a plain loop, with YAML only and with `Engine`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An objective of a user whose machine dies: KILL="RANK:STEP:WHERE" in the environment says who, when and where."""
+"""An objective that kills its process: KILL="RANK:STEP:WHERE" in the environment says which rank, when and where."""
 
 import os
 import signal

@@ -1,4 +1,7 @@
-"""Models, objectives and an optimizer that do not train the same everywhere, each for another reason. Tests copy it."""
+"""Models, objectives and an optimizer that do not train the same everywhere, each for a different reason.
+
+Tests copy this file to a temporary folder.
+"""
 
 import os
 import signal

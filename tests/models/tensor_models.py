@@ -1,4 +1,4 @@
-"""A decoder in Hugging Face's manner, with its tensor plan, without disttrain; tests copy this file out."""
+"""A Hugging Face-style decoder with a tensor plan, without disttrain. Tests copy this file out of the project."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""Data and objectives that go wrong, each in its own way; nothing of disttrain in here. Tests copy it out."""
+"""Data and objectives that fail, each in its own way, without disttrain. Tests copy this file out of the project."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Modules, data and objectives as users have them, without disttrain. Tests copy this file out of the project."""
+"""Modules, data and objectives as users write them, without disttrain. Tests copy this file out of the project."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Starts disttrain as a user does, in processes of its own with a hard time limit, and reads what a run left behind."""
+"""Starts disttrain as a user does, in separate processes with a hard time limit, and reads what a run left behind."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""A real SLURM of two nodes on this machine: munged, slurmctld and two slurmd in a temp folder, on ports of its own.
+"""Starts a real SLURM cluster of two nodes on this machine, in a temporary folder and on free ports.
 
-Owns the daemons and ends all of them, with whatever their jobs left behind. It refuses (`missing_parts`) where the
-daemons are not installed or we are not root: a slurmd that is not root cannot start jobs as their user.
+The daemons are munged, slurmctld and two slurmd. All of them end with the context, and so does everything that their
+jobs leave behind. `missing_parts` says why no cluster can start: the daemons are not installed, or the user is not
+root, and then slurmd cannot start jobs.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEM
 
 
 def missing_parts() -> str | None:
-    """Why no cluster can be started here, or None."""
+    """Return why no cluster can start here, or None."""
     absent = [name for name in (*DAEMONS, *COMMANDS) if shutil.which(name) is None]
     if absent:
         return f"not installed: {', '.join(absent)} (Debian: apt-get install slurm-wlm munge)"
@@ -35,7 +36,7 @@ def missing_parts() -> str | None:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now, all different."""
+    """Return different ports on which nobody listens now."""
     held = [socket.socket() for _ in range(count)]
     for one in held:
         one.bind(("127.0.0.1", 0))
@@ -46,13 +47,13 @@ def free_ports(count: int) -> list[int]:
 
 
 def write_slurm_conf(folder: Path, *, host: str, ports: Sequence[int], cpus: int) -> Path:
-    """slurm.conf for two nodes that are both this machine. `cpus` is what each node offers."""
+    """Write slurm.conf for two nodes that are both this machine and offer `cpus` cores each."""
     controller, *node_ports = ports
     lines = [
         "ClusterName=disttrain",
         f"SlurmctldHost={host}(127.0.0.1)",
         f"SlurmctldPort={controller}",
-        f"FirstJobId={controller}",  # a job's id makes its world's port: two clusters at once must not share them
+        f"FirstJobId={controller}",  # a job's port follows from its id, and two clusters at once must not share ports
         "SlurmUser=root",
         "SlurmdUser=root",
         "AuthType=auth/munge",
@@ -77,7 +78,7 @@ def write_slurm_conf(folder: Path, *, host: str, ports: Sequence[int], cpus: int
             f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} RealMemory=512"
             for name, port in zip(NODES, node_ports, strict=True)
         ),
-        f"PartitionName=main Nodes={','.join(NODES)} Default=YES MaxTime=30 State=UP",
+        f"PartitionName=main Nodes={','.join(NODES)} Default=YES MaxTime=INFINITE State=UP",
     ]
     path = folder / "slurm.conf"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -85,14 +86,14 @@ def write_slurm_conf(folder: Path, *, host: str, ports: Sequence[int], cpus: int
 
 
 class SlurmCluster:
-    """A running cluster: submit, wait, read. `environment` is what its commands and jobs see."""
+    """A running cluster. Its commands and jobs have the variables in `environment`."""
 
     def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
         self.folder = folder
         self.environment = dict(environment)
 
     def run(self, *command: str, cwd: Path | None = None, timeout_s: float = 60.0) -> str:
-        """Run one SLURM command to its end and return what it printed; its stderr is in the error."""
+        """Run one SLURM command and return its stdout. Raises RuntimeError with its stderr if it fails."""
         done = subprocess.run(
             command, cwd=cwd, env=self.environment, capture_output=True, text=True, timeout=timeout_s, check=False
         )
@@ -101,11 +102,14 @@ class SlurmCluster:
         return done.stdout
 
     def submit(self, script: Path, *arguments: str, cwd: Path, options: Sequence[str] = ()) -> int:
-        """sbatch SCRIPT ARGUMENTS in `cwd`; returns the job's id."""
+        """Run sbatch SCRIPT ARGUMENTS in `cwd` and return the job's id."""
         return int(self.run("sbatch", "--parsable", *options, str(script), *arguments, cwd=cwd).strip())
 
-    def wait(self, job: int, *, timeout_s: float) -> str:
-        """The state in which a job ended (`COMPLETED`, `FAILED`, ...); cancels it and raises after `timeout_s`."""
+    def wait(self, job: int | str, *, timeout_s: float) -> str:
+        """Return the state in which a job ended (`COMPLETED`, `FAILED`, ...).
+
+        Cancels the job and raises TimeoutError after `timeout_s`.
+        """
         deadline = time.monotonic() + timeout_s
         state = "UNKNOWN"
         while time.monotonic() < deadline:
@@ -122,7 +126,7 @@ class SlurmCluster:
         raise TimeoutError(f"job {job} was still {state} after {timeout_s:.0f} s")
 
     def logs(self) -> str:
-        """The daemons' last lines, for a failure's message."""
+        """Return the last lines of each daemon's log, for the message of a failed test."""
         return "\n".join(
             f"--- {path.name}\n" + "\n".join(path.read_text(errors="replace").splitlines()[-15:])
             for path in sorted(self.folder.glob("*.log"))
@@ -145,15 +149,15 @@ def _wait_until_idle(cluster: SlurmCluster, daemons: Mapping[str, subprocess.Pop
 
 
 def _processes_of(folder: Path) -> list[int]:
-    """Ids of all processes whose environment names the cluster's folder: its daemons, their steps, their jobs."""
+    """Return the ids of all processes whose environment names the cluster's folder: daemons, steps and jobs."""
     needle = str(folder).encode()
-    found = []
+    ids = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             with suppress(OSError):  # it ended while we looked
                 if needle in (entry / "environ").read_bytes():
-                    found.append(int(entry.name))
-    return found
+                    ids.append(int(entry.name))
+    return ids
 
 
 def _stop(cluster: SlurmCluster, daemons: Mapping[str, subprocess.Popen[bytes]]) -> None:
@@ -179,7 +183,7 @@ def _stop(cluster: SlurmCluster, daemons: Mapping[str, subprocess.Popen[bytes]])
 
 @contextmanager
 def running_cluster(folder: Path, environment: Mapping[str, str]) -> Iterator[SlurmCluster]:
-    """Start the daemons, yield when both nodes are idle, end everything. `folder` must be empty and ours."""
+    """Start the daemons in the empty `folder`, yield when both nodes are idle, and stop everything at the end."""
     host = socket.gethostname().split(".")[0]
     conf = write_slurm_conf(folder, host=host, ports=free_ports(1 + len(NODES)), cpus=os.cpu_count() or 1)
     for name in ("state", *(f"spool-{node}" for node in NODES)):

@@ -149,7 +149,7 @@ def test_what_cannot_be_honoured_is_refused_before_anything_starts(tmp_path: Pat
         expect=None,
     )
     assert done.returncode != 0
-    assert done.stderr.count("error (exit 2): 3 faults in the config") == 1
+    assert done.stderr.count("error (exit 2): 3 problems in the config") == 1
     for said in ("fsdp_version (FSDP_VERSION)", "(FSDP_AUTO_WRAP_POLICY)", "(ACCELERATE_MIXED_PRECISION)"):
         assert said in done.stderr
     assert not (tmp_path / "quickstart").exists()
@@ -166,7 +166,7 @@ def test_several_that_each_think_they_are_alone_are_refused(tmp_path: Path) -> N
 def test_the_name_alone_wants_accelerates_launch(tmp_path: Path) -> None:
     command = (sys.executable, *QUICKSTART, "strategy.name=accelerate", f"run.dir={tmp_path}")
     done = launch(*command, timeout_s=240, expect=3)
-    assert "problem: a process started by plain python" in done.stderr
+    assert "problem: this process was started by plain python" in done.stderr
 
 
 DOCS = (PROJECT / "docs" / "reference" / "accelerate.md").read_text(encoding="utf-8")

@@ -1,6 +1,6 @@
-"""What goes wrong in a world of two: the exit code on every rank long before run.timeout_s, the first cause said once.
+"""Failures in a world of two: every rank exits long before run.timeout_s, and the first cause is reported once.
 
-What was committed before stays loadable, and the same command goes on from there once the cause is mended.
+Committed checkpoints stay loadable, and the same command continues from them once the cause is fixed.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def test_a_damaged_folder_is_named_or_the_run_goes_on_from_what_is_whole(damage:
     file.write_bytes(raw)
     ends = run()
     assert [one.code for one in ends] == [0, 0]
-    assert "step-00000004 is not whole and was set aside" in ends[0].said
+    assert "step-00000004 is damaged and was set aside" in ends[0].said
     assert "continues at step 2" in ends[0].said
     assert (mine / "checkpoints" / "rejected-step-00000004-1").is_dir()
 

@@ -1,4 +1,4 @@
-"""Every command of docs/reference/checkpoint-commands.md, on two real runs of two worlds, as the page has it."""
+"""Runs every command of docs/reference/checkpoint-commands.md on two real runs of different world sizes."""
 
 from __future__ import annotations
 
@@ -59,4 +59,4 @@ def test_every_command_of_the_page_runs(folder: Path) -> None:
     assert len(evaluated) == 2
     staying = {4, min(evaluated, key=evaluated.__getitem__)}
     assert {int(path.name[5:]) for path in (folder / "runs/quickstart/checkpoints").iterdir()} == staying
-    assert re.search(r"^kept step-00000004: whole$", pruned, re.MULTILINE)
+    assert re.search(r"^kept step-00000004: intact$", pruned, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""Every file in configs/ trains: two gloo processes under torchrun, and the loss falls to what it should be."""
+"""Every file in configs/ trains on two gloo processes under torchrun, and its loss falls to the expected value."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A rank that fails while a collective is under way ends by itself, though its peer never joins it."""
+"""A rank that fails during a collective exits by itself, even if its peer never joins the collective."""
 
 from __future__ import annotations
 

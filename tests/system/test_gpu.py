@@ -1,6 +1,6 @@
-"""The quick start on real GPUs, by NCCL: every strategy, type and memory saver against the same run on the CPU.
+"""The quick start on real GPUs with NCCL: every strategy, dtype and memory saver, compared with the CPU.
 
-Skipped without CUDA. docs/measurements/hardware.md says what has been run on which hardware.
+Skipped without CUDA. docs/measurements/hardware.md lists the hardware that was used.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Two runs into one folder: the second is refused with exit code 5 on all its ranks, the first is not disturbed."""
+"""Two runs in one folder: the second is rejected with exit code 5 on all ranks, and the first is not disturbed."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_the_second_of_two_runs_is_refused(
         refused = run_world(2, train, 0.5, *elsewhere)
         assert [code for code, _ in refused] == [5, 5]
         told = refused[0][1]
-        assert all(words in told for words in ("written by one run at a time", "another process", "run.name"))
+        assert all(words in told for words in ("one run at a time may write to", "another process", "run.name"))
         assert "Traceback" not in told
         assert content(run, Path("stored")) == before
         go_on.set()

@@ -1,4 +1,4 @@
-"""`disttrain parity` on real configs, by the command itself: what is equal, and each cause that is to be named."""
+"""Runs `disttrain parity` on real configs: equal cases, and each cause that the command must name."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def test_absent_or_misspelt_it_is_missed(environment: dict[str, str], folder: Pa
     )
     done = launch(*COMMANDS[1].split(), timeout_s=240, cwd=folder, expect=2)
     assert "no built-in or installed strategy of that name" in done.stderr
-    assert "pip install the package that brings it" in done.stderr
+    assert "or pip install its package" in done.stderr
 
 
 def test_trains_by_one_line(environment: dict[str, str], folder: Path) -> None:

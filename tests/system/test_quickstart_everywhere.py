@@ -1,7 +1,7 @@
-"""The quick start itself, whole, by the commands users type: torchrun at 1 to 4 processes under every strategy.
+"""Runs the complete quick start by the commands that users type, on 1 to 4 processes under every strategy.
 
-A long battery: `-m slow`. Each run equals one plain loop over a decoder written out by hand. Prints its figures, which
-docs/reference/parity.md records.
+A long battery (`-m slow`). Each run equals one plain loop over a separately written decoder. Prints the figures of
+docs/reference/parity.md.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""SIGKILL at random moments of a run that saves in the background, again and again: it ends as if nothing had been.
+"""A run that saves in the background survives SIGKILL at random moments and ends as if it had never been killed.
 
-Two ranks, which go on bit-equal under ddp and fsdp (why two: test_kill_and_resume.py). Ranks are forked from a server
-that has torch loaded, so that a kill costs a second.
+Two ranks are used, which continue bit-equal under ddp and fsdp (test_kill_and_resume.py says why two). Ranks are forked
+from a server that has imported torch, so that a kill costs one second.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A run whose newest checkpoint is rotten, torn, swapped or hostile goes on from the one before and names the file."""
+"""A run whose newest checkpoint is damaged, truncated, swapped or hostile resumes from the previous one."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_whatever_is_wrong_with_a_file_the_run_goes_on_and_names_it(folder: Path
         ((what, why),) = rejected(run)
         assert (what, name in why) == (NEWEST, True), (case, why)
         said = Path(f"{case}/said-0").read_text()
-        assert "is not whole and was set aside" in said and name in said, (case, said)
+        assert "is damaged and was set aside" in said and name in said, (case, said)
         assert "continues at step 4" in said, (case, said)
         assert numbers(run) == expected, case
         assert (run / "checkpoints" / f"rejected-{NEWEST}-1").is_dir()

@@ -1,4 +1,4 @@
-"""`one_sum`'s options and entry. Imports no torch: `disttrain check` reads nothing else of the package."""
+"""The options and entry point of `one_sum`. Imports no torch, because `disttrain check` imports this module."""
 
 from pydantic import Field
 

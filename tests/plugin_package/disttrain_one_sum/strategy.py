@@ -1,7 +1,7 @@
-"""`one_sum`: every rank holds everything; gradients are added up in `step`, by flat all-reduces.
+"""The `one_sum` strategy: every rank holds everything, and `step` sums gradients by flat all-reduces.
 
-DDP without its hooks: nothing wraps the model and nothing happens during a backward, so a forward and a backward may do
-what they like, and ranks may use other parameters. The price is that communication hides behind no computation.
+This is DDP without hooks. Nothing wraps the model or runs during a backward, so both are unrestricted,
+and ranks may use different parameters. The cost is that communication does not overlap with computation.
 """
 
 from __future__ import annotations

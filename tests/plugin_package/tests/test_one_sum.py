@@ -1,4 +1,4 @@
-"""The contract that every strategy of disttrain keeps, on this one."""
+"""Runs the contract suite of disttrain on `one_sum`."""
 
 from disttrain.testing import StrategyContract
 

@@ -1,4 +1,4 @@
-"""Simulated worlds for checkpoint tests: ranks are threads, tensors are cut as strategies cut them."""
+"""Simulated worlds for checkpoint tests: ranks are threads, and tensors are sharded as strategies shard them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints as others write them: real torch DCP and real DeepSpeed worlds, and what they say of it."""
+"""Writes checkpoints of other libraries in real worlds of torch DCP and DeepSpeed, with their expected content."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Kills each rank of a save at each of its operations; run as a script, so that ranks are forks of a quiet process.
+"""Kills each rank of a save at each of its operations. Runs as a script, so that ranks are forks of a small process.
 
-`python killed_ranks.py FOLDER SIZE` leaves one folder `VICTIM-OPERATION` a trial and prints a JSON list of them:
-victim, number of the operation it was killed before, and what that operation was (null: it had no more).
+`python killed_ranks.py FOLDER SIZE` leaves one folder `VICTIM-OPERATION` per trial and prints a JSON list of trials:
+victim, number of the operation before which it was killed, and that operation (null if it had no more).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What may lie on a disk after a power cut: a model of POSIX at its meanest, filled by recording a writer.
+"""Models a POSIX disk after a power cut, from the recorded operations of a writer.
 
-Sure is only what was synced: a file's bytes by syncing the file, a name in a folder by syncing the folder. Of the rest
-any part may be there or not, in any combination: of a file's new bytes none, half, all, zeros or garbage; of a folder's
-changes any subset, a rename being two of them. That is more than a journaling file system allows.
+Only synced data is durable: a file's bytes by syncing the file, a name in a folder by syncing the folder. Of everything
+else any subset may survive, in any combination: none, half or all of a file's new bytes, zeros or garbage, and any
+subset of a folder's changes, where a rename counts as two. That is more than a journaling file system allows.
 """
 
 from __future__ import annotations

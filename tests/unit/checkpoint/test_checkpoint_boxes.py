@@ -1,4 +1,4 @@
-"""Boxes against numpy: every claim is checked element by element on an array that counts how often it was covered."""
+"""Boxes compared with numpy: every claim is checked element by element on an array that counts coverage."""
 
 from __future__ import annotations
 

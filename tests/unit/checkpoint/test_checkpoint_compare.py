@@ -1,4 +1,4 @@
-"""Comparing checkpoints: every difference and its place, against plain float64 over whole tensors; memory bounded."""
+"""Comparing checkpoints: every difference and its position, against plain float64 arithmetic, in bounded memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rot, malice, full disks and killed writers: what was committed loads, what is wrong is named, never loaded."""
+"""Damage, malicious files, full disks and killed writers: committed data loads, damaged data never does."""
 
 from __future__ import annotations
 

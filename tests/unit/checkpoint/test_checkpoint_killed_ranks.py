@@ -1,4 +1,4 @@
-"""Any rank killed before any of its operations: the previous or the new checkpoint is found, and the run can go on."""
+"""Any rank killed before any of its operations: the previous or the new checkpoint is intact."""
 
 from __future__ import annotations
 

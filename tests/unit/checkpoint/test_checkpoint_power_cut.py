@@ -1,4 +1,4 @@
-"""A power cut after any operation of a writer: the loader finds the previous or the new checkpoint, bit for bit."""
+"""A power cut after any operation of a writer: the loader finds the previous or the new checkpoint, bit-equal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Saved by k ranks in any layout, loaded by m ranks in any other: every bit is where it belongs."""
+"""Saved by k ranks in any layout, loaded by m ranks in any other: every bit is in its place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Large files go past the page cache; what is read back is what was written, whatever the file system says to it."""
+"""Large files bypass the page cache, and reads return what was written, whatever the file system supports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checksum of a tensor that is the same however the tensor is cut, and another for any other tensor."""
+"""A checksum of a tensor is the same for every sharding of it, and different for every other tensor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights go out as others read them: by safetensors itself, by torch.load, one tensor in memory at a time."""
+"""Exported weights are read back by safetensors and torch.load, with one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_a_type_that_safetensors_lacks_is_refused_with_a_way_out(checkpoint: Pat
 
 
 def test_another_name_and_another_format_are_named(checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="models prepared as model"):
+    with pytest.raises(CheckpointError, match="models were prepared as model"):
         convert(checkpoint, tmp_path / "x.pt", name="critic")
     with pytest.raises(ConfigError, match="huggingface, safetensors, torch, disttrain"):
         convert(checkpoint, tmp_path / "x", to="onnx")

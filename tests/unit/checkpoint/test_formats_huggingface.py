@@ -1,6 +1,6 @@
-"""What goes out is what Hugging Face's own `from_pretrained` reads, and what its `save_pretrained` wrote comes in.
+"""Exports load with Hugging Face's `from_pretrained`, and checkpoints of `save_pretrained` import.
 
-Runs where transformers is installed.
+Runs if transformers is installed.
 """
 
 from __future__ import annotations

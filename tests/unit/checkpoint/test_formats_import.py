@@ -1,4 +1,4 @@
-"""Weights of others come in: whatever the names, nothing is run, and what is wrong is said with its name."""
+"""Imports weights of other libraries: no code in them runs, and every defect is reported by name."""
 
 from __future__ import annotations
 

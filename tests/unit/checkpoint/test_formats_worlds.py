@@ -1,4 +1,4 @@
-"""Real checkpoints of torch DCP and DeepSpeed become ours bit by bit, and training goes on from them."""
+"""Real checkpoints of torch DCP and DeepSpeed import bit-equal, and training continues from them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Boxes of regular cuts as one line: exactly those boxes and writers, or no grid at all."""
+"""Regular shardings as one line: exactly the same boxes and writers, or no grid."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A candidate is read once: by each rank what it needs, straight into place; by all together what nobody needs."""
+"""A candidate is read once: each rank reads its part into place, and all ranks share the rest."""
 
 from __future__ import annotations
 

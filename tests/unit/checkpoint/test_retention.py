@@ -1,4 +1,4 @@
-"""Which checkpoints stay: the newest, every so many steps, the best; and never one let go for one nobody verified."""
+"""Which checkpoints are kept: the newest, every n steps, the best; none is removed in favour of an unverified one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The kept copy: what this rank writes and no more, whole when it returns, in the same memory the next time."""
+"""The copy for a background save: exactly what this rank writes, complete on return, in the same memory next time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commit without a rename, in a store of fsspec's own memory: what a manifest's appearance makes of a folder."""
+"""The commit without a rename, in fsspec's memory store: the manifest makes a folder a checkpoint."""
 
 from __future__ import annotations
 

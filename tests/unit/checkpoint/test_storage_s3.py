@@ -1,4 +1,4 @@
-"""Checkpoints in S3, over HTTP to a real server (moto's): multipart uploads, ranges, errors as a bucket gives them."""
+"""Checkpoints in S3, over HTTP to moto's server: multipart uploads, ranges, and the errors of a bucket."""
 
 from __future__ import annotations
 
@@ -344,16 +344,16 @@ def test_the_commands_read_and_prune_a_bucket(bucket: Any) -> None:
         return done.returncode, json.loads(done.stdout) if done.stdout else done.stderr
 
     code, found = ckpt("ls", str(ROOT))
-    assert code == 0 and [(one["step"], one["whole"]) for one in found["checkpoints"]] == [(1, 1), (2, 1), (3, 1)]
+    assert code == 0 and [(one["step"], one["intact"]) for one in found["checkpoints"]] == [(1, 1), (2, 1), (3, 1)]
     assert all(one["when"].endswith("+00:00") and one["bytes"] > 6000 for one in found["checkpoints"])
     code, found = ckpt("verify", str(ROOT))
-    assert code == 5 and [one["whole"] for one in found["checkpoints"]] == [True, True, False]
+    assert code == 5 and [one["intact"] for one in found["checkpoints"]] == [True, True, False]
     assert "rank-00000.safetensors, bytes 4096 to" in found["checkpoints"][2]["faults"][0]
     code, found = ckpt("diff", f"{ROOT}/step-00000001", f"{ROOT}/step-00000002")
     assert code == 1 and not found["differences"] and [one["key"] for one in found["state"]] == ["step"]
     code, found = ckpt("prune", str(ROOT), "--keep-last", "1")
     assert (found["kept"], found["removed"]) == (["step-00000002"], ["step-00000001"])
-    assert [one["name"] for one in found["left"]] == ["step-00000003"], "damaged: neither counted nor removed"
+    assert [one["name"] for one in found["damaged"]] == ["step-00000003"], "damaged: neither counted nor removed"
     assert {key.split("/")[3] for key in bucket.find("models/team/run")} == {"step-00000002", "step-00000003"}
 
 

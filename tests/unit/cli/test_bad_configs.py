@@ -1,5 +1,6 @@
-"""Kinds of bad config: `disttrain check` and `disttrain.run` refuse each with exit code 2 and one message that names
-the key, its file and line, what was found and what to do; no process group, no user code, nothing on disk.
+"""Bad configs: `disttrain check` and `disttrain.run` reject each with exit code 2 and one message.
+
+The message names the key, its file and line, the problem and the fix. No process group, no user code, no files.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Bad:
 
 
 def one(line: int, text: str, key: str, found: str, do: str) -> Bad:
-    """One line of the good config replaced, one fault in it."""
+    """One line of the good config replaced, one problem in it."""
     return Bad(with_line(line, text), ((key, line, found, do),))
 
 
@@ -88,15 +89,15 @@ report: {every: 0}
 """
 MANY_SAYS = (
     ("run.stps", 4, "unknown key 'stps'", "did you mean 'steps'?"),
-    ("run.steps", 5, "'ten': no number", "without quotes"),
+    ("run.steps", 5, "'ten': not a number", "without quotes"),
     ("run.epochs", 6, "run.steps and run.epochs", "keep one"),
     ("model.target", 7, "'gtp'", "did you mean 'gpt'?"),
     ("data.train.target", 10, "has no 'make_dta'", "did you mean 'make_data'?"),
     ("data.collate.target", 11, "no module 'nowhere.parts'", "install the package"),
     ("data.micro_batch", 13, "more than data.global_batch, which is 4", "at most 4"),
     ("optim.args.lrr", 14, "no argument 'lrr'", "did you mean 'lr'?"),
-    ("schedule.args.warmup", 15, "${run.warm}, which is set nowhere", "known:"),
-    ("mesh.pipeline", 16, "reserved", "take the key out"),
+    ("schedule.args.warmup", 15, "${run.warm} refers to a key that this config does not set", "known:"),
+    ("mesh.pipeline", 16, "reserved", "remove the key"),
     ("strategy.fsdp.reshrd", 19, "unknown key", "did you mean 'reshard'?"),
     ("strategy.name", 20, "the key of line 18 again", "keep one of the two"),
     ("precision.compute", 21, "fp8", "write 'fp32'"),
@@ -109,13 +110,13 @@ BAD = {
     "key of another section": one(
         2, "run: {name: a, steps: 3, global_batch: 4}", "run.global_batch", "unknown key", "'data.global_batch'"
     ),
-    "wrong type": one(2, "run: {name: a, steps: ten}", "run.steps", "'ten': no number", "write a number"),
-    "number in quotes": one(2, "run: {name: a, steps: '3'}", "run.steps", "'3': no number", "without quotes"),
+    "wrong type": one(2, "run: {name: a, steps: ten}", "run.steps", "'ten': not a number", "write a number"),
+    "number in quotes": one(2, "run: {name: a, steps: '3'}", "run.steps", "'3': not a number", "without quotes"),
     "out of range": one(2, "run: {name: a, steps: 0}", "run.steps", "0", "greater than 0"),
     "unknown short name": one(4, "objective: {target: msee}", "objective.target", "'msee'", "did you mean 'mse'?"),
     "no import path": one(8, "optim: {target: AdamW}", "optim.target", "'AdamW'", "torch.optim.AdamW"),
     "missing module": one(
-        3, 'model: {target: "bad_config_prts:Net"}', "model.target", "no module 'bad_config_prts'", "mend the path"
+        3, 'model: {target: "bad_config_prts:Net"}', "model.target", "no module 'bad_config_prts'", "correct the path"
     ),
     "missing attribute": one(
         3, 'model: {target: "bad_config_parts:Nett"}', "model.target", "bad_config_parts.py has no 'Nett'", "'Net'?"
@@ -132,9 +133,9 @@ BAD = {
         8, "optim: {target: torch.optim.SGD, args: {lr: 1, momentm: 0}}", "optim.args.momentm", "momentm", "'momentum'?"
     ),
     "bad reference": one(
-        2, 'run: {name: a, steps: 3, seed: "${run.sed}"}', "run.seed", "${run.sed}, which is set", "mean 'run.seed'?"
+        2, 'run: {name: a, steps: 3, seed: "${run.sed}"}', "run.seed", "${run.sed} refers to a key", "mean 'run.seed'?"
     ),
-    "circle of references": one(2, 'run: {name: a, steps: "${run.steps}"}', "run.steps", "a circle", "write one of"),
+    "circle of references": one(2, 'run: {name: a, steps: "${run.steps}"}', "run.steps", "a circle", "replace one of"),
     "duplicate key": one(2, "run: {name: a, steps: 3, steps: 4}", "run.steps", "the key of line 2 again", "keep one"),
     "two lengths": one(
         2, "run: {name: a, steps: 3, epochs: 2}", "run.epochs", "run.steps and run.epochs", "steps=null"
@@ -150,21 +151,21 @@ BAD = {
     "option for all strategies": one(
         9, "strategy: {name: ddp, bucket_mb: 5}", "strategy.bucket_mb", "'bucket_mb'", "known: ddp, deepspeed, fsdp"
     ),
-    "reserved mesh axis": one(9, "mesh: {pipeline: 2}", "mesh.pipeline", "reserved for a later", "take the key out"),
+    "reserved mesh axis": one(9, "mesh: {pipeline: 2}", "mesh.pipeline", "reserved for a later", "remove the key"),
     "a text for a target": one(4, "objective: mse", "objective", "'mse'", "{target: mse}"),
-    "code in a tag": one(4, "objective: !!python/name:os.system x", "objective", "the tag", "take the tag away"),
+    "code in a tag": one(4, "objective: !!python/name:os.system x", "objective", "the tag", "remove the tag"),
     "another version": one(1, "version: 2", "version", "2", "write version: 1"),
-    "not YAML": Bad(with_line(4, "objective: [mse"), (("", 5, "not YAML", "mend that line"),)),
+    "not YAML": Bad(with_line(4, "objective: [mse"), (("", 5, "not YAML", "correct that line"),)),
     "empty file": Bad("", (("", 1, "an empty file", "write sections"),)),
     "a list": Bad("- run\n", (("", 1, "a list", "write sections"),)),
     "circle of extends": Bad(
         "extends: other.yaml\n",
-        (("extends", 1, "a circle: c.yaml -> other.yaml -> c.yaml", "extend nothing"),),
+        (("extends", 1, "a circle: c.yaml -> other.yaml -> c.yaml", "remove `extends`"),),
         {"other.yaml": "extends: c.yaml\n"},
         "project/other.yaml",
     ),
     "extends nothing": Bad("extends: gone.yaml\n", (("extends", 1, "gone.yaml cannot be read", "relative to this"),)),
-    "a fault in what it extends": Bad(
+    "a problem in what it extends": Bad(
         "extends: other.yaml\n",
         (("run.stps", 2, "unknown key 'stps'", "mean 'steps'?"),),
         {"other.yaml": with_line(2, "run: {name: a, steps: 3, stps: 3}")},
@@ -213,8 +214,8 @@ def place(bad: Bad, line: int) -> str:
 
 
 def assert_told(bad: Bad, text: str) -> None:
-    """`text` is the whole message: every fault in one block, in order, and not a word more."""
-    number = f"{len(bad.says)} fault{'' if len(bad.says) == 1 else 's'}"
+    """`text` is the whole message: every problem in one block, in order, and not a word more."""
+    number = f"{len(bad.says)} problem{'' if len(bad.says) == 1 else 's'}"
     first, *lines = text.splitlines()
     assert first == f"error (exit 2): {number} in the config"
     assert len(lines) == 3 * len(bad.says), text
@@ -248,11 +249,11 @@ def test_check_refuses(
     assert err == ""
     found = json.loads(out)
     assert found["ok"] is False
-    assert [(one["key"], one["where"]) for one in found["faults"]] == [
+    assert [(one["key"], one["where"]) for one in found["problems"]] == [
         (key, place(bad, at)) for key, at, *_ in bad.says
     ]
-    for told, (_, _, what, do) in zip(found["faults"], bad.says, strict=True):
-        assert what in told["found"] and do in told["do"]
+    for told, (_, _, what, do) in zip(found["problems"], bad.says, strict=True):
+        assert what in told["problem"] and do in told["fix"]
     assert sorted(folder.rglob("*")) == before
 
 
@@ -307,7 +308,9 @@ def test_sections_that_only_a_run_needs_are_noted_by_check_and_refused_by_a_run(
     assert disttrain("check", "project/c.yaml") == 0
     assert "no section model, data, optim: enough for an own loop" in capsys.readouterr().err
     assert run_main(["project/c.yaml"]) == 2
-    says = tuple((name, 1, "no such section", f"add the section '{name}'") for name in ("model", "data", "optim"))
+    says = tuple(
+        (name, 1, "the section is missing", f"add the section '{name}'") for name in ("model", "data", "optim")
+    )
     assert_told(Bad("", says), capsys.readouterr().err)
     assert sorted(folder.rglob("*")) == before
 

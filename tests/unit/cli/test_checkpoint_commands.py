@@ -1,4 +1,4 @@
-"""`disttrain ckpt`: what it says of real folders, against their bytes; what it refuses; what prune may never do."""
+"""`disttrain ckpt` on real folders: its output against their bytes, its rejections, and what prune must never do."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from checkpoint_world import LAYOUTS, empty_store, on_ranks, seal, some_tensors
 
 from disttrain.checkpoint import Address, save_checkpoint
 from disttrain.cli import main as cli_main
-from disttrain.cli.ckpt.survey import Survey
+from disttrain.cli.ckpt.find import CheckpointStatus
 from disttrain.engine.checkpointing.documents import tracked_shards
 from disttrain.engine.checkpointing.random_state import random_shards
 from disttrain.engine.checkpointing.snapshot import RANKS
@@ -127,8 +127,8 @@ def test_ls_tells_what_there_is_what_is_whole_and_what_is_no_checkpoint(
     assert first["bytes"] == sum(path.stat().st_size for path in whole.iterdir())
     assert (first["tensors"], first["strategy"], first["ranks"]) == (len(some_tensors()), "fsdp", 2)
     assert first["mesh"] == {"replicate": 1, "shard": 2, "tensor": 1}
-    assert (first["whole"], first["faults"], first["strays"]) == (True, [], ["notes.txt"])
-    assert {name: row["faults"] for name, row in rows.items() if not row["whole"]} == {
+    assert (first["intact"], first["faults"], first["strays"]) == (True, [], ["notes.txt"])
+    assert {name: row["faults"] for name, row in rows.items() if not row["intact"]} == {
         "step-00000200": ["rank-00001.safetensors: No such file or directory"],
         "step-00000300": [
             f"rank-00000.safetensors: 10 bytes instead of {len(before[str(whole / 'rank-00000.safetensors')])}"
@@ -137,7 +137,7 @@ def test_ls_tells_what_there_is_what_is_whole_and_what_is_no_checkpoint(
             "manifest.json: no manifest.json among rank-00000.safetensors, rank-00001.safetensors "
             "(name an intact folder step-NNNNNNNN of a run)"
         ],
-        "step-00000450": ["the folder of another step holds step 500: rename it back"],
+        "step-00000450": ["the folder name does not match step 500 of the manifest: rename the folder back"],
     }
     others = {one["name"]: (one["what"].partition(":")[0], one["bytes"]) for one in done.json["others"]}
     assert others[".tmp-step-00000600-ab12"] == ("staging", 33)
@@ -202,7 +202,7 @@ def test_inspect_shows_a_part_by_name_and_the_boxes(tmp_path: Path, ckpt: Callab
     assert f"4 of {len(some_tensors())} tensors" in text
     none = ckpt("inspect", path, "--name", "model/*/nothing")
     assert (none.code, none.out) == (2, "")
-    assert "none of 14 names fits" in none.err
+    assert "none of 14 names matches" in none.err
 
 
 # ---------------------------------------------------------------------- verify
@@ -220,7 +220,7 @@ def test_verify_reads_every_byte_and_names_every_fault(tmp_path: Path, ckpt: Cal
     flip(lacking / "rank-00001.safetensors")
     flip(sealed / "manifest.json", at=300)
     (good / "stray.bin").write_bytes(b"x")
-    assert ckpt("ls", rotten, "--json").json["checkpoints"][0]["whole"] is True, "ls reads no content"
+    assert ckpt("ls", rotten, "--json").json["checkpoints"][0]["intact"] is True, "ls reads no content"
 
     done = ckpt("verify", run, "--json")
     assert (done.code, done.json["ok"]) == (5, False)
@@ -243,7 +243,7 @@ def test_verify_reads_every_byte_and_names_every_fault(tmp_path: Path, ckpt: Cal
     }
     assert done.json["checkpoints"][0]["strays"] == ["stray.bin"]
     text = ckpt("verify", run).out
-    assert "step-00000100: whole, 1 tensors" in text and "stray file stray.bin" in text
+    assert "step-00000100: intact, 1 tensors" in text and "stray file stray.bin" in text
     assert "4 checkpoints, 3 damaged" in text
     assert ckpt("verify", good).code == 0, "a stray file is no damage"
     assert ckpt("verify", rotten).code == 5
@@ -254,14 +254,14 @@ def test_what_a_run_removes_meanwhile_is_no_damage(
 ) -> None:
     for step in (1, 2):
         save(tmp_path / "run", step)
-    plain = Survey.content_faults
+    plain = CheckpointStatus.content_faults
 
-    def removed_first(one: Survey) -> Iterator[str]:
+    def removed_first(one: CheckpointStatus) -> Iterator[str]:
         if one.step == 1:
             shutil.rmtree(one.path)
         return plain(one)
 
-    monkeypatch.setattr(Survey, "content_faults", removed_first)
+    monkeypatch.setattr(CheckpointStatus, "content_faults", removed_first)
     done = ckpt("verify", tmp_path / "run", "--json")
     assert (done.code, [one["step"] for one in done.json["checkpoints"]]) == (0, [2])
 
@@ -274,10 +274,10 @@ def test_diff_of_one_state_from_two_worlds_is_equal(tmp_path: Path, ckpt: Callab
     b = save(tmp_path / "b", 100, ranks=2, layout="columns", writer={"strategy": "ddp", "mesh": {}}, config={})
     done = ckpt("diff", a, tmp_path / "b", "--json")
     assert (done.code, done.json["same"], done.json["equal"]) == (0, True, len(some_tensors()))
-    assert {leaf["key"].split(".")[0] for leaf in done.json["beside"]} == {"config", "writer"}
+    assert {leaf["key"].split(".")[0] for leaf in done.json["metadata"]} == {"config", "writer"}
     text = ckpt("diff", a, b)
     assert text.code == 0
-    assert "Equal: 14 tensors bit for bit, and the state beside them." in text.out
+    assert "Equal: 14 tensors are bit-equal, and all other state." in text.out
     assert "writer.strategy: fsdp in A, ddp in B" in text.out
 
 
@@ -347,7 +347,7 @@ def test_diff_compares_what_belongs_to_ranks_only_in_worlds_of_one_size(
         stored[ranks] = save(tmp_path / str(ranks), 5, ranks=ranks, tensors={**shared, **tensors}, **told)
     done = ckpt("diff", stored[2], stored[3], "--json")
     assert (done.code, done.json["equal"]) == (0, 1)
-    assert done.json["of_ranks"] == ["user/disttrain/random/torch", "user/mine/rank-00000/kept"]
+    assert done.json["per_rank"] == ["user/disttrain/random/torch", "user/mine/rank-00000/kept"]
     assert "2 tensors of single ranks are not compared" in ckpt("diff", stored[2], stored[3]).out
     assert ckpt("diff", stored[2], stored[3], "--name", "user/*").code == 2, "nothing that could be compared"
     tensors, told = rank_state(2)
@@ -355,7 +355,7 @@ def test_diff_compares_what_belongs_to_ranks_only_in_worlds_of_one_size(
     told["user"]["mine"][RANKS][1] = {"count": 4}
     other = save(tmp_path / "other", 5, ranks=2, tensors={**shared, **tensors}, **told)
     done = ckpt("diff", stored[2], other, "--json")
-    assert (done.code, done.json["of_ranks"]) == (1, [])
+    assert (done.code, done.json["per_rank"]) == (1, [])
     assert [one["name"] for one in done.json["differences"]] == ["user/mine/rank-00000/kept"]
     assert [leaf["key"] for leaf in done.json["state"]] == [
         f"user.mine.{RANKS}[1].count",
@@ -394,7 +394,7 @@ def test_prune_keeps_the_newest_and_the_milestones(tmp_path: Path, ckpt: Callabl
     assert contents(run / "checkpoints") == {path: one for path, one in before.items() if path not in gone}
     again = ckpt("prune", run / "checkpoints", "--keep-last", "1")
     assert names(run) == ["rejected-step-00000009-1", "step-00000300"]
-    assert "kept step-00000300: whole\n" in again.out and "removed 3, " in again.out
+    assert "kept step-00000300: intact\n" in again.out and "removed 3, " in again.out
 
 
 def test_prune_keeps_the_best_as_a_run_does(tmp_path: Path, ckpt: Callable[..., Done]) -> None:
@@ -408,7 +408,7 @@ def test_prune_keeps_the_best_as_a_run_does(tmp_path: Path, ckpt: Callable[..., 
     flip(run / "checkpoints" / "step-00000200" / "rank-00001.safetensors")
     left = ckpt("prune", run, *keep, "eval/a/loss", "--dry-run", "--json").json
     assert left["kept"] == ["step-00000300", "step-00000500"], "the best of those that are whole"
-    assert [one["name"] for one in left["left"]] == ["step-00000200"]
+    assert [one["name"] for one in left["damaged"]] == ["step-00000200"]
     assert ckpt("prune", run, *keep, "eval/a/loss", "--mode", "max", "--json").json["kept"] == ["step-00000500"]
     assert names(run) == ["step-00000500"], "what nobody wants to keep is not read"
 
@@ -421,7 +421,7 @@ def test_prune_counts_and_removes_nothing_that_is_damaged(tmp_path: Path, ckpt: 
     (run / "checkpoints" / "step-00000300" / "rank-00001.safetensors").unlink()
     done = ckpt("prune", run, "--keep-last", "1", "--json")
     assert (done.json["kept"], done.json["removed"]) == (["step-00000400"], ["step-00000100", "step-00000200"])
-    left = {one["name"]: one["fault"].partition(":")[0] for one in done.json["left"]}
+    left = {one["name"]: one["fault"].partition(":")[0] for one in done.json["damaged"]}
     assert set(left) == {"step-00000300", "step-00000500"}
     assert left["step-00000500"].startswith("rank-00001.safetensors, bytes 0 to ")
     assert names(run) == ["step-00000300", "step-00000400", "step-00000500"]
@@ -438,7 +438,7 @@ def test_prune_never_removes_the_only_whole_one(tmp_path: Path, ckpt: Callable[.
     assert (done.code, done.json["kept"], done.json["removed"]) == (0, ["step-00000100"], [])
     flip(run / "checkpoints" / "step-00000100" / "rank-00000.safetensors")
     refused = ckpt("prune", run, "--keep-last", "1")
-    assert refused.code == 5 and "none is whole: step-00000100: rank-00000" in refused.err
+    assert refused.code == 5 and "no checkpoint is intact: step-00000100: rank-00000" in refused.err
     flip(run / "checkpoints" / "step-00000100" / "rank-00000.safetensors")
     assert contents(run / "checkpoints") == before
 
@@ -446,7 +446,7 @@ def test_prune_never_removes_the_only_whole_one(tmp_path: Path, ckpt: Callable[.
 HOLD = """
 import sys
 from pathlib import Path
-from disttrain.cli.ckpt.survey import Survey
+from disttrain.cli.ckpt.find import CheckpointStatus
 from disttrain.engine.checkpointing.random_state import random_shards
 from disttrain.engine.checkpointing.snapshot import RANKS
 from disttrain.engine.checkpointing.documents import tracked_shards
@@ -490,7 +490,7 @@ def test_prune_wants_to_know_what_to_keep(tmp_path: Path, ckpt: Callable[..., Do
 def test_prune_takes_no_single_checkpoint(tmp_path: Path, ckpt: Callable[..., Done]) -> None:
     path = save(tmp_path / "run", 1)
     done = ckpt("prune", path, "--keep-last", "1")
-    assert done.code == 5 and "one checkpoint, not the checkpoints of a run" in done.err
+    assert done.code == 5 and "it is one checkpoint, not the checkpoints of a run" in done.err
 
 
 # ---------------------------------------------------------------------- in a store
@@ -576,10 +576,10 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 from disttrain.checkpoint import Address
-from disttrain.cli.ckpt.pruning import _sole_writer
-from disttrain.cli.ckpt.survey import Listing
+from disttrain.cli.ckpt.prune import _sole_writer
+from disttrain.cli.ckpt.find import Listing
 folder = Path(sys.argv[1])
-with _sole_writer(Listing(folder, Address("memory://bucket/team/afar"), ()), asked="prune", needed=True):
+with _sole_writer(Listing(folder, Address("memory://bucket/team/afar"), ()), failed="prune", needed=True):
     pass
 """
 

@@ -1,4 +1,4 @@
-"""`disttrain report`, `eval` and `sample` on real runs, against plain PyTorch over what the runs left on disk."""
+"""`disttrain report`, `eval` and `sample` on real runs, compared with plain PyTorch on the files of the run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`--help` and `check` are quick: no torch, no user code, and less than half of what importing torch alone costs."""
+"""`--help` and `check` are quick: no torch, no user code, less than half of the time to import torch."""
 
 from __future__ import annotations
 

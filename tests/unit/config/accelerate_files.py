@@ -1,4 +1,4 @@
-"""Files as `accelerate config` writes them, for tests, and the config that they meet."""
+"""Files as `accelerate config` writes them, and a config to translate them into."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from disttrain.config import Config, ConfigFaultsError, load_config
+from disttrain.config import Config, ConfigProblemsError, load_config
 from disttrain.config.foreign.accelerate import translate
 from disttrain.config.foreign.accelerate_settings import read_file
 
@@ -74,7 +74,7 @@ def from_accelerate(config: Config) -> dict[str, Any]:
     return found
 
 
-def refused(folder: Path, config: Config | None = None, **more: Any) -> ConfigFaultsError:
-    with pytest.raises(ConfigFaultsError) as error:
+def refused(folder: Path, config: Config | None = None, **more: Any) -> ConfigProblemsError:
+    with pytest.raises(ConfigProblemsError) as error:
         translate(read_file(written(folder, **more)), config or config_with())
     return error.value

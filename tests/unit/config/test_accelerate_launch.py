@@ -1,4 +1,4 @@
-"""What `accelerate launch` hands on says what its file says; `disttrain check --accelerate` shows it, without torch."""
+"""The environment of `accelerate launch` matches its file; `disttrain check --accelerate` shows it, without torch."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from accelerate_files import PROJECT, config_with, deepspeed, fsdp, written
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from disttrain.config import ConfigFaultsError
-from disttrain.config.foreign.accelerate import asked_otherwise, translate
+from disttrain.config import ConfigProblemsError
+from disttrain.config.foreign.accelerate import differing_settings, translate
 from disttrain.config.foreign.accelerate_settings import read_environment, read_file
 
 
 def test_bound_cores_are_refused_where_accelerate_hands_them_on() -> None:
     handed = {"ACCELERATE_MIXED_PRECISION": "no", "WORLD_SIZE": "2", "ACCELERATE_CPU_AFFINITY": "1"}
-    with pytest.raises(ConfigFaultsError, match=r"enable_cpu_affinity \(ACCELERATE_CPU_AFFINITY\)"):
+    with pytest.raises(ConfigProblemsError, match=r"enable_cpu_affinity \(ACCELERATE_CPU_AFFINITY\)"):
         translate(read_environment(handed, 2), config_with())
 
 
@@ -39,7 +39,7 @@ def test_bound_cores_are_refused_where_accelerate_hands_them_on() -> None:
 )
 def test_a_config_that_follows_another_strategy_says_so(variables: dict[str, str], said: str) -> None:
     handed = {"ACCELERATE_MIXED_PRECISION": "no", "WORLD_SIZE": "2", **variables}
-    assert asked_otherwise(read_environment(handed, 2), config_with(strategy={"name": "ddp"})) == said
+    assert differing_settings(read_environment(handed, 2), config_with(strategy={"name": "ddp"})) == said
 
 
 @cache
@@ -134,8 +134,8 @@ def test_a_file_and_what_its_launch_hands_on_say_the_same(more: dict[str, Any], 
     for settings_read in (read_file(path), read_environment(handed_on(path), 2)):
         try:
             translated = translate(settings_read, config_with())
-        except ConfigFaultsError as error:
-            said.append(sorted((fault.key, fault.do) for fault in error.faults))
+        except ConfigProblemsError as error:
+            said.append(sorted((problem.key, problem.fix) for problem in error.problems))
         else:
             said.append((translated.to_dict(), dict(translated.sources)))
     assert said[0] == said[1]
@@ -162,7 +162,7 @@ def test_check_refuses_all_at_once_for_people_and_programs(tmp_path: Path) -> No
     done = check("configs/quickstart.yaml", "strategy.name=accelerate", "--accelerate", str(path), "--json")
     assert done.returncode == 2
     found = json.loads(done.stdout)
-    assert (found["ok"], sorted(fault["key"] for fault in found["faults"])) == (
+    assert (found["ok"], sorted(problem["key"] for problem in found["problems"])) == (
         False,
         ["fsdp_config.fsdp_use_orig_params", "fsdp_config.fsdp_version", "mixed_precision"],
     )

@@ -1,4 +1,4 @@
-"""`strategy.name=accelerate`: what accelerate was told becomes our keys, and what we do not do is refused by name."""
+"""`strategy.name=accelerate`: accelerate's settings become our keys, and unsupported settings are rejected by name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from accelerate_files import config_with, deepspeed, degrees, from_accelerate, fsdp, refused, written
 
-from disttrain.config import ConfigFaultsError
+from disttrain.config import ConfigProblemsError
 from disttrain.config.foreign.accelerate import translate
 from disttrain.config.foreign.accelerate_settings import read_file
 from disttrain.config.render import source_of
@@ -105,12 +105,12 @@ def test_a_file_becomes_our_keys(more: dict[str, Any], expected: dict[str, Any],
 
 
 REFUSALS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
-    "FSDP1 by default": ({"distributed_type": "FSDP"}, {"fsdp_config.fsdp_version": "1 by accelerate's own default"}),
+    "FSDP1 by default": ({"distributed_type": "FSDP"}, {"fsdp_config.fsdp_version": "1 (accelerate's default)"}),
     "FSDP1 by its words": (
         fsdp(fsdp_version=1, fsdp_reshard_after_forward="FULL_SHARD", fsdp_sharding_strategy="SHARD_GRAD_OP"),
         {
             "fsdp_config.fsdp_version": "fsdp_version: 2",
-            "fsdp_config.fsdp_reshard_after_forward": "a word of FSDP1",
+            "fsdp_config.fsdp_reshard_after_forward": "a value for FSDP1",
             "fsdp_config.fsdp_sharding_strategy": "'SHARD_GRAD_OP'",
         },
     ),
@@ -137,8 +137,8 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "another backend": (
         {"distributed_type": "MEGATRON_LM", "megatron_lm_config": {"megatron_lm_tp_degree": 2}},
         {
-            "distributed_type": "'MEGATRON_LM', which is no way to train here",
-            "megatron_lm_config": "a section that disttrain does not have",
+            "distributed_type": "'MEGATRON_LM', which disttrain does not support",
+            "megatron_lm_config": "disttrain does not support this section",
         },
     ),
     "a TPU": ({"distributed_type": "XLA"}, {"distributed_type": "MULTI_GPU (ddp)"}),
@@ -162,7 +162,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "compilers": (
         {"dynamo_config": {"dynamo_backend": "EAGER", "dynamo_mode": "max-autotune", "dynamo_use_fullgraph": True}},
         {
-            "dynamo_config.dynamo_backend": "INDUCTOR, or NO",
+            "dynamo_config.dynamo_backend": "INDUCTOR or NO",
             "dynamo_config.dynamo_mode": "'max-autotune'",
             "dynamo_config.dynamo_use_fullgraph": "true",
         },
@@ -180,7 +180,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "no truth": (fsdp(fsdp_offload_params="maybe"), {"fsdp_config.fsdp_offload_params": "write true or false"}),
     "no number": ({"num_processes": "two"}, {"num_processes": "write a number"}),
     "ZeRO stage 0": (deepspeed(zero_stage=0), {"deepspeed_config.zero_stage": "MULTI_GPU for ddp"}),
-    "ZeRO stage 4": (deepspeed(zero_stage=4), {"deepspeed_config.zero_stage": "no stage of ZeRO"}),
+    "ZeRO stage 4": (deepspeed(zero_stage=4), {"deepspeed_config.zero_stage": "not a ZeRO stage"}),
     "ZeRO's odd settings": (
         deepspeed(zero3_save_16bit_model=True, deepspeed_moe_layer_cls_names="Experts"),
         {
@@ -215,13 +215,13 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
 def test_what_is_not_done_here_is_refused_by_name(
     more: dict[str, Any], expected: dict[str, str], tmp_path: Path
 ) -> None:
-    faults = {fault.key: str(fault) for fault in refused(tmp_path, **more).faults}
+    problems = {problem.key: str(problem) for problem in refused(tmp_path, **more).problems}
     for key, said in expected.items():
-        assert key in faults and said in faults[key], faults
+        assert key in problems and said in problems[key], problems
     # What the translation then asks of our own config may be refused there too, under our own keys.
-    theirs = {key for key in faults if not key.startswith(("strategy.", "data."))}
+    theirs = {key for key in problems if not key.startswith(("strategy.", "data."))}
     assert theirs <= {*expected}
-    assert all(str(tmp_path / "accelerate.yaml") in faults[key] for key in theirs)
+    assert all(str(tmp_path / "accelerate.yaml") in problems[key] for key in theirs)
 
 
 @pytest.mark.parametrize(
@@ -251,9 +251,9 @@ def test_what_is_not_done_here_is_refused_by_name(
 def test_what_the_config_states_otherwise_is_refused(
     stated: dict[str, Any], more: dict[str, Any], key: str, tmp_path: Path
 ) -> None:
-    (fault,) = refused(tmp_path, config_with(**stated), **more).faults
-    assert fault.key == key
-    assert " is " in fault.found and "(argument)" in fault.found
+    (problem,) = refused(tmp_path, config_with(**stated), **more).problems
+    assert problem.key == key
+    assert " is " in problem.problem and "(argument)" in problem.problem
 
 
 def test_what_the_config_states_as_well_stands(tmp_path: Path) -> None:
@@ -285,8 +285,8 @@ def test_only_what_accelerate_says_has_its_name_as_source(tmp_path: Path) -> Non
 
 
 def test_faults_of_the_whole_are_told_with_the_refusals(tmp_path: Path) -> None:
-    faults = refused(tmp_path, mixed_precision="bf16", **deepspeed(zero_stage=0)).faults
-    assert "deepspeed_config.zero_stage" in {fault.key for fault in faults}
+    problems = refused(tmp_path, mixed_precision="bf16", **deepspeed(zero_stage=0)).problems
+    assert "deepspeed_config.zero_stage" in {problem.key for problem in problems}
 
 
 NATIVE = {
@@ -335,21 +335,21 @@ def test_deepspeeds_own_json_may_not_say_otherwise(
 ) -> None:
     (tmp_path / "ds.json").write_text(json.dumps(inner), encoding="utf-8")
     named = deepspeed(deepspeed_config_file=str(tmp_path / "ds.json"), **more)
-    assert [fault.key for fault in refused(tmp_path, **named).faults] == [key]
+    assert [problem.key for problem in refused(tmp_path, **named).problems] == [key]
 
 
 def test_the_type_that_deepspeeds_own_json_names(tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": 1}, "fp16": {"enabled": True}}), encoding="utf-8")
     named = deepspeed(deepspeed_config_file=str(path))
-    faults = refused(tmp_path, mixed_precision="bf16", **named).faults
-    assert "fp16.enabled: true" in next(fault.found for fault in faults if fault.key == "mixed_precision")
+    problems = refused(tmp_path, mixed_precision="bf16", **named).problems
+    assert "fp16.enabled: true" in next(problem.problem for problem in problems if problem.key == "mixed_precision")
 
 
 def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
     for text in ("- a\n- b\n", "a: [\n", ""):
         (tmp_path / "accelerate.yaml").write_text(text, encoding="utf-8")
-        with pytest.raises(ConfigFaultsError):
+        with pytest.raises(ConfigProblemsError):
             read_file(tmp_path / "accelerate.yaml")
-    with pytest.raises(ConfigFaultsError, match="cannot be read"):
+    with pytest.raises(ConfigProblemsError, match="cannot be read"):
         read_file(tmp_path / "nowhere.yaml")

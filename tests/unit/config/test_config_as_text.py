@@ -1,4 +1,4 @@
-"""A config as it is printed and saved: it reads back as itself, says where values come from, and keeps secrets."""
+"""A printed and saved config reads back as itself, shows where values come from, and hides secrets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from disttrain.config import Config, ConfigFaultsError, Fault, load_config, parse_value, render_config
+from disttrain.config import Config, ConfigProblem, ConfigProblemsError, load_config, parse_value, render_config
 from disttrain.config.problems import UnknownNameError
 from disttrain.config.render import every_source
 
@@ -155,7 +155,7 @@ def test_a_fault_does_not_print_the_secret_it_is_about() -> None:
         ({"report": {"every": {"password": "s3cr3t-value"}}}, ()),
         ({"model": {"target": "gpt", "args": {"vocab": 3, "context": 2, "hf_token": "s3cr3t-value"}}, "no": 1}, ()),
     ):
-        with pytest.raises(ConfigFaultsError) as caught:
+        with pytest.raises(ConfigProblemsError) as caught:
             load_config(source, overrides)
         assert "s3cr3t" not in str(caught.value)
 
@@ -228,8 +228,10 @@ def test_a_config_is_frozen() -> None:
 
 
 def test_errors_survive_the_way_out_of_a_process() -> None:
-    faults = ConfigFaultsError([Fault("run.seed", "c.yaml:2", "3", "mend it"), Fault("", "c.yaml:1", "x", "y")])
-    again = pickle.loads(pickle.dumps(faults))
-    assert (str(again), again.faults) == (str(faults), faults.faults)
+    problems = ConfigProblemsError(
+        [ConfigProblem("run.seed", "c.yaml:2", "3", "mend it"), ConfigProblem("", "c.yaml:1", "x", "y")]
+    )
+    again = pickle.loads(pickle.dumps(problems))
+    assert (str(again), again.problems) == (str(problems), problems.problems)
     name = UnknownNameError("a", "b", "c")
     assert str(pickle.loads(pickle.dumps(name))) == str(name)

@@ -1,4 +1,4 @@
-"""The native DeepSpeed JSON: what contradicts the config, and what DeepSpeed would ignore, is told with the config."""
+"""The native DeepSpeed JSON: contradictions to the config, and keys that DeepSpeed would ignore, are rejected."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from disttrain.config import load_config
 from disttrain.config.foreign.deepspeed_keys import ELSEWHERE, PLAIN, REMOVED, SECTIONS
 from disttrain.config.foreign.deepspeed_native import CLIP_DEFAULT, clip_left_out, ranks_of
-from disttrain.config.problems import ConfigFaultsError
+from disttrain.config.problems import ConfigProblemsError
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 
@@ -36,12 +36,12 @@ def config(native: Any, folder: Path | None = None, **sections: Any) -> Any:
     return load_config(values, folder=folder)
 
 
-def faults(native: Any, folder: Path | None = None, **sections: Any) -> dict[str, str]:
-    """Key under `native` (empty for itself) to what the fault says."""
-    with pytest.raises(ConfigFaultsError) as caught:
+def problems(native: Any, folder: Path | None = None, **sections: Any) -> dict[str, str]:
+    """Key under `native` (empty for itself) to what the problem says."""
+    with pytest.raises(ConfigProblemsError) as caught:
         config(native, folder, **sections)
     prefix = "strategy.deepspeed.native"
-    return {one.key.removeprefix(prefix).lstrip("."): f"{one.found}; {one.do}" for one in caught.value.faults}
+    return {one.key.removeprefix(prefix).lstrip("."): f"{one.problem}; {one.fix}" for one in caught.value.problems}
 
 
 def test_a_json_that_agrees_passes_and_stands_in_the_resolved_config(tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_a_json_that_agrees_passes_and_stands_in_the_resolved_config(tmp_path: P
 
 
 def test_every_contradiction_is_told_at_once() -> None:
-    told = faults(
+    told = problems(
         {
             "train_batch_size": 64,
             "train_micro_batch_size_per_gpu": 8,
@@ -101,13 +101,13 @@ def test_every_contradiction_is_told_at_once() -> None:
     ],
 )
 def test_precision_and_what_checkpoints_rest_on(native: Any, precision: Any, key: str) -> None:
-    assert set(faults(native, precision=precision)) == {key}
+    assert set(problems(native, precision=precision)) == {key}
 
 
 def test_stated_buckets_and_those_of_the_json_must_be_equal() -> None:
     native = {"zero_optimization": {"reduce_bucket_size": 1_000_000}}
     options = {"name": "deepspeed", "deepspeed": {"bucket_mb": 10, "native": native}}
-    assert "2621440" in faults(native, strategy=options)["zero_optimization.reduce_bucket_size"]
+    assert "2621440" in problems(native, strategy=options)["zero_optimization.reduce_bucket_size"]
     native["zero_optimization"]["reduce_bucket_size"] = 2621440
     assert config(native, strategy=options).strategy.deepspeed.bucket_mb == 10
 
@@ -124,23 +124,24 @@ def test_stated_buckets_and_those_of_the_json_must_be_equal() -> None:
     ],
 )
 def test_keys_that_would_be_ignored(native: Any, key: str, says: str) -> None:
-    assert says in faults(native)[key]
+    assert says in problems(native)[key]
 
 
 @pytest.mark.parametrize(
-    ("text", "says"), [("{", "no JSON"), ("[1]", "no object"), ('{"bf16": {}, "bf16": {}}', "bf16 twice")]
+    ("text", "says"), [("{", "not JSON"), ("[1]", "not an object"), ('{"bf16": {}, "bf16": {}}', "bf16 twice")]
 )
 def test_a_file_that_is_none(text: str, says: str, tmp_path: Path) -> None:
     (tmp_path / "ds.json").write_text(text)
-    assert says in faults("ds.json", tmp_path)[""]
-    assert "cannot be read" in faults("other.json", tmp_path)[""]
+    assert says in problems("ds.json", tmp_path)[""]
+    assert "cannot be read" in problems("other.json", tmp_path)[""]
 
 
 def test_another_strategy_is_not_held_to_it() -> None:
     native = {"gradient_clipping": 1.0}
     assert config(native, strategy={"name": "ddp", "deepspeed": {"native": native}}).strategy.name == "ddp"
     assert (
-        "did you mean" in faults({"fp61": {}}, strategy={"name": "ddp", "deepspeed": {"native": {"fp61": {}}}})["fp61"]
+        "did you mean"
+        in problems({"fp61": {}}, strategy={"name": "ddp", "deepspeed": {"native": {"fp61": {}}}})["fp61"]
     )
 
 
@@ -158,9 +159,9 @@ def test_a_clip_left_to_deepspeed_is_seen() -> None:
     ],
 )
 def test_offloads_that_a_stage_lacks(options: Any, key: str) -> None:
-    with pytest.raises(ConfigFaultsError) as caught:
+    with pytest.raises(ConfigProblemsError) as caught:
         config(None, strategy={"name": "deepspeed", "deepspeed": options})
-    assert [one.key for one in caught.value.faults] == [f"strategy.deepspeed.{key}"]
+    assert [one.key for one in caught.value.problems] == [f"strategy.deepspeed.{key}"]
 
 
 def test_the_shipped_json_agrees_with_the_shipped_config() -> None:

@@ -1,4 +1,4 @@
-"""Files over what they extend, overrides over files: the values, and where each is said to come from."""
+"""Files, bases and overrides: the resulting values and their reported sources."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from disttrain.config import ConfigFaultsError, Fault, load_config, load_to_train
+from disttrain.config import ConfigProblem, ConfigProblemsError, load_config, load_to_train
 
 BASE = """\
 version: 1
@@ -28,11 +28,11 @@ def write(folder: Path, **files: str) -> Path:
     return folder / f"{[*files][-1]}.yaml"
 
 
-def only_fault(source: Any, *overrides: Any) -> Fault:
-    with pytest.raises(ConfigFaultsError) as caught:
+def only_problem(source: Any, *overrides: Any) -> ConfigProblem:
+    with pytest.raises(ConfigProblemsError) as caught:
         load_config(source, overrides)
-    assert len(caught.value.faults) == 1, caught.value
-    return caught.value.faults[0]
+    assert len(caught.value.problems) == 1, caught.value
+    return caught.value.problems[0]
 
 
 def test_a_chain_of_files_is_laid_one_over_the_other_and_each_value_knows_its_file(tmp_path: Path) -> None:
@@ -55,10 +55,10 @@ def test_a_chain_of_files_is_laid_one_over_the_other_and_each_value_knows_its_fi
 
 def test_a_circle_of_files_is_told_with_its_way_round(tmp_path: Path) -> None:
     top = write(tmp_path, a="extends: c.yaml\n", b="version: 1\nextends: a.yaml\n", c="extends: b.yaml\n")
-    fault = only_fault(top)
-    assert fault.key == "extends"
-    assert fault.where == f"{tmp_path}/a.yaml:1"
-    assert "c.yaml -> b.yaml -> a.yaml -> c.yaml" in fault.found
+    problem = only_problem(top)
+    assert problem.key == "extends"
+    assert problem.where == f"{tmp_path}/a.yaml:1"
+    assert "c.yaml -> b.yaml -> a.yaml -> c.yaml" in problem.problem
 
 
 @pytest.mark.parametrize("chain_ends_in", ["extends: nowhere.yaml", "extends: [base.yaml]", "extends: broken.yaml"])
@@ -66,9 +66,9 @@ def test_what_is_wrong_in_the_file_itself_is_told_beside_a_chain_that_breaks(
     tmp_path: Path, chain_ends_in: str
 ) -> None:
     top = write(tmp_path, broken="run: [\n", top=f"run: {{seed: 1, seed: 2}}\n{chain_ends_in}\n")
-    with pytest.raises(ConfigFaultsError) as caught:
+    with pytest.raises(ConfigProblemsError) as caught:
         load_config(top)
-    first, second = caught.value.faults
+    first, second = caught.value.problems
     broken = chain_ends_in.endswith("broken.yaml")
     assert {first.where, second.where} == {f"{top}:1", f"{tmp_path}/broken.yaml:2" if broken else f"{top}:2"}
     assert "run.seed" in (first.key, second.key)
@@ -138,9 +138,9 @@ def test_later_overrides_win_and_a_mapping_is_laid_over_what_is_there() -> None:
 @pytest.mark.parametrize(
     ("override", "key", "found"),
     [
-        ("run.seed", "run.seed", "no section.key=value"),
-        ("=5", "", "no section.key=value"),
-        ("run..seed=5", "run..seed", "no section.key=value"),
+        ("run.seed", "run.seed", "is not section.key=value"),
+        ("=5", "", "is not section.key=value"),
+        ("run..seed=5", "run..seed", "is not section.key=value"),
         ("run.seed=[", "run.seed", "not YAML"),
         ("run.seed=!!int x", "run.seed", "not YAML"),
         ("run.name=!!python/name:os.system ''", "run.name", "not YAML"),
@@ -150,9 +150,9 @@ def test_later_overrides_win_and_a_mapping_is_laid_over_what_is_there() -> None:
     ],
 )
 def test_an_override_that_is_none_is_told_with_its_key(override: str, key: str, found: str) -> None:
-    fault = only_fault({"run": {"seed": 1}}, override)
-    assert (fault.key, fault.where) == (key, "override")
-    assert found in fault.found
+    problem = only_problem({"run": {"seed": 1}}, override)
+    assert (problem.key, problem.where) == (key, "override")
+    assert found in problem.problem
 
 
 def test_a_mapping_given_from_python_is_neither_changed_nor_shared() -> None:
@@ -183,9 +183,9 @@ def test_a_mapping_resolves_from_the_folder_it_is_said_to_come_from(
 
 def test_sections_that_are_needed_and_absent_are_faults_beside_the_others(tmp_path: Path) -> None:
     path = write(tmp_path, top="objective: {target: mse}\nreport: {evry: 3}\n")
-    with pytest.raises(ConfigFaultsError) as caught:
+    with pytest.raises(ConfigProblemsError) as caught:
         load_to_train(path, ["objective.target=nowhere.parts:it"])
-    places = {fault.key: fault.where for fault in caught.value.faults}
+    places = {problem.key: problem.where for problem in caught.value.problems}
     expected = {"model": f"{path}:1", "data": f"{path}:1", "optim": f"{path}:1", "report.evry": f"{path}:2"}
     assert places == {"objective.target": "override", **expected}
 
@@ -195,7 +195,7 @@ def test_what_a_run_trains_from_is_looked_for_before_it_starts(tmp_path: Path) -
     whole = {"run": {"steps": 1}, "model": part, "objective": part, "data": {"train": part, "global_batch": 1}}
     config = load_to_train({**whole, "optim": {"target": "torch.optim.SGD", "args": {"lr": 1}}})
     assert config.optim is not None and config.optim.args == {"lr": 1}
-    with pytest.raises(ConfigFaultsError, match=r"optim\.args\.lrr \(argument\)"):
+    with pytest.raises(ConfigProblemsError, match=r"optim\.args\.lrr \(argument\)"):
         load_to_train({**whole, "optim": {"target": "torch.optim.SGD", "args": {"lrr": 1}}})
 
 

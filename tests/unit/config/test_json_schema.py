@@ -1,4 +1,4 @@
-"""The JSON Schema for editors: current, true of every config in the project, and strict where `check` is."""
+"""The JSON Schema for editors is current, valid for every config in the project, and as strict as `check`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which precisions and memory savers go together: everything else is refused with the config, by key."""
+"""Which precisions and memory savers can be combined; everything else is rejected by key."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`${section.key}`: what it becomes, and what it cannot be."""
+"""`${section.key}`: the values it becomes, and the forms that are rejected."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from disttrain.config import ConfigFaultsError, Fault, load_config
+from disttrain.config import ConfigProblem, ConfigProblemsError, load_config
 
 
 def args_of(args: dict[str, Any], **sections: Any) -> dict[str, Any]:
@@ -15,10 +15,10 @@ def args_of(args: dict[str, Any], **sections: Any) -> dict[str, Any]:
     return config.model.args
 
 
-def faults_of(args: dict[str, Any], **sections: Any) -> tuple[Fault, ...]:
-    with pytest.raises(ConfigFaultsError) as caught:
+def problems_of(args: dict[str, Any], **sections: Any) -> tuple[ConfigProblem, ...]:
+    with pytest.raises(ConfigProblemsError) as caught:
         args_of(args, **sections)
-    return caught.value.faults
+    return caught.value.problems
 
 
 @pytest.mark.parametrize("value", [3, 2.5, True, None, "text", "7", [1, [2]], {"a": {"b": 1}}])
@@ -64,31 +64,31 @@ def test_braces_without_a_dollar_are_text() -> None:
     ],
 )
 def test_a_circle_is_told_and_not_walked(args: dict[str, Any], circle: str) -> None:
-    faults = faults_of(args)
-    assert all("a circle of references" in fault.found for fault in faults)
-    assert any(circle in fault.found for fault in faults)
+    problems = problems_of(args)
+    assert all("a circle of references" in problem.problem for problem in problems)
+    assert any(circle in problem.problem for problem in problems)
 
 
 @pytest.mark.parametrize(
     ("value", "found", "do"),
     [
-        ("${run.sed}", "${run.sed}, which is set nowhere", "did you mean 'run.seed'"),
-        ("${runn}", "which is set nowhere", ""),
-        ("${rn.seed}", "which is set nowhere", "did you mean 'run.seed'"),
-        ("${model.args.list}/x", "no single value", "refer to one of its keys"),
-        ("${run.seed", "does not end", "write ${section.key}"),
-        ("${model.args.list.9}", "which is set nowhere", ""),
-        ("${}", "which is set nowhere", ""),
+        ("${run.sed}", "${run.sed} refers to a key that this config does not set", "did you mean 'run.seed'"),
+        ("${runn}", "refers to a key that this config does not set", ""),
+        ("${rn.seed}", "refers to a key that this config does not set", "did you mean 'run.seed'"),
+        ("${model.args.list}/x", "not a single value", "refer to one of its keys"),
+        ("${run.seed", "is not closed", "write ${section.key}"),
+        ("${model.args.list.9}", "refers to a key that this config does not set", ""),
+        ("${}", "refers to a key that this config does not set", ""),
     ],
 )
 def test_a_reference_that_leads_nowhere_is_told_with_its_key(value: str, found: str, do: str) -> None:
-    (fault,) = faults_of({"a": {"b": value}, "list": [1]})
-    assert (fault.key, fault.where) == ("model.args.a.b", "argument")
-    assert found in fault.found
-    assert do in fault.do
+    (problem,) = problems_of({"a": {"b": value}, "list": [1]})
+    assert (problem.key, problem.where) == ("model.args.a.b", "argument")
+    assert found in problem.problem
+    assert do in problem.fix
 
 
 def test_a_typed_key_reads_the_type_behind_the_reference() -> None:
     assert load_config({"run": {"seed": 4, "steps": "${run.seed}"}}).run.steps == 4
-    with pytest.raises(ConfigFaultsError, match=r"run\.steps.*\n.*'x': no number"):
+    with pytest.raises(ConfigProblemsError, match=r"run\.steps.*\n.*'x': not a number"):
         load_config({"run": {"name": "x", "steps": "${run.name}"}})

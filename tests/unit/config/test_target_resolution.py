@@ -1,4 +1,4 @@
-"""Where a target is looked for, equally by `check` (its source alone) and by a run (an import); what is built of it."""
+"""Where targets are searched, the same by `check` (source only) and by a run (import), and what is built from them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from disttrain.config import (
-    Fault,
+    ConfigProblem,
     Target,
     build_nested,
     build_target,
@@ -21,7 +21,7 @@ from disttrain.config import (
     render_config,
     resolve_target,
 )
-from disttrain.config.targets.source_search import find_faults
+from disttrain.config.targets.source_search import find_target_problems
 from disttrain.engine.build import build_callable
 from disttrain.errors import ConfigError
 
@@ -42,9 +42,9 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
             del sys.modules[name]
 
 
-def by_source(target: str, args: dict[str, Any], folder: Path) -> list[Fault]:
+def by_source(target: str, args: dict[str, Any], folder: Path) -> list[ConfigProblem]:
     """What `check` says, from the source alone."""
-    return find_faults({"data": {"train": {"target": target, "args": args}}}, {}, folder)
+    return find_target_problems({"data": {"train": {"target": target, "args": args}}}, {}, folder)
 
 
 def by_import(target: str, args: dict[str, Any], folder: Path) -> Any:
@@ -65,8 +65,8 @@ def test_the_first_of_folder_working_directory_and_installed_wins_for_check_and_
     assert by_source("placed:make", {f"in_{winner}": 5}, places("folder")) == []
     assert by_import("placed:make", {f"in_{winner}": 5}, places("folder")) == 5
     for other in set(PLACES) - {winner}:
-        (fault,) = by_source("placed:make", {f"in_{winner}": 5, f"in_{other}": 5}, places("folder"))
-        assert fault.key == f"data.train.args.in_{other}"
+        (problem,) = by_source("placed:make", {f"in_{winner}": 5, f"in_{other}": 5}, places("folder"))
+        assert problem.key == f"data.train.args.in_{other}"
         with pytest.raises(ConfigError, match=f"in_{other}"):
             by_import("placed:make", {f"in_{winner}": 5, f"in_{other}": 5}, places("folder"))
 
@@ -114,9 +114,9 @@ def test_every_way_to_write_a_path_finds_the_same_thing(
 @pytest.mark.parametrize(
     ("target", "args", "found", "do"),
     [
-        ("nowhere.inner:Net", {}, "no module 'nowhere.inner'", "mend the path"),
-        ("nowhere.Net", {}, "no module 'nowhere'", "mend the path"),
-        ("parts.iner:Net", {}, "no module 'parts.iner'", "mend the path"),
+        ("nowhere.inner:Net", {}, "no module 'nowhere.inner'", "correct the path"),
+        ("nowhere.Net", {}, "no module 'nowhere'", "correct the path"),
+        ("parts.iner:Net", {}, "no module 'parts.iner'", "correct the path"),
         ("parts.inner:Nett", {}, "has no 'Nett'", "did you mean 'Net'?"),
         ("parts.inner.Nett", {}, "has no 'Nett'", "did you mean 'Net'?"),
         ("parts.inner:Net", {"widht": 2}, "'widht'", "did you mean 'width'?"),
@@ -128,8 +128,8 @@ def test_check_and_run_refuse_the_same_targets(
     places: Callable[[str], Path], target: str, args: dict[str, Any], found: str, do: str
 ) -> None:
     write_package(places("folder"))
-    (fault,) = by_source(target, args, places("folder"))
-    assert found in fault.found and do in fault.do
+    (problem,) = by_source(target, args, places("folder"))
+    assert found in problem.problem and do in problem.fix
     with pytest.raises(ConfigError) as caught:
         by_import(target, args, places("folder"))
     assert found in str(caught.value) and do in str(caught.value)
@@ -147,8 +147,8 @@ def test_the_source_is_read_and_never_run(places: Callable[[str], Path]) -> None
     (places("folder") / "explosive.py").write_text("raise SystemExit('user code ran')\ndef make(a): ...\n")
     assert by_source("explosive:make", {"a": 1}, places("folder")) == []
     (places("folder") / "torn.py").write_text("def make(a):\n    return (\n")
-    (fault,) = by_source("torn:make", {"a": 1}, places("folder"))
-    assert "torn.py:2 does not parse" in fault.found
+    (problem,) = by_source("torn:make", {"a": 1}, places("folder"))
+    assert "torn.py:2 does not parse" in problem.problem
 
 
 @pytest.mark.parametrize(
@@ -180,18 +180,18 @@ def test_what_the_source_alone_cannot_tell_is_left_to_the_run(places: Callable[[
 def test_names_inside_functions_and_classes_are_no_names_of_the_module(places: Callable[[str], Path]) -> None:
     source = "def main():\n    Net = 3\nclass Other:\n    Net = 4\nalso = [Net for Net in ()]\n"
     (places("folder") / "locals_only.py").write_text(source)
-    (fault,) = by_source("locals_only:Net", {}, places("folder"))
-    assert "has no 'Net'" in fault.found and fault.do == "known: Other, also, main"
+    (problem,) = by_source("locals_only:Net", {}, places("folder"))
+    assert "has no 'Net'" in problem.problem and problem.fix == "known: Other, also, main"
 
 
 @pytest.mark.parametrize("key", ["weight_decy", "lrr"])
 def test_a_misspelt_argument_of_an_installed_class_is_seen_through_its_packages_reexport(key: str) -> None:
     values = {"optim": {"target": "torch.optim.AdamW", "args": {"lr": 0.1, key: 0.1}}}
-    (fault,) = find_faults(values, {f"optim.args.{key}": "c.yaml:9"}, Path.cwd())
-    assert (fault.key, fault.where) == (f"optim.args.{key}", "c.yaml:9")
-    assert "did you mean 'weight_decay'?" in fault.do or "did you mean 'lr'?" in fault.do
+    (problem,) = find_target_problems(values, {f"optim.args.{key}": "c.yaml:9"}, Path.cwd())
+    assert (problem.key, problem.where) == (f"optim.args.{key}", "c.yaml:9")
+    assert "did you mean 'weight_decay'?" in problem.fix or "did you mean 'lr'?" in problem.fix
     good = {"optim": {"target": "torch.optim.AdamW", "args": {"lr": 0.1, "betas": [0.9, 0.95], "fused": True}}}
-    assert find_faults(good, {}, Path.cwd()) == []
+    assert find_target_problems(good, {}, Path.cwd()) == []
 
 
 def test_a_collate_function_may_be_named_itself(places: Callable[[str], Path]) -> None:
@@ -200,11 +200,11 @@ def test_a_collate_function_may_be_named_itself(places: Callable[[str], Path]) -
     (places("folder") / "tagging.py").write_text(source)
     folder = places("folder")
 
-    def faults(target: str, **args: Any) -> list[Fault]:
-        return find_faults({"data": {"collate": {"target": target, "args": args}}}, {}, folder)
+    def problems(target: str, **args: Any) -> list[ConfigProblem]:
+        return find_target_problems({"data": {"collate": {"target": target, "args": args}}}, {}, folder)
 
-    assert faults("tagging:pad") == faults("tagging:pad", length=2) == faults("tagging:make", length=2) == []
-    assert "no argument 'lenght'" in faults("tagging:pad", lenght=2)[0].found
+    assert problems("tagging:pad") == problems("tagging:pad", length=2) == problems("tagging:make", length=2) == []
+    assert "no argument 'lenght'" in problems("tagging:pad", lenght=2)[0].problem
     assert build_callable(Target(target="tagging:pad"), "data", folder, takes=1)([1, 2, 3, 4]) == [1, 2, 3]
     assert build_callable(Target(target="tagging:pad", args={"length": 2}), "data", folder, takes=1)([1, 2, 3]) == [
         1,
@@ -227,13 +227,13 @@ def test_two_modules_of_one_name_in_one_process_are_never_mixed_up(places: Calla
     assert by_import("namesake:make", {}, places("folder")) == 0
     with pytest.raises(ConfigError) as caught:
         by_import("namesake:make", {}, places("working"))
-    assert f"{places('working')}/namesake.py, but this process has loaded {places('folder')}" in str(caught.value)
+    assert f"{places('working')}/namesake.py, but this process has already loaded {places('folder')}" in str(caught.value)
 
 
 def test_a_users_module_named_as_one_of_pythons_is_refused_and_not_swapped(places: Callable[[str], Path]) -> None:
     (places("folder") / "itertools.py").write_text("def make(): ...\n")
     (places("folder") / "random.py").write_text("def make(): ...\n")
-    with pytest.raises(ConfigError, match=r"random\.py, but this process has loaded"):
+    with pytest.raises(ConfigError, match=r"random\.py, but this process has already loaded"):
         by_import("random:make", {}, places("folder"))
 
 
@@ -276,8 +276,8 @@ def test_mappings_with_a_target_are_built_first_wherever_they_stand() -> None:
 def test_a_nested_fault_is_told_with_the_way_to_it(places: Callable[[str], Path]) -> None:
     write_package(places("folder"))
     inner = {"target": "parts.inner:Net", "args": {"width": {"target": "parts.inner:Nett"}, "dpth": 1}}
-    faults = by_source("builtins:dict", {"list": [0, inner]}, places("folder"))
-    assert [fault.key for fault in faults] == [
+    problems = by_source("builtins:dict", {"list": [0, inner]}, places("folder"))
+    assert [problem.key for problem in problems] == [
         "data.train.args.list.1.args.dpth",
         "data.train.args.list.1.args.width.target",
     ]
@@ -292,11 +292,11 @@ def test_a_callable_is_a_target_from_python() -> None:
     config = load_config({"schedule": {"target": make_pair, "args": {"first": 1}}})
     assert config.schedule is not None
     assert build_target(config.schedule, section="schedule", folder=None) == (1, 0, None)
-    assert find_faults(config.values(), config.sources, config.folder) == []
+    assert find_target_problems(config.values(), config.sources, config.folder) == []
     assert f"target: {__name__}:make_pair" in render_config(config)
     dynamic = type("Dynamic", (), {})  # its name is no name of its module: only the object itself can be trusted
     config = load_config({"schedule": {"target": dynamic}})
-    assert find_faults(config.values(), config.sources, config.folder) == []
+    assert find_target_problems(config.values(), config.sources, config.folder) == []
 
 
 def test_what_is_offered_is_passed_where_it_is_asked_for_and_args_win() -> None:
@@ -322,7 +322,7 @@ def test_what_is_offered_is_passed_where_it_is_asked_for_and_args_win() -> None:
 def test_arguments_that_do_not_fit_are_told_before_the_call(args: dict[str, Any], found: str, do: str) -> None:
     with pytest.raises(ConfigError) as caught:
         check_arguments(make_pair, (), args, what="data.train.target")
-    assert str(caught.value).startswith("data.train.target is called with its args.")
+    assert str(caught.value).startswith("Cannot call data.train.target with its args.")
     assert found in str(caught.value) and do in str(caught.value)
     check_arguments(make_pair, (), {"first": 1, "second": 2}, what="")
 

@@ -1,4 +1,4 @@
-"""YAML as it is read: the line of every key, plain values only, and strict where YAML is lax."""
+"""Reading YAML: the line of every key, plain values only, and strict where YAML is lax."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from typing import Any
 
 import pytest
 
-from disttrain.config import ConfigFaultsError, Fault, load_config
+from disttrain.config import ConfigProblem, ConfigProblemsError, load_config
 from disttrain.config.files.yaml_lines import parse_document, parse_value
 
 
 def read(text: str) -> Any:
     document = parse_document(text, "c.yaml")
-    assert document.faults == []
+    assert document.problems == []
     return document.value
 
 
-def faults_of(text: str) -> list[Fault]:
+def problems_of(text: str) -> list[ConfigProblem]:
     try:
-        return parse_document(text, "c.yaml").faults
-    except ConfigFaultsError as error:
-        return list(error.faults)
+        return parse_document(text, "c.yaml").problems
+    except ConfigProblemsError as error:
+        return list(error.problems)
 
 
 @pytest.mark.parametrize(
@@ -58,23 +58,23 @@ def test_a_value_is_one_of_jsons_kinds_in_files_and_overrides(text: str, value: 
     [
         ("a: 1\nb: 2\na: 3", "a", 3, "the key of line 1 again"),
         ("a: {b: 1,\n    b: 2}", "a.b", 2, "the key of line 1 again"),
-        ("a: 1\n5: x", "5", 2, "the key 5, which YAML reads as no text"),
-        ("true: 1", "true", 1, "the key true, which YAML reads as no text"),
-        ("? [a]\n: 1", "(sequence)", 1, "which YAML reads as no text"),
+        ("a: 1\n5: x", "5", 2, "YAML does not read the key 5 as text"),
+        ("true: 1", "true", 1, "YAML does not read the key true as text"),
+        ("? [a]\n: 1", "(sequence)", 1, "YAML does not read the key (sequence) as text"),
         ("a:\n  b: !!python/name:os.system x", "a.b", 2, "the tag tag:yaml.org,2002:python/name:os.system"),
         ("a: !!binary aGk=", "a", 1, "the tag tag:yaml.org,2002:binary"),
         ("a: !!timestamp 2026-01-31", "a", 1, "the tag tag:yaml.org,2002:timestamp"),
         ("a: !!set {b}", "a", 1, "the tag tag:yaml.org,2002:set"),
         ("a: !mine [1]", "a", 1, "the tag !mine"),
-        ("a: !!int x", "a", 1, "'x', which is no int"),
-        ("a: !!bool perhaps", "a", 1, "'perhaps', which is no bool"),
+        ("a: !!int x", "a", 1, "'x' is not a value of type int"),
+        ("a: !!bool perhaps", "a", 1, "'perhaps' is not a value of type bool"),
         ("a: &x [*x]", "a.0", 1, "an anchor that contains itself"),
     ],
 )
 def test_what_is_no_plain_value_is_a_fault_with_key_and_line(text: str, key: str, line: int, found: str) -> None:
-    (fault,) = faults_of(text)
-    assert (fault.key, fault.where) == (key, f"c.yaml:{line}")
-    assert found in fault.found
+    (problem,) = problems_of(text)
+    assert (problem.key, problem.where) == (key, f"c.yaml:{line}")
+    assert found in problem.problem
 
 
 @pytest.mark.parametrize(
@@ -91,9 +91,9 @@ def test_what_is_no_plain_value_is_a_fault_with_key_and_line(text: str, key: str
     ],
 )
 def test_what_is_not_yaml_is_one_fault_with_its_line(text: str, line: int) -> None:
-    (fault,) = faults_of(text)
-    assert (fault.key, fault.where) == ("", f"c.yaml:{line}")
-    assert "not YAML" in fault.found or "nested too deep" in fault.found
+    (problem,) = problems_of(text)
+    assert (problem.key, problem.where) == ("", f"c.yaml:{line}")
+    assert "not YAML" in problem.problem or "nested too deep" in problem.problem
 
 
 def test_every_key_has_its_own_line() -> None:
@@ -112,22 +112,22 @@ def test_files_as_other_systems_write_them_are_read(tmp_path: Path, raw: bytes) 
 @pytest.mark.parametrize(
     ("make", "found"),
     [
-        (lambda path: path.write_bytes(b"run: {name: caf\xe9}"), "is no UTF-8 text"),
+        (lambda path: path.write_bytes(b"run: {name: caf\xe9}"), "is not UTF-8 text"),
         (lambda path: path.mkdir(), "is a folder"),
         (lambda path: path.write_text(""), "an empty file"),
         (lambda path: path.write_text("# only this\n"), "an empty file"),
-        (lambda path: path.write_text("just text"), "a str, no mapping"),
-        (lambda path: path.write_text("- run"), "a list, no mapping"),
+        (lambda path: path.write_text("just text"), "a str, not a mapping"),
+        (lambda path: path.write_text("- run"), "a list, not a mapping"),
         (lambda path: None, "cannot be read: No such file"),
     ],
 )
 def test_a_file_that_is_no_config_is_one_fault(tmp_path: Path, make: Any, found: str) -> None:
     path = tmp_path / "c.yaml"
     make(path)
-    with pytest.raises(ConfigFaultsError) as caught:
+    with pytest.raises(ConfigProblemsError) as caught:
         load_config(path)
-    (fault,) = caught.value.faults
-    assert found in fault.found and str(path) in fault.where + fault.found
+    (problem,) = caught.value.problems
+    assert found in problem.problem and str(path) in problem.where + problem.problem
 
 
 @pytest.mark.parametrize(
@@ -135,14 +135,14 @@ def test_a_file_that_is_no_config_is_one_fault(tmp_path: Path, make: Any, found:
     [("2.5", "quote it: '2.5'"), ("no", "quote it: YAML reads yes, no, on and off"), ("[a]", "write text")],
 )
 def test_text_that_yaml_reads_as_something_else_is_told_how_to_be_text(value: str, do: str) -> None:
-    with pytest.raises(ConfigFaultsError) as caught:
+    with pytest.raises(ConfigProblemsError) as caught:
         load_config({}, [f"run.name={value}"])
-    assert do in caught.value.faults[0].do
+    assert do in caught.value.problems[0].fix
 
 
 @pytest.mark.parametrize("value", ["true", "'10'", "10.5", "1e400", "[1]", "ten", "0", "-1"])
 def test_a_number_of_steps_is_a_positive_whole_number_and_nothing_in_disguise(value: str) -> None:
-    with pytest.raises(ConfigFaultsError) as caught:
+    with pytest.raises(ConfigProblemsError) as caught:
         load_config({}, [f"run.steps={value}"])
-    assert [fault.key for fault in caught.value.faults] == ["run.steps"]
+    assert [problem.key for problem in caught.value.problems] == ["run.steps"]
     assert load_config({}, ["run.steps=1e3"]).run.steps == 1000

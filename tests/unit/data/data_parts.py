@@ -1,4 +1,4 @@
-"""Datasets as users bring them, and what their items must be, computed without a line of disttrain."""
+"""Datasets as users write them, with the expected items computed without disttrain."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data that cannot make a step: a DataError that says what was found, or the user's own error with the place."""
+"""Data that cannot form a step: a DataError with the problem, or the user's error with its position."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def refusal(dataset: Any, **more: Any) -> str:
 
 
 def test_too_little_data() -> None:
-    assert "global_batch=4 samples make a step.\n  problem: Numbers is empty" in refusal(Numbers(0))
+    assert "Cannot fill a step of data.global_batch=4 samples.\n  problem: Numbers is empty" in refusal(Numbers(0))
     assert "problem: Numbers has 3\n  fix: lower data.global_batch" in refusal(Numbers(3))
     assert "problem: list is empty" in refusal([])
 
@@ -46,14 +46,14 @@ class Endless(IterableDataset):
         (None, "problem: a NoneType"),
         (7, "problem: a int"),
         (test_too_little_data, "problem: a function"),
-        (Numbers, "problem: the class Numbers, not an object of it"),
-        (Endless, "problem: the class Endless, not an object of it"),
-        (DataLoader(Numbers(8)), "problem: a DataLoader\n  fix: give the dataset within"),
+        (Numbers, "problem: the class Numbers, not an instance of it"),
+        (Endless, "problem: the class Endless, not an instance of it"),
+        (DataLoader(Numbers(8)), "problem: a DataLoader\n  fix: provide the DataLoader's dataset"),
     ],
 )
 def test_what_is_no_dataset(thing: Any, said: str) -> None:
     message = refusal(thing)
-    assert message.startswith("A dataset has __len__ and __getitem__, or __iter__")
+    assert message.startswith("A dataset needs __len__ and __getitem__, or __iter__")
     assert said in message
 
 
@@ -86,7 +86,7 @@ class Ragged(Numbers):
 )
 def test_items_of_different_shape_are_named(item: Any, odd: Any, said: str, workers: int) -> None:
     message = refusal(Ragged(item, odd), workers=workers)
-    assert message.startswith("The items of Ragged are to be put into one batch.\n"), "no worker's traceback before it"
+    assert message.startswith("Cannot collate the items of Ragged into a batch.\n"), "no worker's traceback before it"
     assert f"problem: {said}\n" in message
     assert "data.collate" in message
 
@@ -110,7 +110,9 @@ class Short(Numbers):
 
 
 def test_fewer_items_than_asked_for() -> None:
-    assert "Short.__getitems__ was asked for 4 items.\n  problem: 3 came back" in refusal(Short(8))
+    assert "Short.__getitems__ returned the wrong number of items.\n  problem: 3 items for 4 indices" in refusal(
+        Short(8)
+    )
 
 
 class TwoPartError(Exception):
@@ -193,6 +195,9 @@ class Killed(Numbers):
 
 def test_a_killed_worker_is_told_with_what_to_do() -> None:
     message = refusal(Killed(12), workers=2, prefetch=1)
-    assert "data.workers processes fetch the items of Killed.\n  problem: DataLoader worker (pid" in message
+    assert (
+        "A worker process (data.workers) that fetched items of Killed died.\n  problem: DataLoader worker (pid"
+        in message
+    )
     assert "set data.workers=0" in message
     assert [int(i) for (micro,) in read(Killed(12)) for i in micro.batch] == list(range(12))

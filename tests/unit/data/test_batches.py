@@ -1,4 +1,4 @@
-"""The sequence of samples is one at any world size, micro-batch and number of workers, and goes on from anywhere."""
+"""The sequence of samples is the same at any world size, micro-batch and number of workers, and resumes anywhere."""
 
 from __future__ import annotations
 
@@ -213,8 +213,8 @@ class Workers(Numbers):
         ({"global_batch": 0}, "global_batch=0"),
         ({"micro_batch": 0}, "micro_batch=0"),
         ({"micro_batch": -2}, "micro_batch=-2"),
-        ({"last": "keep"}, "data.last='keep'\n  problem: known: short and drop"),
-        ({"on_resume": "skip"}, "data.on_resume='skip'\n  problem: known: exact and replay"),
+        ({"last": "keep"}, "data.last is unknown.\n  problem: 'keep' is neither short nor drop"),
+        ({"on_resume": "skip"}, "data.on_resume is unknown.\n  problem: 'skip' is neither exact nor replay"),
     ],
 )
 def test_a_setting_that_means_nothing_is_refused(setting: dict[str, Any], said: str) -> None:

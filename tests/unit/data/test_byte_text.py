@@ -1,4 +1,4 @@
-"""`byte_text`: windows equal slices of what lies on the disk, and no byte is in both splits."""
+"""`byte_text`: windows equal slices of the files, and no byte is in both splits."""
 
 from __future__ import annotations
 
@@ -130,18 +130,27 @@ def test_the_standard_library_has_text_for_both_splits() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"source": "nowhere/at/all"}, "byte_text reads 'nowhere/at/all', a file or a folder.\n  problem: nothing there"),
-        ({"source": "short.txt", "context": 10}, "windows of 10 bytes.\n  problem: 10 bytes in the split 'all' of short"),
+        (
+            {"source": "nowhere/at/all"},
+            "byte_text cannot read 'nowhere/at/all'.\n  problem: there is no file or folder of this name",
+        ),
+        (
+            {"source": "short.txt", "context": 10},
+            "window of 10 bytes.\n  problem: 10 bytes in the split 'all' of short",
+        ),
         ({"source": "short.txt", "split": "test"}, "split='test'"),
         ({"source": "short.txt", "context": 0}, "context=0"),
         ({"source": "short.txt", "eval_share": 1.0}, "eval_share=1.0"),
         ({"source": "empty"}, "0 bytes in the split 'all' of empty, which has 0 text file(s)"),
         (
             {"source": "two", "split": "eval", "eval_share": 1e-6},
-            "which has 2 text file(s)\n  fix: give more text, less context, or another eval_share",
+            "which has 2 text file(s)\n  fix: provide more text, a smaller context, or another eval_share",
         ),
-        ({"source": str(UNREADABLE)}, f"byte_text reads {UNREADABLE}.\n  problem: Input/output error"),
-        ({"source": "linked"}, "linked/mem.\n  problem: Input/output error\n  fix: make it readable, or leave it out"),
+        ({"source": str(UNREADABLE)}, f"byte_text cannot read {UNREADABLE}.\n  problem: Input/output error"),
+        (
+            {"source": "linked"},
+            "linked/mem.\n  problem: Input/output error\n  fix: make it readable, or use a source without it",
+        ),
     ],
 )
 def test_what_cannot_be_read_or_cut_is_refused(

@@ -1,4 +1,4 @@
-"""What is drawn for an item is a function of (seed, epoch, index): not of workers, ranks, batches or resumes."""
+"""The random numbers of an item depend on (seed, epoch, index), not on workers, ranks, batches or resumes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The order of samples: a bijection at any size, evaluated at one place in no time and no memory, and well shuffled."""
+"""The order of samples is a bijection at any size, evaluated at one position in constant time, and well shuffled."""
 
 from __future__ import annotations
 
@@ -49,14 +49,16 @@ def six_sigma(freedom: int) -> tuple[float, float]:
 
 @pytest.mark.parametrize("epoch", [0, 3, 10**9])
 @pytest.mark.parametrize("position", [0, 1, 4_999_999_999, VAST - 1])
-def test_an_index_of_ten_billion_takes_less_than_a_millisecond(epoch: int, position: int) -> None:
-    took = []
+def test_an_index_of_ten_billion_costs_no_more_than_one_of_ten_thousand(epoch: int, position: int) -> None:
+    few = 9537  # fills the same share of 2**14 as ten billion of 2**34, so that equally many values are walked again
+    took: dict[int, list[float]] = {VAST: [], few: []}
     for more in range(7):  # every one in an epoch not seen before: keys are derived each time
-        started = time.process_time()
-        index = Order(VAST, seed=5).index(epoch + more, position)
-        took.append(time.process_time() - started)
-        assert 0 <= index < VAST
-    assert min(took) < 1e-3, took
+        for size, times in took.items():
+            started = time.process_time()
+            (index,) = Order(size, seed=5).indices(epoch + more, position % size, 1)
+            times.append(time.process_time() - started)
+            assert 0 <= index < size
+    assert min(took[VAST]) < 4 * min(took[few]), took  # a busy machine disturbs both; a list would cost a million times
 
 
 def test_no_memory_grows_with_size_epochs_or_positions() -> None:
@@ -64,14 +66,14 @@ def test_no_memory_grows_with_size_epochs_or_positions() -> None:
     generator = np.random.default_rng(0)
     places = list(enumerate(generator.integers(VAST, size=3500).tolist()))
     for epoch, position in places[:2500]:  # Python itself keeps up to 2000 freed tuples, and counts them as memory
-        order.index(epoch, position)
+        order.indices(epoch, position, 1)
     tracemalloc.start()
     try:
         for epoch, position in places[2500:3000]:
-            order.index(epoch, position)
+            order.indices(epoch, position, 1)
         early = tracemalloc.get_traced_memory()[0]
         for epoch, position in places[3000:]:
-            order.index(epoch, position)
+            order.indices(epoch, position, 1)
         late, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -100,14 +102,13 @@ def test_the_order_is_that_of_its_paper_at_any_size(data: st.DataObject, size: i
     count = data.draw(st.integers(0, min(40, size - start)))
     order = Order(size, seed)
     expected = [plain_index(size, seed, epoch, start + k) for k in range(count)]
-    assert [order.index(epoch, start + k) for k in range(count)] == expected
     assert order.indices(epoch, start, count).tolist() == expected
 
 
 @given(st.integers(1, 50), EPOCHS)
 def test_without_shuffle_the_order_is_the_datas_own(size: int, epoch: int) -> None:
     order = Order(size, seed=1, shuffle=False)
-    assert order.indices(epoch, 0, size).tolist() == [order.index(epoch, k) for k in range(size)] == list(range(size))
+    assert order.indices(epoch, 0, size).tolist() == list(range(size))
 
 
 def test_epochs_and_seeds_have_orders_of_their_own() -> None:
@@ -160,10 +161,7 @@ def test_the_first_positions_of_ten_billion_lie_all_over_it() -> None:
 
 def test_what_lies_outside_is_refused() -> None:
     order = Order(10, seed=0)
-    for position in (-1, 10):
-        with pytest.raises(IndexError, match="10 samples"):
-            order.index(0, position)
-    for start, count in ((-1, 2), (9, 2)):
+    for start, count in ((-1, 1), (10, 1), (-1, 2), (9, 2)):
         with pytest.raises(IndexError, match="10 samples"):
             order.indices(0, start, count)
     for size in (0, 2**62 + 1):

@@ -1,4 +1,4 @@
-"""Who computes what of a step: every sample once, parts in step with one another."""
+"""Which rank computes which samples of a step: every sample once, and ranks in step with one another."""
 
 from __future__ import annotations
 

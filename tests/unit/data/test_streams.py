@@ -1,4 +1,4 @@
-"""Data read from the front: cut over parts, each sample once; continued exactly, by reading again, or not at all."""
+"""Iterable data: split over ranks with each sample once; resumed exactly, by reading again, or rejected."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_without_a_state_a_position_is_refused_or_read_again(at: int) -> None:
     first = make(Reader(10))
     take(first, at)
     state = json.loads(json.dumps(first.state_dict()))
-    with pytest.raises(DataError, match=r"(?s)Reader is to continue at sample \d+.*on_resume=replay"):
+    with pytest.raises(DataError, match=r"(?s)Cannot continue Reader at sample \d+.*on_resume=replay"):
         make(Reader(10)).load_state_dict(state)
 
     def resumed(part: tuple[int, int]) -> Batches:
@@ -134,7 +134,7 @@ def test_the_users_own_generators_are_left_as_they_were() -> None:
 
 def test_workers_are_not_used_and_that_is_said(caplog: pytest.LogCaptureFixture) -> None:
     batches = make(Reader(10), workers=3)
-    assert "data.workers=3: iterable data are read in the training process" in caplog.text
+    assert "data.workers=3: iterable data is read in the training process, without workers" in caplog.text
     assert rows(joined([take(batches, 2)])) == rows(expected(10, 4, 2))
 
 
@@ -153,14 +153,14 @@ def test_an_iterable_without_torchs_base_class_is_a_stream() -> None:
 def test_an_iterator_that_is_spent_after_one_epoch_is_not_waited_for() -> None:
     batches = iter(make(iter(range(8))))
     next(batches), next(batches)
-    with pytest.raises(DataError, match=r"(?s)in epoch 1.*starts anew"):
+    with pytest.raises(DataError, match=r"(?s)in epoch 1.*must start from the beginning"):
         next(batches)
 
 
 @pytest.mark.parametrize(("size", "last"), [(0, "short"), (3, "drop")])
 def test_a_stream_without_one_step_is_refused_on_every_part(size: int, last: str) -> None:
     for part in range(3):
-        with pytest.raises(DataError, match=r"(?s)global_batch=4 .*Reader ended before it gave one"):
+        with pytest.raises(DataError, match=r"(?s)global_batch=4 .*Reader ended before its first step"):
             next(iter(make(Reader(size), (part, 3), last=last)))
 
 
@@ -239,7 +239,9 @@ def test_shards_are_read_by_one_rank_each_and_end_together(tmp_path: Path) -> No
     assert all(
         "at sample 14" in found["refused"] and "set data.on_resume=replay" in found["refused"] for found in exact
     )
-    assert all("over 3 data-parallel rank(s) then, over 2 now" in found["refused"] for found in fewer)
+    assert all(
+        "over 3 data-parallel rank(s) at the time of saving, and over 2 now" in found["refused"] for found in fewer
+    )
 
 
 def test_a_dataset_that_can_be_cut_is_whole_for_one_part_and_knows_that_it_was() -> None:
@@ -247,7 +249,7 @@ def test_a_dataset_that_can_be_cut_is_whole_for_one_part_and_knows_that_it_was()
     steps = take(alone, 2)
     assert [[int(row[0]) for row in items] for items in joined([steps])] == [[0, 1, 2, 100], [101, 102, 103, 104]]
     cut = make(Sharded((3, 5)), (1, 2), global_batch=4, on_resume="replay")
-    with pytest.raises(DataError, match=r"over 1 data-parallel rank\(s\) then, over 2 now"):
+    with pytest.raises(DataError, match=r"over 1 data-parallel rank\(s\) at the time of saving, and over 2 now"):
         cut.load_state_dict(alone.state_dict())
 
 
@@ -267,7 +269,7 @@ def test_the_last_partial_step_of_shards_is_left_out_and_that_is_said(caplog: py
     make(Sharded((3, 5)), (0, 2), last="drop")
     assert not caplog.records
     make(Sharded((3, 5)), (0, 2), last="short")
-    assert "data cut by shard end with their last whole step" in caplog.text
+    assert "a dataset cut by shard ends with its last complete step instead" in caplog.text
 
 
 class HuggingFace(Sharded):

@@ -1,4 +1,4 @@
-"""What is taken from a checkpoint that holds more than is asked for: one model to evaluate, or to go on with alone."""
+"""Loading parts of a checkpoint: one model to evaluate or to continue with."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_eval_of_a_run_without_a_model_of_that_name_says_which_it_has(
     trained: Callable[..., tuple[Path, dict[str, float]]],
 ) -> None:
     run, _ = trained("policy")
-    with pytest.raises(CheckpointError, match="models prepared as policy, reference"):
+    with pytest.raises(CheckpointError, match="models were prepared as policy, reference"):
         evaluate_run(path=str(run), overrides=[], as_json=True)
 
 
@@ -111,7 +111,7 @@ def test_a_model_is_loaded_by_its_name(trained: Callable[..., tuple[Path, dict[s
     run, _ = trained("policy")
     with pytest.raises(CheckpointError) as refused:
         disttrain.load(run)
-    assert "models prepared as policy, reference" in str(refused.value)
+    assert "models were prepared as policy, reference" in str(refused.value)
     assert "disttrain.load(path, name='policy')" in str(refused.value)
     policy, reference = disttrain.load(run, name="policy"), disttrain.load(run, name="reference")
     assert not torch.equal(policy.line.weight, reference.line.weight)

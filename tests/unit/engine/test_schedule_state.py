@@ -1,4 +1,4 @@
-"""A run's schedule through JSON: every one of torch's goes on bit for bit, also with other groups than before."""
+"""The state of every torch schedule survives JSON bit-equal, also with other parameter groups."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from torch.optim.lr_scheduler import (
     StepLR,
 )
 
-from disttrain.engine.checkpointing.documents import optimizer_document, restore_optimizer
+from disttrain.engine.checkpointing.optimizer_groups import optimizer_document, restore_optimizer
 from disttrain.errors import CheckpointError
 from disttrain.strategy import Prepared
 
@@ -152,7 +152,7 @@ def test_groups_of_different_settings_are_not_joined() -> None:
 def test_a_parameter_that_no_group_held_is_named() -> None:
     first = prepare(SCHEDULES["step"])
     other = prepare(SCHEDULES["step"], (("a", "b"), ("c", "new")))
-    with pytest.raises(CheckpointError, match="no saved group that holds new"):
+    with pytest.raises(CheckpointError, match="no saved group holds new"):
         restore_optimizer(other, through_json(first), same_settings=True)
 
 

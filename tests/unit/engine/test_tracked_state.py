@@ -1,4 +1,4 @@
-"""Tracked state through a checkpoint: keys that are no text, and averages of parameters that are cut over the ranks."""
+"""Tracked state through a checkpoint: keys that are not text, and averages of sharded parameters."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_an_object_without_a_state_yet_takes_what_it_is_given() -> None:
 
 
 def test_a_key_that_json_cannot_hold_is_refused_by_name() -> None:
-    with pytest.raises(CheckpointError, match=r"user/it/a is to be saved(.|\n)*a key that is a tuple"):
+    with pytest.raises(CheckpointError, match=r"Cannot save user/it/a(.|\n)*a key that is a tuple"):
         tracked_shards("it", Kept({"a": {(1, 2): 3}}), (0, 1))
 
 

@@ -1,4 +1,4 @@
-"""Text from a model against loops and distributions written out here."""
+"""Generated text compared with loops and distributions written out here."""
 
 from __future__ import annotations
 
@@ -126,11 +126,11 @@ def test_no_tokens_are_asked_for_none_come(model: GPT) -> None:
     [
         ({"prompt_tokens": []}, "prompt"),
         ({"prompt_tokens": torch.empty(1, 0)}, "prompt"),
-        ({"length": -1}, "length is to be at least 0.\n  problem: -1"),
-        ({"context": 0}, "context is to be at least 1"),
-        ({"temperature": -0.5}, "temperature .*\n  problem: -0.5"),
-        ({"temperature": math.nan}, "temperature .*\n  problem: nan"),
-        ({"top_k": 0}, "top_k is to be at least 1"),
+        ({"length": -1}, "length must be at least 0.\n  problem: length=-1"),
+        ({"context": 0}, "context must be at least 1"),
+        ({"temperature": -0.5}, "temperature .*\n  problem: temperature=-0.5"),
+        ({"temperature": math.nan}, "temperature .*\n  problem: temperature=nan"),
+        ({"top_k": 0}, "top_k must be at least 1"),
     ],
     ids=str,
 )
@@ -142,7 +142,7 @@ def test_what_cannot_be_sampled_is_refused(model: GPT, change: dict[str, Any], n
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("logits", [[math.nan, 1.0], [math.inf, 1.0], [-math.inf, -math.inf]], ids=str)
 def test_logits_that_are_no_numbers_are_refused(logits: list[float], temperature: float) -> None:
-    with pytest.raises(TrainingError, match="finite logits"):
+    with pytest.raises(TrainingError, match="logits that are not finite"):
         generate(Returns(logits), [0], length=1, context=1, temperature=temperature)
 
 
@@ -155,5 +155,5 @@ def test_logits_that_are_no_numbers_are_refused(logits: list[float], temperature
     ],
 )
 def test_a_model_without_logits_is_refused(form: Any, named: str) -> None:
-    with pytest.raises(TrainingError, match=f"logits(.|\n)*problem: {named}"):
+    with pytest.raises(TrainingError, match=f"logits(.|\n)*problem: the model returned {named}"):
         generate(Returns([0.0, 1.0], form), [0], length=1, context=1)

@@ -1,4 +1,4 @@
-"""`gpt` against the decoder written out plainly, and against what a causal decoder must do."""
+"""`gpt` compared with the decoder written out plainly, and with properties of a causal decoder."""
 
 from __future__ import annotations
 
@@ -202,10 +202,10 @@ def test_bf16_autocast_stays_near_float32_and_gives_finite_gradients() -> None:
         ({"width": "16"}, "width='16'"),
         ({"kv_heads": 0}, "kv_heads=0"),
         ({"hidden": 0}, "hidden=0"),
-        ({"width": 18}, "width=18 over heads=4"),
-        ({"width": 12}, "width=12 over heads=4"),  # heads of width 3 have no pairs to turn
-        ({"kv_heads": 3}, "heads=4 over kv_heads=3"),
-        ({"kv_heads": 8}, "heads=4 over kv_heads=8"),
+        ({"width": 18}, "width=18 for heads=4"),
+        ({"width": 12}, "width=12 for heads=4"),  # heads of width 3 have no pairs to turn
+        ({"kv_heads": 3}, "heads=4 for kv_heads=3"),
+        ({"kv_heads": 8}, "heads=4 for kv_heads=8"),
         ({"dropout": 1.0}, "dropout=1.0"),
         ({"dropout": -0.1}, "dropout=-0.1"),
         ({"dropout": "0.1"}, "dropout='0.1'"),
@@ -223,9 +223,9 @@ def test_sizes_that_do_not_fit_are_refused_by_name(change: dict[str, Any], named
     ("tokens", "named"),
     [
         (torch.zeros(2, 9, dtype=torch.int64), "at most context=8 .*\n.*9 tokens"),
-        (torch.zeros(8, dtype=torch.int64), r"\(8,\) of torch.int64"),
+        (torch.zeros(8, dtype=torch.int64), r"shape \(8,\) of type torch.int64"),
         (torch.zeros(2, 8, 1, dtype=torch.int64), r"\(2, 8, 1\)"),
-        (torch.zeros(2, 8), "of torch.float32"),
+        (torch.zeros(2, 8), "of type torch.float32"),
         (torch.full((2, 8), 11), "ids from 11 to 11 for vocab=11"),
         (torch.full((2, 8), -1), "ids from -1 to -1 for vocab=11"),
     ],

@@ -1,4 +1,4 @@
-"""First values: equal to plain construction under the seed, equal filled from shapes alone, and none left unwritten."""
+"""Initial values: equal to plain construction under the seed, equal when filled from shapes, and never unwritten."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_a_users_module_is_what_its_constructor_makes_in_a_plain_script(make: Ca
     [(lambda: None, "a NoneType"), (lambda: GPT, "a type"), (dict, "a dict"), (lambda: (MLP, 1), "a tuple")],
 )
 def test_a_model_that_is_no_module_is_refused(make: Callable[[], Any], named: str) -> None:
-    with pytest.raises(ConfigError, match=f"model.target .*torch.nn.Module(.|\n)*problem: {named}"):
+    with pytest.raises(ConfigError, match=f"model.target .*torch.nn.Module(.|\n)*problem: it returned {named}"):
         build_model(make, seed=0, meta=False)
 
 
@@ -211,29 +211,29 @@ def test_a_tied_weight_is_written_under_either_name(tie: str) -> None:
 @pytest.mark.parametrize(
     ("left_out", "named"),
     [
-        (("scale",), "nothing for scale"),
-        (("seen",), "nothing for seen"),
-        (("table",), "nothing for table"),
-        (("first.weight",), "nothing for first.weight, second.weight"),
-        (("table", "scale", "seen"), "nothing for scale, seen, table"),
+        (("scale",), "no value for scale"),
+        (("seen",), "no value for seen"),
+        (("table",), "no value for table"),
+        (("first.weight",), "no value for first.weight, second.weight"),
+        (("table", "scale", "seen"), "no value for scale, seen, table"),
     ],
 )
 @pytest.mark.parametrize("meta", [False, True])
 def test_what_nobody_wrote_is_an_error_with_its_name(left_out: tuple[str, ...], named: str, meta: bool) -> None:
     module = build_model(Said, seed=0, meta=meta)
     module.leaves_out = left_out
-    with pytest.raises(ConfigError, match=f"Said.init_weights yields every(.|\n)*problem: {named}\n"):
+    with pytest.raises(ConfigError, match=f"Said.init_weights must yield a value for every(.|\n)*problem: {named}\n"):
         fill(module, generators_for(0), lambda name, value: None)
 
 
 @pytest.mark.parametrize(
     ("values", "named"),
     [
-        ([("wieght", torch.zeros(3, 2))], "'wieght', which is none of its"),
-        ([("weight", torch.zeros(2, 3))], r"\(2, 3\) for 'weight', whose shape is \(3, 2\)"),
-        ([("weight", torch.zeros(6))], r"\(6,\) for 'weight'"),
+        ([("wieght", torch.zeros(3, 2))], "'wieght' is not one of the model's"),
+        ([("weight", torch.zeros(2, 3))], r"shape \(2, 3\) for 'weight', whose shape is \(3, 2\)"),
+        ([("weight", torch.zeros(6))], r"shape \(6,\) for 'weight'"),
         ([("weight", 0.5)], "a float for 'weight'"),
-        (None, "NoneType"),
+        (None, "it returned a NoneType"),
     ],
 )
 def test_values_that_fit_nowhere_are_refused(values: Any, named: str) -> None:

@@ -1,4 +1,4 @@
-"""`mlp` against its layers written out, and the arguments that no layer can have."""
+"""`mlp` compared with its layers written out, and its invalid arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`next_token`, `cross_entropy` and `mse` against torch's own mean losses over the whole batch."""
+"""`next_token`, `cross_entropy` and `mse` compared with torch's mean losses over the global batch."""
 
 from __future__ import annotations
 
@@ -284,22 +284,32 @@ def test_the_sums_of_two_parts_are_those_of_the_whole(items: int, data: st.DataO
             NextToken(),
             randn(2, 3, 5),
             classes(2, 3),
-            r"next_token reads batches .*'labels'.\n  problem: a int64 tensor of",
+            r"next_token needs batches .*'labels'.\n  problem: a tensor of type int64",
         ),
         (NextToken(), randn(2, 3, 5), {"input_ids": classes(2, 3)}, "'labels'.\n  problem: a mapping with 'input_ids'"),
         (NextToken(), randn(2, 3, 5), (classes(2, 3),) * 3, "problem: a tuple of 3: Tensor, Tensor, Tensor"),
         (NextToken(), randn(2, 5), (classes(2, 3),) * 2, r"logits \(2, 5\) for targets \(2, 3\)"),
         (NextToken(), randn(2, 3, 5), (classes(2, 3), randn(2, 3)), r"targets \(2, 3\) of torch.float64"),
-        (NextToken(), None, (classes(2, 3),) * 2, "floating tensor.*\n  problem: None"),
-        (NextToken(), classes(2, 3, 5), (classes(2, 3),) * 2, "problem: a int64 tensor"),
-        (NextToken(), {"hidden": randn(2)}, (classes(2, 3),) * 2, "problem: a dict"),
+        (NextToken(), None, (classes(2, 3),) * 2, "floating-point tensor.*\n  problem: the model returned None"),
+        (NextToken(), classes(2, 3, 5), (classes(2, 3),) * 2, "problem: the model returned a tensor of type int64"),
+        (NextToken(), {"hidden": randn(2)}, (classes(2, 3),) * 2, "problem: the model returned a dict"),
         (CrossEntropy(), randn(3), (classes(3),) * 2, r"logits \(3,\) for targets \(3,\) of torch.int64"),
         (CrossEntropy(), randn(3, 5), (classes(3, 1),) * 2, r"logits \(3, 5\) for targets \(3, 1\)"),
         (CrossEntropy(), randn(3, 5), (classes(3), classes(3).double()), r"targets \(3,\) of torch.float64"),
-        (CrossEntropy(), randn(3, 5), (classes(3), [1, 2, 3]), "where targets is a tensor.\n  problem: a list of 3: int"),
-        (CrossEntropy(), randn(3, 5), {"image": randn(3)}, "cross_entropy reads .*\n  problem: a mapping with 'image'"),
+        (
+            CrossEntropy(),
+            randn(3, 5),
+            (classes(3), [1, 2, 3]),
+            "where targets is a tensor.\n  problem: targets: a list of 3: int",
+        ),
+        (
+            CrossEntropy(),
+            randn(3, 5),
+            {"image": randn(3)},
+            "cross_entropy needs batches .*\n  problem: a mapping with 'image'",
+        ),
         (MSE(), randn(3, 1), (randn(3),) * 2, r"outputs \(3, 1\) and targets \(3,\)"),
-        (MSE(), randn(3), None, "mse reads batches .*\n  problem: None"),
+        (MSE(), randn(3), None, "mse needs batches .*\n  problem: None"),
     ],
 )
 def test_batches_and_outputs_of_another_form_are_refused(objective: Any, output: Any, batch: Any, named: str) -> None:

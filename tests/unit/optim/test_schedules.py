@@ -1,4 +1,4 @@
-"""Rates at every step against formulas written in another way, and torch's own schedulers against themselves."""
+"""Learning rates at every step compared with independent formulas, and torch's schedulers with themselves."""
 
 from __future__ import annotations
 
@@ -212,8 +212,8 @@ def test_an_amount_that_is_neither_steps_nor_a_share_is_refused(name: str, key: 
     args = {"warmup": 0, key: amount} if key == "decay" else {key: amount}
     with pytest.raises(ConfigError) as error:
         build(name, args, total=10)
-    assert str(error.value).startswith(f"schedule.args.{key} is a number of steps, or a share")
-    assert f"problem: {amount!r}\n" in str(error.value)
+    assert str(error.value).startswith(f"Cannot use schedule.args.{key}.")
+    assert f"problem: {amount!r} is neither a number of steps nor a share" in str(error.value)
 
 
 @pytest.mark.parametrize("end", [-0.1, math.nan, math.inf, "0.1", True], ids=repr)
@@ -229,7 +229,7 @@ def test_an_end_that_is_no_share_of_the_peak_is_refused(name: str, end: Any) -> 
         ("cosine", {"warmpu": 3}, "did you mean 'warmup'"),
         ("warmup_stable_decay", {"warmup": 3}, "missing a required argument: 'decay'"),
         ("torch.optim.lr_scheduler.CosineAnnealingLR", {}, "missing a required argument: 'T_max'"),
-        ("torch.optim.lr_scheduler.ReduceLROnPlateau", {}, "ReduceLROnPlateau.step, which needs metrics"),
+        ("torch.optim.lr_scheduler.ReduceLROnPlateau", {}, "ReduceLROnPlateau.step needs metrics"),
     ],
     ids=str,
 )
@@ -249,9 +249,9 @@ def test_a_schedule_that_cannot_be_called_is_refused_before_there_is_an_optimize
             torch.optim.lr_scheduler.OneCycleLR,
             {"max_lr": 1.0, "total_steps": 4},
             ConfigError,
-            "total_steps=4, of a run of 5",
+            "total_steps=4 in a run of 5",
         ),
-        (lambda optimizer: 3, {}, ConfigError, "problem: a int"),
+        (lambda optimizer: 3, {}, ConfigError, "problem: it returns a int"),
         (lambda optimizer: int("x"), {}, ValueError, "invalid literal"),  # a user's own bug stays what it is
     ],
 )

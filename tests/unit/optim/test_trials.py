@@ -1,4 +1,4 @@
-"""What an optimizer can do is found by what it does, not by its name."""
+"""An optimizer's capabilities are determined by its behaviour, not by its name."""
 
 from __future__ import annotations
 
@@ -71,7 +71,8 @@ class SAM(torch.optim.SGD):
 
 @pytest.mark.parametrize("make", [torch.optim.LBFGS, SAM])
 def test_those_that_need_a_closure_are_refused_by_name(make: Any) -> None:
-    with pytest.raises(ConfigError, match=f"optim.target is stepped without(.|\n)*{make.__name__}.*closure"):
+    message = f"Cannot use optim.target, which is stepped without(.|\n)*{make.__name__}.*closure"
+    with pytest.raises(ConfigError, match=message):
         refuse_closures(factory(make, lr=0.1), "optim.target")
 
 

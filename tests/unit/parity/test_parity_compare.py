@@ -1,4 +1,4 @@
-"""Comparing and explaining, on recordings and facts made up here: every figure is known before."""
+"""Comparing and explaining runs, on recordings and facts made up here with known results."""
 
 from __future__ import annotations
 

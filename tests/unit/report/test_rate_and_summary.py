@@ -1,4 +1,4 @@
-"""Rates against a clock that is set by hand; summaries and plots of runs of any shape."""
+"""Rates with a manual clock; summaries and plots of runs of any shape."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The reporter: what lands where, what people see, and that decoration may fail."""
+"""The reporter: what it writes where, what people see, and that its decoration may fail."""
 
 from __future__ import annotations
 

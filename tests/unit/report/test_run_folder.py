@@ -1,4 +1,4 @@
-"""A run's folder: what is written is read back, a kill or a full disk leaves something readable or a clear error."""
+"""A run's folder: written files read back; a kill or a full disk leaves readable files or a clear error."""
 
 from __future__ import annotations
 

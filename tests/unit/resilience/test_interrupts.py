@@ -1,4 +1,4 @@
-"""Ctrl-C once, twice, delivered twice, and not ours to handle."""
+"""Ctrl-C once, twice, delivered twice, and with a handler that is not ours."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a rank computes, over which backend, on how many threads."""
+"""Which device, backend and number of threads a rank uses."""
 
 from __future__ import annotations
 

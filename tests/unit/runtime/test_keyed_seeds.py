@@ -1,4 +1,4 @@
-"""Seeds are functions of their keys: equal on every machine, in every process, and different for different keys."""
+"""Seeds are functions of their keys: equal on every machine and process, and different for different keys."""
 
 from __future__ import annotations
 

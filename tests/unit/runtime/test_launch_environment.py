@@ -1,4 +1,4 @@
-"""Who am I: every launcher's environment as a table, and what contradicts itself is refused."""
+"""Every launcher's environment as a table, and the rejection of contradictory environments."""
 
 from __future__ import annotations
 

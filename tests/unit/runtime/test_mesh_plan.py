@@ -1,4 +1,4 @@
-"""Degrees multiply to the world size, and a rank's part of the data follows from the mesh."""
+"""The product of the mesh degrees is the world size, and a rank's part of the data follows from the mesh."""
 
 from __future__ import annotations
 

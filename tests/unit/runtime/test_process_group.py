@@ -1,4 +1,4 @@
-"""One world: values over ranks, whose fault it was, no wait without an end, and a world of one that is a world."""
+"""The process group: collectives of values, the first cause of a failure, time limits, and a world of one."""
 
 from __future__ import annotations
 
@@ -347,7 +347,7 @@ def use_existing_group() -> Any:
 
 
 def test_an_existing_group_is_used_and_left_open() -> None:
-    for rank, found in enumerate(run_world(use_existing_group, 2)):
+    for rank, found in enumerate(run_world(2, use_existing_group)):
         assert found == {
             "launch": ("process group", rank, rank, 2, 2),
             "first": ([0, 1], [0, 1] if rank == 0 else None),

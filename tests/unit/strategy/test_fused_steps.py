@@ -1,4 +1,4 @@
-"""The kernel called directly gives the bits of `Optimizer.step`, and gives way to it wherever that could differ."""
+"""The fused kernel equals `Optimizer.step` bit for bit, and is not used where the result could differ."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loss scale against torch's own GradScaler, whose rates it has, and where it says no."""
+"""The loss scale compared with torch's GradScaler, and its rejections."""
 
 from __future__ import annotations
 

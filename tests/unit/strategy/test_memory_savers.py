@@ -1,4 +1,4 @@
-"""What a block keeps for its backward, counted in bytes at the end of the forward, against closed forms."""
+"""The bytes that a block keeps for its backward, counted at the end of the forward, against closed forms."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The step's act against a plain one, whichever way the gradients are scaled: within a fused kernel, or before."""
+"""A step compared with a plain one, whether gradients are scaled in a fused kernel or before."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""State that is made to be loaded into lies where the optimizer's own would: on a GPU a fused one's steps do too."""
+"""State created for loading is on the device where the optimizer would create it, fused or not."""
 
 from __future__ import annotations
 

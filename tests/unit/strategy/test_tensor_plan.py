@@ -1,4 +1,4 @@
-"""Tensor plans: which modules get which style, and what is refused by name, from shapes alone."""
+"""Tensor plans: the style of each module, and rejections by name, from shapes only."""
 
 from __future__ import annotations
 

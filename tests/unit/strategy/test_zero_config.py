@@ -1,4 +1,4 @@
-"""What DeepSpeed is told about memory; and the prefetcher's rules as the memory formula plays them."""
+"""DeepSpeed's memory settings, and the prefetcher's rules as the memory formula simulates them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The suite can fail: what differs from the plain loop is told, with step, tensor and amount."""
+"""The contract suite can fail: it reports differences from the plain loop with step, tensor and amount."""
 
 from __future__ import annotations
 
