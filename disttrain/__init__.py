@@ -1,4 +1,4 @@
-"""disttrain: switch the strategy, the cluster size or the node, and nothing changes.
+"""Trains PyTorch models on one device or many: switch the strategy or the cluster size, and the results stay the same.
 
 The public names are loaded on first use, so that `import disttrain` and `disttrain --help` import no torch.
 """
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["Config", "Engine", "__version__", "load", "train"]
 
-_HOMES = {
+_PACKAGES = {
     "Config": "disttrain.config",
     "Engine": "disttrain.engine",
     "load": "disttrain.engine",
@@ -26,6 +26,6 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+    if name in _PACKAGES:
+        return getattr(import_module(_PACKAGES[name]), name)
     raise AttributeError(f"module 'disttrain' has no attribute {name!r}; it has {', '.join(__all__)}")

@@ -1,11 +1,12 @@
 """Sends disttrain's messages for people to stderr, each with the name of its package as a prefix.
 
-All loggers are children of the logger `disttrain`. Importing this module changes nothing: an entry point calls
-`start_logs` once.
+All loggers are children of the logger `disttrain`. Importing this module changes nothing: a command calls `start_logs`
+once, and an `Engine` opens `DefaultLogs` for as long as it exists.
 """
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 
@@ -37,3 +38,60 @@ def start_logs(*, rank: int = 0, level: int = logging.INFO) -> None:
     logger.addHandler(handler)
     logger.setLevel(level if rank == 0 else logging.ERROR)
     logger.propagate = False
+
+
+class _CurrentStderr(logging.Handler):
+    """Writes to `sys.stderr` as it is when a message comes: notebooks and tests replace it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            print(self.format(record), file=sys.stderr, flush=True)
+        except (OSError, ValueError):  # nobody reads stderr any more
+            self.handleError(record)
+
+
+class DefaultLogs:
+    """Send disttrain's messages to stderr until `close`, unless the application has configured logging. Local.
+
+    An application has configured logging if the logger `disttrain` has a handler, a level or no propagation, or if the
+    root logger has a handler that people can read. Then nothing is changed. Otherwise messages reach stderr once: all
+    of them on rank 0, errors only on the other ranks. They still propagate to the root logger's handlers.
+
+    Args:
+        rank: this process's rank.
+        wanted: False leaves the logger alone.
+    """
+
+    def __init__(self, *, rank: int, wanted: bool = True) -> None:
+        self._logger = logging.getLogger(ROOT)
+        self._handler: logging.Handler | None = None
+        if wanted and not _application_configured(self._logger):
+            self._handler = _CurrentStderr()
+            self._handler.setFormatter(_Prefix())
+            self._logger.addHandler(self._handler)
+            self._logger.setLevel(logging.INFO if rank == 0 else logging.ERROR)
+
+    def close(self) -> None:
+        """Leave the logger as it was before."""
+        if self._handler is not None:
+            self._logger.removeHandler(self._handler)
+            self._logger.setLevel(logging.NOTSET)
+            self._handler = None
+
+    def __enter__(self) -> DefaultLogs:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def _application_configured(logger: logging.Logger) -> bool:
+    if logger.handlers or logger.level != logging.NOTSET or not logger.propagate:
+        return True
+    return any(not _is_hidden(handler) for handler in logging.getLogger().handlers)
+
+
+def _is_hidden(handler: logging.Handler) -> bool:
+    """Return whether a handler shows nothing: it drops messages or collects them in memory, as pytest's does."""
+    in_memory = isinstance(handler, logging.StreamHandler) and isinstance(handler.stream, io.StringIO)
+    return in_memory or isinstance(handler, logging.NullHandler)

@@ -17,11 +17,26 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Check a config, read what a run came to, look after its checkpoints. "
-    "To train: torchrun --nproc_per_node=N -m disttrain.run CONFIG",
+    "To train in several processes: torchrun --nproc_per_node=N -m disttrain.run CONFIG",
 )
 app.add_typer(ckpt, name="ckpt")
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 _Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...")]
+
+
+@app.command()
+def train(
+    config: str,
+    overrides: _Overrides = None,
+    processes: Annotated[
+        int | None,
+        typer.Option("--processes", min=1, metavar="N", help="For N > 1, print the torchrun command and do not train."),
+    ] = None,
+) -> None:
+    """Train in one process, or print the torchrun command for several processes."""
+    from disttrain.cli.train import train_config
+
+    train_config(config, overrides or [], processes=processes)
 
 
 @app.command()

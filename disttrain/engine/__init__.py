@@ -1,4 +1,4 @@
-"""The engine: composition, the loop, a step's acts, state. Enters: entry points and users' own loops."""
+"""Runs training: `Engine` for custom loops, `train` for a complete run, `load` for a trained model."""
 
 from disttrain.engine.engine import Engine
 from disttrain.engine.loading import load

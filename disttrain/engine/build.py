@@ -1,7 +1,6 @@
-"""The composition root: from a config to the parts of a run. The data flow as one function is `build_run`.
+"""Builds the parts of a run from a config, and checks config and launch before the process group exists.
 
-Everything that a config or a launch can get wrong is found here before the process group exists; user code is imported
-here, and run only after.
+User code is imported before the group exists, and called only afterwards.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from disttrain.config import Config, Target, build_nested, build_target, check_a
 from disttrain.config.schema import OptimConfig
 from disttrain.engine.checkpointing.locate import checkpoints_of
 from disttrain.errors import ConfigError, explain
-from disttrain.launch.accelerate import unheeded
+from disttrain.launch.accelerate import ignored_settings
 from disttrain.logs import package_logger
 from disttrain.objective import Objective
 from disttrain.optim import optimizer_factory, schedule_factory
@@ -40,6 +39,7 @@ from disttrain.runtime import (
     plan_mesh,
     read_launch,
 )
+from disttrain.runtime.process_group import launch_of_existing_group
 from disttrain.runtime.seeds import seed_everything
 from disttrain.strategy import AbstractStrategy, World, strategy_class
 
@@ -48,7 +48,7 @@ _log = package_logger("engine")
 
 @dataclass(frozen=True)
 class Plan:
-    """What is known of a run before any process talks to another."""
+    """What is known of a run before the process group exists."""
 
     config: Config
     launch: Launch
@@ -59,11 +59,22 @@ class Plan:
     checkpoints: Location
 
 
-def plan_run(config: Config) -> Plan:
-    """Location this process and check what depends on the world's size. Local; touches no group and no GPU memory."""
-    launch = read_launch()
-    if launch.rank == 0 and (other := unheeded(config)):
-        _log.warning("accelerate launch asks for %s; strategy.name=accelerate would follow it", other)
+def find_launch() -> Launch:
+    """Return this process's launch: the launcher's, or that of an existing process group. Raises LaunchError.
+
+    Collective over an existing process group; Local where there is none.
+    """
+    return launch_of_existing_group(read_launch())
+
+
+def plan_run(config: Config, launch: Launch | None = None) -> Plan:
+    """Choose device, mesh and strategy, and check what depends on the world's size. Local; touches no GPU memory.
+
+    `launch` is read from the environment if it is None. Raises ConfigError and LaunchError.
+    """
+    launch = read_launch() if launch is None else launch
+    if launch.rank == 0 and (other := ignored_settings(config)):
+        _log.warning("accelerate launch asks for %s, which only strategy.name=accelerate follows", other)
     device = choose_device(config.run.device, launch, config.run.threads)
     check_device(device, compute=config.precision.compute, compiles=config.memory.compile)
     mesh = config.mesh
@@ -74,8 +85,8 @@ def plan_run(config: Config) -> Plan:
     if isinstance(batch, int) and batch < sizes.data_parallel:
         raise ConfigError(
             explain(
-                f"data.global_batch={batch} samples are to be spread over the data-parallel ranks.",
-                f"{sizes.data_parallel} of them: some would never have a sample",
+                f"data.global_batch={batch} is smaller than the number of data-parallel ranks.",
+                f"of {sizes.data_parallel} ranks some would never have a sample",
                 f"set data.global_batch to at least {sizes.data_parallel}, or start fewer processes",
             )
         )
@@ -95,7 +106,7 @@ def plan_run(config: Config) -> Plan:
 
 
 def start_world(plan: Plan) -> World:
-    """Start the process group and lay the mesh. Collective."""
+    """Join the process group and build the mesh. Collective."""
     apply_device(plan.device)
     group = Group(plan.launch, plan.device, timeout_s=plan.config.run.timeout_s)
     mesh = build_mesh(plan.sizes, plan.device.device.type, plan.launch.rank)
@@ -108,7 +119,7 @@ def start_world(plan: Plan) -> World:
         memory=plan.config.memory,
     )
     _log.info(
-        "%s; %s over %s, %d CPU thread(s) a rank, timeout %.0f s",
+        "%s; %s over %s, %d CPU thread(s) per rank, timeout %.0f s",
         plan.launch.described,
         plan.device.device.type,
         plan.device.backend,
@@ -119,18 +130,18 @@ def start_world(plan: Plan) -> World:
 
 
 def model_factory(config: Config) -> Callable[[], nn.Module]:
-    """The configured model's constructor with its arguments; `functools.partial` so that its class can be seen."""
+    """Return the config's model factory. It is a `functools.partial` where possible, which shows the model's class."""
     target = _needed(config.model, "model")
     call = resolve_target(target.target, section="model", folder=config.folder)
     if any(isinstance(value, dict | list) for value in target.args.values()):
-        # Nested targets are built at every call, so that what they draw is drawn under the seed.
+        # Nested targets are built at every call, so that their random numbers follow the seed.
         return partial(build_target, target, section="model", folder=config.folder)
     check_arguments(call, (), target.args, what=f"model.target={target.target}")
     return partial(call, **target.args)
 
 
 def optimizer_factory_of(config: Config) -> MakeOptimizer:
-    """The configured optimizer, or several as one, over groups that spare vectors from weight decay."""
+    """Return the factory of the config's optimizer, or of several as one. Vectors get no weight decay by default."""
     optim = _needed(config.optim, "optim")
     if not isinstance(optim, tuple):
         return _one_optimizer(config, optim, "optim")
@@ -145,7 +156,7 @@ def _one_optimizer(config: Config, optim: OptimConfig, key: str) -> MakeOptimize
 
 
 def schedule_factory_of(config: Config, total_steps: int) -> MakeSchedule | None:
-    """The configured schedule, or None for a constant rate."""
+    """Return the factory of the config's schedule, None for a constant rate."""
     if config.schedule is None:
         return None
     make = resolve_target(config.schedule.target, section="schedule", folder=config.folder)
@@ -153,9 +164,9 @@ def schedule_factory_of(config: Config, total_steps: int) -> MakeSchedule | None
 
 
 def objective_of(config: Config) -> Objective:
-    """The configured objective: an instance of a class, or a plain callable `(model, batch)` taken as it is.
+    """Build the config's objective: an instance of a class, or a plain callable `(model, batch)`.
 
-    Built under the seed, as models are: it may have parameters of its own.
+    It is built under the seed, as models are, because it may have parameters.
     """
     target = _needed(config.objective, "objective")
     seed_everything(config.run.seed)
@@ -163,10 +174,10 @@ def objective_of(config: Config) -> Objective:
 
 
 def build_callable(target: Target, section: str, folder: Path | None, *, takes: int = 2) -> Any:
-    """The part itself from a class or a factory `target(**args)`, or a plain function of `takes` arguments (and
-    `context`) as it is.
+    """Build a callable from a target: call a class or factory with its args, or return a plain function.
 
-    A function that can be called with its `args` alone is a factory; one that still wants `takes` more is the part.
+    A function that can be called with its `args` alone is a factory. A function that needs `takes` more arguments (and
+    `context`, if it has that parameter) is the callable itself.
     """
     found = resolve_target(target.target, section=section, folder=folder)
     if not isinstance(found, type):
@@ -184,12 +195,12 @@ def build_callable(target: Target, section: str, folder: Path | None, *, takes: 
 
 
 def dataset_of(config: Config, target: Target) -> Any:
-    """The dataset that `target` makes. Local."""
+    """Build the dataset of `target`. Local."""
     return build_target(target, section="data", folder=config.folder)
 
 
 def total_steps_of(config: Config, *, dataset: Any, global_batch: int | None) -> int | None:
-    """Optimizer steps of the whole run from run.steps, run.epochs or run.tokens; None where an own loop decides."""
+    """Return the run's optimizer steps from run.steps, run.epochs or run.tokens; None where a custom loop decides."""
     run = config.run
     if run.steps is not None:
         return run.steps
@@ -200,32 +211,29 @@ def total_steps_of(config: Config, *, dataset: Any, global_batch: int | None) ->
     if run.epochs is not None:
         if not hasattr(dataset, "__len__"):
             raise ConfigError(
-                explain("run.epochs needs to know how long an epoch is.", "a dataset without __len__", "set run.steps")
+                explain("run.epochs needs the length of an epoch.", "the dataset has no __len__", "set run.steps")
             )
-        size = len(dataset)
-        whole = (
-            size // global_batch if config.data is not None and config.data.last == "drop" else -(-size // global_batch)
-        )
-        return run.epochs * whole
+        size, drops = len(dataset), config.data is not None and config.data.last == "drop"
+        return run.epochs * (size // global_batch if drops else -(-size // global_batch))
     return None
 
 
 def samples_of(amount: Any, *, dataset: Any, key: str) -> int:
-    """`amount` as a number of samples: itself, or `{tokens: n}` over the dataset's `tokens_per_sample`."""
+    """Return `amount` as a number of samples: a number, or `{tokens: n}` over the dataset's `tokens_per_sample`."""
     if isinstance(amount, int):
         return amount
     return max(1, int(amount.tokens) // tokens_per_sample(dataset, key))
 
 
 def tokens_per_sample(dataset: Any, key: str) -> int:
-    """The dataset's own word for it. Raises ConfigError where it has none."""
+    """Return the dataset's `tokens_per_sample`. Raises ConfigError where it has none."""
     found = getattr(dataset, "tokens_per_sample", None)
     if not isinstance(found, int) or found < 1:
         raise ConfigError(
             explain(
-                f"{key} is a number of tokens.",
-                f"a {type(dataset).__qualname__} that does not say how many tokens a sample has",
-                "give the dataset an attribute tokens_per_sample, or count in samples and steps",
+                f"Cannot convert {key} from tokens.",
+                f"{type(dataset).__qualname__} does not state how many tokens a sample has",
+                "give the dataset an attribute tokens_per_sample, or set samples and steps instead",
             )
         )
     return int(found)
@@ -234,6 +242,6 @@ def tokens_per_sample(dataset: Any, key: str) -> int:
 def _needed(section: Any, name: str) -> Any:
     if section is None:
         raise ConfigError(
-            explain(f"The config's section {name!r} is needed here.", "none", f"add {name}: {{target: ...}}")
+            explain(f"The config needs a section {name!r}.", "the section is missing", f"add {name}: {{target: ...}}")
         )
     return section

@@ -1,4 +1,4 @@
-"""One pass over an evaluation set: each sample counted once, whatever the world size, and nothing changed by it."""
+"""Evaluates a model on one dataset. Every sample counts once, for any world size, and the model does not change."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from disttrain.data import EvaluationBatches
-from disttrain.engine.device_batches import to_device
+from disttrain.engine.datasets import to_device
 from disttrain.objective import Objective
 from disttrain.strategy import Prepared, World
 from disttrain.strategy.step.arithmetic import seed_micro_batch
@@ -20,7 +20,7 @@ from disttrain.strategy.step.step_sums import Ledger
 def evaluate_set(
     world: World, prepared: Prepared, objective: Objective, dataset: Any, *, micro_batch: int, collate: Any
 ) -> dict[str, float]:
-    """`loss` and what the objective summarizes. Collective: one all-reduce for the whole set."""
+    """Return `loss` and the values that the objective summarizes. Collective: one all-reduce for the complete set."""
     ledger = Ledger(world)
     batches = EvaluationBatches(
         dataset, seed=world.seed, micro_batch=micro_batch, part=world.mesh.part, collate=collate
@@ -38,7 +38,7 @@ def evaluate_set(
 
 @contextmanager
 def evaluating(*modules: nn.Module | None) -> Iterator[None]:
-    """Evaluation mode, and back to the mode each submodule was in: frozen batch norms stay frozen. Local."""
+    """Set evaluation mode, and restore each submodule's mode on exit: frozen batch norms stay frozen. Local."""
     training = [module for root in modules if root is not None for module in root.modules() if module.training]
     for module in training:
         module.training = False

@@ -1,4 +1,4 @@
-"""From one format of checkpoints to another, with what only the model can tell: its config and tied names."""
+"""Converts checkpoints from one format to another, with what only the model knows: its config and tied names."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from disttrain.checkpoint.formats import (
     export_weights,
     import_checkpoint,
 )
-from disttrain.engine.checkpointing.opening import kind_of, open_any
+from disttrain.engine.checkpointing.locate import kind_of, open_any
 from disttrain.engine.checkpointing.restoring import other_names
 from disttrain.engine.loading import configured_model
 from disttrain.errors import CheckpointError, ConfigError, explain
@@ -33,23 +33,31 @@ _log = package_logger("checkpoint")
 def convert(
     source: str | Location, target: str | Path, *, to: str | None = None, name: str = "model", build: bool = True
 ) -> ConversionResult:
-    """Make `target`, one of TARGETS, of what `source` holds; where `to` is left out, what fits the names. Local.
+    """Convert the checkpoint or weights at `source` to another format at `target`. Local. Never overwrites.
 
-    Of a disttrain checkpoint the weights of the model prepared as `name` go out; what comes in gets that name. `build`
-    has the checkpoint's own config make the model, which runs the code that it names, for what only a model can tell.
-    Raises CheckpointError, ConfigError for an unknown target; never overwrites.
+    Args:
+        source: a run, a checkpoint, or weights in any supported format.
+        target: the file or folder to write.
+        to: one of TARGETS. Default: the format that fits the names of source and target.
+        name: the prepared model whose weights are exported, or the name for imported weights.
+        build: whether to build the model from the checkpoint's config, for its Hugging Face config and tied names.
+            This runs the code that the config names.
+
+    Raises:
+        CheckpointError: the source cannot be read or converted, or the target exists.
+        ConfigError: `to` is unknown.
     """
     source, target = parse_location(source), Path(target)
     found = kind_of(source)
     to = to or _likely(found, target)
     if to not in TARGETS:
         known = ", ".join(TARGETS)
-        raise ConfigError(explain(f"{source} is to be converted to {to!r}.", "no such format", f"use one of {known}"))
+        raise ConfigError(explain(f"Cannot convert {source} to {to!r}.", "unknown format", f"use one of {known}"))
     if to == "disttrain":
         if found == "disttrain":
             do = f"convert it to one of {', '.join(EXPORTS)}, or copy the folder"
-            raise CheckpointError(explain(f"{source} is to become a disttrain checkpoint.", "one already", do))
-        assert isinstance(source, Path)  # an address is a disttrain checkpoint's
+            raise CheckpointError(explain(f"Cannot convert {source} to a disttrain checkpoint.", "it is one", do))
+        assert isinstance(source, Path), "an address holds a disttrain checkpoint"
         return import_checkpoint(source, target, owner=name)
     weights = open_any(source, name)
     if not isinstance(weights, NativeWeights):
@@ -71,17 +79,17 @@ def _likely(found: str, target: Path) -> str:
 
 
 def _model_of(weights: NativeWeights) -> nn.Module | None:
-    """The model by its config, without its values where its constructor can do that; None where none can be built."""
+    """Build the model from its config, on the meta device if possible. Returns None where it cannot be built."""
     causes = []
     for meta in (True, False):
         with restored_generators():
             try:
                 return build_model(configured_model(weights.checkpoint), seed=0, meta=meta)
-            except Exception as error:  # noqa: BLE001 - users' code; weights can go out without it
+            except Exception as error:  # noqa: BLE001 - user code; weights can be exported without the model
                 causes.append(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
     _log.warning(
-        "%s: the model cannot be built here, so its weights go out without config.json and the further names of tied "
-        "weights (%s)",
+        "%s: the model cannot be built here, so its weights are exported without config.json and the further names of "
+        "tied weights (%s)",
         weights.path,
         causes[-1],
     )
@@ -89,7 +97,7 @@ def _model_of(weights: NativeWeights) -> nn.Module | None:
 
 
 def _texts(model: nn.Module | None) -> dict[str, str]:
-    """`config.json`, and `generation_config.json` where there is one, of a Hugging Face model."""
+    """Return `config.json`, and `generation_config.json` if there is one, of a Hugging Face model."""
     found = {}
     for attribute, file in (("config", "config.json"), ("generation_config", "generation_config.json")):
         config: Any = getattr(model, attribute, None)

@@ -1,4 +1,4 @@
-"""The training loop of `disttrain.run` and `disttrain.train`: nothing but the public `Engine`, read top to bottom."""
+"""Provides the training loop of `disttrain.run` and `disttrain.train`, over the public `Engine` alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ from disttrain.engine.engine import Engine
 
 @dataclass(frozen=True)
 class Run:
-    """What came of a run: its folder, the last step, why it ended (`finished` or `preempted`), last evaluation."""
+    """The result of a run.
+
+    Attributes:
+        folder: the run's folder.
+        step: the last step.
+        state: `finished`, or `interrupted` after Ctrl-C.
+        evaluation: the values of the last evaluation, by `eval/SET/NAME`.
+    """
 
     folder: Path
     step: int
@@ -21,15 +28,31 @@ class Run:
     evaluation: Mapping[str, float]
 
 
-def train(config: Config | Mapping[str, Any] | str | Path, overrides: Any = (), **more: Any) -> Run:
-    """Train what a config describes; continues where its folder stands. Every process of the world calls it.
+def train(
+    config: Config | Mapping[str, Any] | str | Path, overrides: Any = (), *, logs: bool = True, **more: Any
+) -> Run:
+    """Train what a config describes, or continue the run in its folder. Collective.
 
-    `overrides` are `section.key=value` texts or a mapping; keyword arguments replace whole sections
-    (`train(config, run={"steps": 10, ...})`) or, with double underscores, single keys (`run__steps=10`).
+    Args:
+        config: a `Config`, a mapping of its sections, or the path of a YAML file.
+        overrides: `section.key=value` texts, or a mapping of dotted keys to values.
+        logs: whether to report folder, resume, end and warnings on stderr, as `Engine` does.
+        **more: further overrides. `run={"steps": 10, ...}` replaces a section, and `run__steps=10` sets one key.
+
+    Returns:
+        The run's folder, last step, state and last evaluation. A run that had finished before returns at once.
+
+    Raises:
+        ConfigError, LaunchError, DataError, CheckpointError, TrainingError: as the class says who can fix it.
+
+    Example:
+        >>> run = disttrain.train("config.yaml", run__steps=100)
+        >>> run.state, run.step
+        ('finished', 100)
     """
     given = [*_listed(overrides), *_listed({key.replace("__", "."): value for key, value in more.items()})]
     loaded = load_to_train(config, given)
-    with Engine(loaded) as engine:
+    with Engine(loaded, logs=logs) as engine:
         engine.prepare("model")
         batches = engine.batches(own_draws=False)
         evaluation: dict[str, float] = {}
@@ -42,7 +65,7 @@ def train(config: Config | Mapping[str, Any] | str | Path, overrides: Any = (), 
             if engine.should_stop():
                 break
         if engine.was_finished:
-            evaluation = engine.record.last_evaluation()
+            evaluation = engine.run_log.last_evaluation()
         elif loaded.eval is not None and loaded.eval.at_end and not engine.interrupted and not engine.evaluated():
             evaluation = engine.evaluate()
         state = engine.finish()

@@ -20,9 +20,9 @@ from disttrain.config import Config
 from disttrain.data import Batches, MicroBatch
 from disttrain.data.batches import is_stream
 from disttrain.engine import build
-from disttrain.engine.checkpointing.opening import open_any
+from disttrain.engine.checkpointing.locate import open_any
 from disttrain.engine.checkpointing.restoring import other_names
-from disttrain.engine.device_batches import to_device
+from disttrain.engine.datasets import to_device
 from disttrain.model import build_model
 from disttrain.objective import Objective
 from disttrain.optim.trials import is_elementwise

@@ -1,6 +1,6 @@
-"""What a run tells: its folder, its numbers, its progress, its summary. Enters from the engine and `disttrain report`.
+"""Reports a run: its folder, metrics, progress and summary. Used by the engine and by `disttrain report`.
 
-The names are loaded on first use, so that reading a summary loads no torch.
+The names are loaded on first use, so that reading a summary imports no torch.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = [
     "summarize_run",
 ]
 
-_HOMES = {
+_MODULES = {
     "Rate": "rate",
     "Reporter": "reporter",
     "RunFolder": "run_folder",
@@ -39,8 +39,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

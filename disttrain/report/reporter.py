@@ -1,7 +1,7 @@
-"""Tells of a run: metrics.jsonl, ledger.jsonl and status.json, trackers, and a line or a bar for people.
+"""Reports a run to metrics.jsonl, ledger.jsonl and status.json, to trackers, and to people as lines or a bar.
 
-Owns what is told when. Called by the engine; a rank without a folder makes the same calls and nothing happens, so the
-loop has no `if rank == 0`. What only decorates a run (a tracker, the plot, the bar) may fail without ending it.
+Called by the engine. A rank without a folder makes the same calls and nothing happens, so the loop needs no
+`if rank == 0`. A failing tracker, plot or bar never ends a run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,16 @@ _log = package_logger("report")
 
 
 class Reporter:
-    """Local. `folder` None makes a silent rank; `total_steps` None is a run whose end a script decides."""
+    """Reports one run. Local.
+
+    Args:
+        folder: the run's folder, None on a silent rank.
+        trackers: receive the numbers of reported steps and evaluations.
+        total_steps: the run's steps, None where a script decides.
+        progress: whether to show a bar or lines.
+        stream: where to show them; stderr by default.
+        plot: whether to draw loss.png at the end.
+    """
 
     def __init__(
         self,
@@ -42,25 +51,26 @@ class Reporter:
             self._display = (Bar if stream.isatty() else Lines)(stream, total_steps)
 
     def start(self, step: int, info: Mapping[str, Any]) -> None:
-        """The loop begins after `step` steps; `info` is said in one line."""
+        """Report the start of the loop after `step` steps, with `info` in one line."""
         if self._folder is not None:
             _log.info("%s: from step %d, %s", self._folder.path, step, describe(info))
         self._display.start(step)
 
     def advance(self, step: int) -> None:
-        """A step ended. Cheap: called on every one."""
+        """Move the display. Cheap, because it is called after every step."""
         self._display.advance(step)
 
     def step(self, values: Mapping[str, Any]) -> None:
-        """Tell of a reported step; `values` holds `step`. Raises CheckpointError if it cannot be written."""
+        """Report the values of a step, `step` among them. Raises CheckpointError if they cannot be written."""
         if self._folder is None:
             return
         self._folder.append_metrics(values)
+        self._folder.refresh_status(int(values["step"]))
         self._track(int(values["step"]), values)
         self._display.step(values)
 
     def evaluation(self, step: int, values: Mapping[str, float]) -> None:
-        """Tell of an evaluation; keys are `eval/SET/NAME` already."""
+        """Report an evaluation. The keys of `values` are `eval/SET/NAME`."""
         if self._folder is None:
             return
         self._folder.append_metrics({"step": step, **values})
@@ -68,24 +78,24 @@ class Reporter:
         self._display.say(f"step {step}  " + "  ".join(f"{key} {value:.4f}" for key, value in values.items()))
 
     def checkpoint(self, step: int, path: object) -> None:
-        """A checkpoint was committed."""
+        """Report a complete checkpoint."""
         if self._folder is None:
             return
         self._folder.append_ledger("checkpoint", step=step, path=str(path))
         self._display.say(f"step {step}  saved {path}")
 
     def incident(self, kind: str, **fields: Any) -> None:
-        """Something went wrong that the run survives: in the ledger, and said once."""
+        """Report something that went wrong and did not end the run, in the ledger and as a warning."""
         if self._folder is None:
             return
         self._folder.append_ledger("incident", kind=kind, **fields)
         if isinstance(self._display, Bar):
-            self._display.say(f"[report] warning: {kind}: {describe(fields)}")  # a logged line would tear the bar
+            self._display.say(f"[report] warning: {kind}: {describe(fields)}")  # a logged line would break the bar
         else:
             _log.warning("%s: %s", kind, describe(fields))
 
     def finish(self, state: str, step: int, exit_code: int, reason: str | None) -> None:
-        """The run ended in order: close all, then status, ledger and plot."""
+        """Close everything, then write status, ledger and plot of a run that ended in order."""
         self.close()
         self._display = Nothing()
         if self._folder is None:
@@ -97,7 +107,7 @@ class Reporter:
         _log.info("%s: %s at step %d%s", self._folder.path, state, step, f", {reason}" if reason else "")
 
     def close(self) -> None:
-        """Stop the bar and let go of the trackers. Any number of times."""
+        """Stop the bar and close the trackers. Idempotent."""
         self._display.close()
         trackers, self._trackers = self._trackers, []
         for tracker in trackers:
@@ -120,21 +130,21 @@ class Reporter:
         ]
 
     def _draw(self) -> None:
-        assert self._folder is not None, "a silent rank draws nothing"
+        assert self._folder is not None, "a silent rank has no plot"
         from disttrain.report.plot import plot_loss  # matplotlib takes half a second and is needed at the end only
 
         plot_loss(self._folder.read_metrics(), self._folder.loss_png)
 
     def _survive(self, kind: str, act: Callable[[], None], **fields: Any) -> bool:
-        """Whether `act` went well; if not, an incident, and the run goes on."""
+        """Call `act` and return whether it succeeded. A failure becomes an incident, and the run continues."""
         try:
             act()
-        except Exception as error:  # noqa: BLE001 - other people's code, and only decoration
-            told = fields | {"error": f"{type(error).__name__}: {error}"}
+        except Exception as error:  # noqa: BLE001 - other people's code, which training does not need
+            details = fields | {"error": f"{type(error).__name__}: {error}"}
             try:
-                self.incident(kind, **told)
+                self.incident(kind, **details)
             except CheckpointError as unwritable:
-                _log.warning("%s: %s; the ledger cannot be written either: %s", kind, describe(told), unwritable)
+                _log.warning("%s: %s; the ledger cannot be written either: %s", kind, describe(details), unwritable)
             return False
         return True
 

@@ -1,7 +1,7 @@
-"""A run's folder `DIR/NAME/`: where each file lies, and how it is written so that a kill leaves it readable.
+"""Reads and writes the files of a run's folder `DIR/NAME/`, so that a killed process leaves them readable.
 
-Owns the names in the folder and the bytes of metrics.jsonl, ledger.jsonl and status.json. Knows nothing of ranks: its
-caller sees to it that one process writes. Refuses with CheckpointError, naming path and OS error, what it cannot write.
+Owns the names in the folder and the bytes of metrics.jsonl, ledger.jsonl and status.json. Knows nothing of ranks: the
+caller lets one process write. What cannot be written raises CheckpointError with path and operating-system error.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _log = package_logger("report")
 
 
 class RunFolder:
-    """The paths of one run, and the few files that are appended to or replaced. Making one touches no disk."""
+    """The paths of one run, and the few files that are appended to or replaced. Creating it touches no disk."""
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
@@ -44,9 +44,10 @@ class RunFolder:
     # ------------------------------------------------------------------ writing
 
     def lock(self, wait_s: float = 30.0) -> None:
-        """Make the folder, and this process the only one that writes to it, until `unlock` or the process's end.
+        """Create the folder and lock it for this process, until `unlock` or the process's end.
 
-        Waits for one that is just ending, as after a restart. Raises CheckpointError where another run goes on in it.
+        Waits `wait_s` seconds for a process that is just ending, as after a restart. Raises CheckpointError where
+        another process still writes to the folder.
         """
         file = self.lock_file
         with _writing(file):
@@ -54,18 +55,18 @@ class RunFolder:
         deadline = time.monotonic() + wait_s
         while True:
             try:
-                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a process's own: a forked worker has no part
+                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a forked worker does not inherit it
                 break
             except OSError as error:
                 if error.errno not in (errno.EACCES, errno.EAGAIN):
-                    _log.warning("%s cannot be locked here (%s): see that one run at a time writes to it", file, error)
+                    _log.warning("cannot lock %s (%s): make sure that one run at a time writes to it", file, error)
                     break
                 if time.monotonic() >= deadline:
                     os.close(descriptor)
                     raise CheckpointError(
                         explain(
-                            f"{self.path} is written by one run at a time.",
-                            f"another process that holds {file.name}, after waiting {wait_s:.0f} s",
+                            f"Cannot write to {self.path}, which one run at a time may write to.",
+                            f"another process still holds {file.name} after {wait_s:.0f} s",
                             "wait for it or stop it, or set another run.name",
                         )
                     ) from None
@@ -73,21 +74,40 @@ class RunFolder:
         self._lock = descriptor
 
     def unlock(self) -> None:
-        """Let others write to the folder. Any number of times."""
+        """Let other processes write to the folder. Idempotent."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
     def append_metrics(self, values: Mapping[str, Any]) -> None:
-        """One line in metrics.jsonl. A number that JSON lacks is written as null and named under `nonfinite`."""
+        """Append a line to metrics.jsonl. A number that is not finite becomes null and is named under `nonfinite`."""
         _append(self.metrics, _plain(values))
 
     def append_ledger(self, event: str, **fields: Any) -> None:
-        """One line in ledger.jsonl: when (UTC), what, and the fields given."""
+        """Append a line to ledger.jsonl: the time (UTC), the event, and the given fields."""
         _append(self.ledger, {"time": _now(), "event": event, **_plain(fields)})
 
+    def refresh_status(self, step: int) -> None:
+        """Replace status.json of a running run with a new step. Cheap, because it does not wait for the disk.
+
+        A power cut may leave the file empty, which `read_status` accepts.
+        """
+        self._write_status("running", step, None, None, {}, durable=False)
+
     def write_status(self, state: str, step: int, exit_code: int | None, reason: str | None, **more: Any) -> None:
-        """Replace status.json whole: a reader sees the old one or the new one, never half of either."""
+        """Replace status.json atomically: a reader sees the old file or the new file, never a part of either."""
+        self._write_status(state, step, exit_code, reason, more, durable=True)
+
+    def _write_status(
+        self,
+        state: str,
+        step: int,
+        exit_code: int | None,
+        reason: str | None,
+        more: Mapping[str, Any],
+        *,
+        durable: bool,
+    ) -> None:
         status = {
             "state": state,
             "step": step,
@@ -96,16 +116,16 @@ class RunFolder:
             "time": _now(),
             **_plain(more),
         }
-        _replace(self.status, json.dumps(status, indent=2, allow_nan=False) + "\n")
+        _replace(self.status, json.dumps(status, indent=2, allow_nan=False) + "\n", durable=durable)
 
     def write_config(self, text: str) -> None:
-        """Replace config.yaml whole, making the folder where there is none."""
+        """Replace config.yaml atomically. Creates the folder if it is missing."""
         _replace(self.config, text)
 
     def trim_metrics(self, after_step: int) -> int:
-        """Move what an unsaved past wrote after `after_step` to incidents/; returns how many lines that were.
+        """Move the lines of steps after `after_step`, which were never saved, to incidents/. Returns their number.
 
-        A line torn by a kill goes with them. The moved lines are safe on disk before metrics.jsonl loses them.
+        A line that a kill left incomplete is moved too. The moved lines are on disk before metrics.jsonl loses them.
         """
         kept: list[str] = []
         moved: list[str] = []
@@ -126,25 +146,31 @@ class RunFolder:
     # ------------------------------------------------------------------ reading
 
     def read_status(self) -> dict[str, Any] | None:
-        """What status.json says; None where there is none. Raises CheckpointError where it is not JSON."""
+        """Return the contents of status.json, None where it is missing or empty.
+
+        Raises CheckpointError where it is not JSON.
+        """
         if not self.status.exists():
             return None
         try:
-            found = json.loads(self.status.read_text(encoding="utf-8"))
+            text = self.status.read_text(encoding="utf-8")
+            if not text.strip("\0\n"):  # a power cut after `refresh_status`
+                return None
+            found = json.loads(text)
             if not isinstance(found, dict):
                 raise ValueError(f"a {type(found).__name__}, not an object")
         except (OSError, ValueError) as error:
             raise CheckpointError(
-                explain(f"The run's state is to be read from {self.status}.", str(error), "mend or remove that file")
+                explain(f"Cannot read the run's state from {self.status}.", str(error), "repair or remove that file")
             ) from error
         return found
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Every whole line of metrics.jsonl, in the order written; numbers named under `nonfinite` come back as NaN."""
+        """Return the complete lines of metrics.jsonl in order. Numbers named under `nonfinite` come back as NaN."""
         return [_with_nan(values) for _, values in _lines(self.metrics) if values is not None]
 
     def read_ledger(self) -> list[dict[str, Any]]:
-        """Every whole line of ledger.jsonl, in the order written."""
+        """Return the complete lines of ledger.jsonl in order."""
         return [values for _, values in _lines(self.ledger) if values is not None]
 
 
@@ -152,7 +178,7 @@ class RunFolder:
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The same values in JSON's own types. 0-d tensors and numpy scalars have `item`; the rest is written as text."""
+    """Return the values as JSON types. 0-d tensors and numpy scalars have `item`; other objects become text."""
     nonfinite: list[str] = []
     plain = {key: _plain_value(key, value, nonfinite) for key, value in values.items()}
     if nonfinite:
@@ -171,7 +197,7 @@ def _plain_value(key: str, value: Any, nonfinite: list[str]) -> Any:
     if isinstance(value, Mapping):
         return {str(inner): _plain_value(f"{key}.{inner}", one, nonfinite) for inner, one in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain_value(f"{key}.{place}", one, nonfinite) for place, one in enumerate(value)]
+        return [_plain_value(f"{key}.{index}", one, nonfinite) for index, one in enumerate(value)]
     if callable(getattr(value, "item", None)) and getattr(value, "ndim", 0) == 0:
         return _plain_value(key, value.item(), nonfinite)
     return str(value)
@@ -195,14 +221,14 @@ def _now() -> str:
 
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusal into an error that names the file."""
+    """Turn an error of the operating system into a CheckpointError that names the file."""
     try:
         _make_folders(path.parent)
         yield
     except OSError as error:
         raise CheckpointError(
             explain(
-                f"The run's record is to be written to {path}.",
+                f"Cannot write {path}.",
                 f"{type(error).__name__}: {error.strerror or error}",
                 "free space or allow writing there, or set another run.dir",
             )
@@ -210,7 +236,7 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def _make_folders(folder: Path) -> None:
-    """A folder and those above it that are missing, each name flushed: else a power cut takes all that is below it."""
+    """Create a folder and its missing parents. Each name is flushed: a power cut would otherwise lose all below it."""
     for missing in [one for one in (*reversed(folder.parents), folder) if not one.exists()]:
         missing.mkdir(exist_ok=True)
         _flush_names(missing.parent)
@@ -225,7 +251,7 @@ def _flush_names(folder: Path) -> None:
 
 
 def _append(path: Path, values: Mapping[str, Any]) -> None:
-    """One write for the whole line, on a line of its own even after a torn one."""
+    """Append a line by one write. After an incomplete line it starts a new line."""
     data = (json.dumps(values, allow_nan=False) + "\n").encode()
     with _writing(path):
         file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -233,35 +259,37 @@ def _append(path: Path, values: Mapping[str, Any]) -> None:
             size = os.fstat(file).st_size
             if size and os.pread(file, 1, size - 1) != b"\n":
                 data = b"\n" + data
-            while data:  # a disk that fills up takes a part, and says why at the next attempt
+            while data:  # a disk that fills up accepts a part, and reports why at the next attempt
                 data = data[os.write(file, data) :]
         finally:
             os.close(file)
 
 
-def _replace(path: Path, text: str) -> None:
-    """Write beside, flush to the disk, rename over, and flush the name too: what comes after may rely on it."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def _replace(path: Path, text: str, *, durable: bool = True) -> None:
+    """Write a temporary file and rename it to `path`. If `durable`, flush contents and name to the disk."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with _writing(path):
         try:
-            with beside.open("w", encoding="utf-8") as file:
+            with temporary.open("w", encoding="utf-8") as file:
                 file.write(text)
                 file.flush()
-                os.fsync(file.fileno())
-            beside.replace(path)
+                if durable:
+                    os.fsync(file.fileno())
+            temporary.replace(path)
         finally:
-            beside.unlink(missing_ok=True)
-        _flush_names(path.parent)
+            temporary.unlink(missing_ok=True)
+        if durable:
+            _flush_names(path.parent)
 
 
 def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | None]]:
-    """(text, object) a line, None as object where a kill tore it."""
+    """Yield (text, object) of each line, with None as object where a kill left the line incomplete."""
     if not path.exists():
         return
     try:
         texts = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError as error:
-        raise CheckpointError(explain(f"{path} is to be read.", str(error), "allow reading it")) from error
+        raise CheckpointError(explain(f"Cannot read {path}.", str(error), "allow reading it")) from error
     for text in texts:
         if not text.strip():
             continue

@@ -30,7 +30,7 @@ __all__ = [
     "read_launch",
 ]
 
-_HOMES = {
+_MODULES = {
     "device": ("Device", "apply_device", "check_device", "choose_device"),
     "environment": ("Launch", "export_for_libraries", "read_launch"),
     "group": ("Group", "OtherRankError"),
@@ -39,7 +39,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    for home, names in _HOMES.items():
+    for module, names in _MODULES.items():
         if name in names:
-            return getattr(import_module(f"{__name__}.{home}"), name)
+            return getattr(import_module(f"{__name__}.{module}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -98,6 +98,6 @@ def group_across(device_mesh: DeviceMesh, axes: Sequence[str]) -> ProcessGroup:
     outside = [place for place in range(device_mesh.ndim) if place not in inside]
     size = prod(device_mesh.shape[place] for place in inside)
     ranks = device_mesh.mesh.permute(*outside, *inside).reshape(-1, size).tolist()
-    group, _ = dist.new_subgroups_by_enumeration(ranks)
-    assert group is not None, "every rank is in one group"
+    group, _ = dist.new_subgroups_by_enumeration(ranks)  # type: ignore[no-untyped-call]
+    assert isinstance(group, ProcessGroup), "every rank is in one group"
     return group

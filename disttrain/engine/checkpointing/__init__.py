@@ -1,1 +1,1 @@
-"""Saves and resumes the state of a run."""
+"""Saves and resumes runs: what a checkpoint of a run contains, when it is written, and how it is restored."""

@@ -1,7 +1,7 @@
-"""Putting a checkpoint's state back into a run's prepared parts; or weights alone.
+"""Restores a checkpoint's state into a run's prepared parts, or weights alone.
 
-Owns the order: what can be judged is judged first, then tensors are filled, and only when every rank has everything are
-optimizers, schedules, tracked objects and generators set. Raises CheckpointError on every rank where one cannot.
+First everything that can be checked is checked, then tensors are filled. Optimizers, schedules, tracked objects and
+generators are set only when every rank has all tensors. Raises CheckpointError on every rank where one rank fails.
 """
 
 from __future__ import annotations
@@ -14,15 +14,12 @@ from torch import nn
 
 from disttrain.checkpoint import Checkpoint, Differences, Location, Shard
 from disttrain.checkpoint.formats import NativeWeights, Rename, WantedBox, match_weights
-from disttrain.engine.checkpointing.documents import (
-    refuse_another_run,
-    restore_optimizer,
-    restore_tracked,
-    tracked_tensor_names,
-)
-from disttrain.engine.checkpointing.frozen_parameters import base_of, refuse_other_base
-from disttrain.engine.checkpointing.opening import open_any_same, refuse_unknown
+from disttrain.engine.checkpointing.documents import restore_tracked, tracked_tensor_names
+from disttrain.engine.checkpointing.frozen_parameters import left_out_tensors, reject_other_frozen_parameters
+from disttrain.engine.checkpointing.locate import open_any_together, reject_unknown_model
+from disttrain.engine.checkpointing.optimizer_groups import restore_optimizer
 from disttrain.engine.checkpointing.random_state import restore_random
+from disttrain.engine.checkpointing.run_identity import reject_another_run
 from disttrain.engine.checkpointing.snapshot import RANKS, Parts, Progress, Tracked, frozen_names
 from disttrain.errors import CheckpointError, DamagedError, explain
 from disttrain.logs import package_logger
@@ -32,9 +29,9 @@ _log = package_logger("checkpoint")
 
 
 class Restoring:
-    """Of prepared parts, in two acts: `fill` for each candidate, then `finish` with the one that is whole.
+    """Restores prepared parts in two acts: `fill` for each candidate, then `finish` with the intact checkpoint.
 
-    Where `finish` raises or no candidate is whole, the parts are not to be used if they were `touched`. Collective.
+    Where `finish` raises or no candidate is intact, parts that were `touched` must not be used. Collective.
     """
 
     def __init__(self, parts: Parts) -> None:
@@ -46,34 +43,34 @@ class Restoring:
         self._trained: list[Shard] = []
         self._frozen: list[Shard] = []
         self.touched = False
-        """Whether anything was written into models or optimizers; the same on all ranks."""
+        """Whether models or optimizers were written to. Equal on all ranks."""
 
     def fill(self, checkpoint: Checkpoint) -> None:
-        """Judge what is asked, then read what this rank holds of trained parameters, buffers and optimizers.
+        """Check a candidate, then read this rank's part of trained parameters, buffers and optimizers.
 
-        Raises DamagedError where bytes do not fit, on the rank that finds it: another candidate may do. Any other error
-        is `finish`'s to raise, for an older checkpoint would not help. Frozen parameters wait for `finish`: an older
-        candidate may leave them out, and what a rejected one had would stay.
+        Raises DamagedError on the rank that finds damaged bytes: another candidate may be intact. `finish` raises any
+        other error, because an older checkpoint would not help. Frozen parameters wait for `finish`: an older candidate
+        may leave them out, and the values of a rejected candidate would stay.
         """
         self._filled, self._error = checkpoint, None
         try:
-            self._make_ready(lambda: self._judge(checkpoint))
+            self._make_ready(lambda: self._check(checkpoint))
             self.touched = True
             checkpoint.load_into(self._trained, strict=False)
         except DamagedError:
             raise
-        except Exception as error:  # noqa: BLE001 - the other ranks are to hear of it, and will in `finish`
+        except Exception as error:  # noqa: BLE001 - `finish` raises it on all ranks
             self._error = error
 
     def finish(self, checkpoint: Checkpoint) -> Progress:
-        """Set all that `fill` did not; where it has not seen this checkpoint, all, once every rank has checked."""
+        """Restore the rest of a checkpoint that `fill` has read, or all of another one. Every rank checks first."""
         filled = self._filled is checkpoint
         if filled:
-            self._together(self._tell)
-        if base_of(checkpoint):
-            self._check_base(checkpoint)
+            self._together(self._raise_error)
+        if left_out_tensors(checkpoint):
+            self._check_frozen(checkpoint)
         if not filled:
-            self._make_ready(lambda: self._judge(checkpoint))
+            self._make_ready(lambda: self._check(checkpoint))
             self._make_ready(lambda: checkpoint.check([*self._trained, *self._frozen]))
             self.touched = True
         rest = self._frozen if filled else [*self._trained, *self._frozen]
@@ -84,7 +81,7 @@ class Restoring:
         return Progress(**checkpoint.document["progress"])
 
     def _make_ready(self, act: Callable[[], object]) -> None:
-        """Together, and as if nothing had been where it fails."""
+        """Call `act` on all ranks, and undo its preparations where it fails."""
         try:
             self._together(act)
         except BaseException:
@@ -94,23 +91,23 @@ class Restoring:
     def _together(self, act: Callable[[], object]) -> None:
         self._parts.world.group.together(act, "loading the checkpoint")
 
-    def _tell(self) -> None:
+    def _raise_error(self) -> None:
         if self._error is not None:
             raise self._error
 
-    def _judge(self, checkpoint: Checkpoint) -> None:
-        """Raise for what does not fit, before anything is written; else make room for the state that it has."""
+    def _check(self, checkpoint: Checkpoint) -> None:
+        """Raise for what does not fit, before anything is written. Then allocate what the checkpoint holds."""
         parts, document = self._parts, checkpoint.document
         with _as_checkpoint_errors(checkpoint):
-            if "imported" in document:  # what came from another library knows no config
-                _refuse_weights_alone(checkpoint)
+            if "imported" in document:  # a checkpoint from another library has no config
+                _reject_weights_alone(checkpoint)
             else:
-                refuse_another_run(str(checkpoint.path), document["config"], parts.config.to_dict())
+                reject_another_run(str(checkpoint.path), document["config"], parts.config.to_dict())
             missing = [name for name in parts.prepared if name not in document["optim"]]
             if missing:
                 raise CheckpointError(
                     explain(
-                        f"{checkpoint.path} is to continue the prepared models {', '.join(parts.prepared)}.",
+                        f"Cannot continue the prepared models {', '.join(parts.prepared)} from {checkpoint.path}.",
                         f"it holds {', '.join(document['optim'])}",
                         "prepare the same models under the same names",
                     )
@@ -118,20 +115,20 @@ class Restoring:
             rank = parts.world.group.rank
             self._states = {name: _state_of(checkpoint, name, one, rank) for name, one in parts.tracked.items()}
             self._forget()
-            self._make_room(checkpoint)
+            self._allocate(checkpoint)
 
-    def _make_room(self, checkpoint: Checkpoint) -> None:
+    def _allocate(self, checkpoint: Checkpoint) -> None:
         parts, frozen = self._parts, frozen_names(self._parts.prepared)
         every: list[Shard] = []
         for prepared in parts.prepared.values():
             every += parts.strategy.shards(prepared, checkpoint.tensors)
-        every = [shard for shard in every if shard.name not in base_of(checkpoint)]
+        every = [shard for shard in every if shard.name not in left_out_tensors(checkpoint)]
         checkpoint.check_fit(every, ignore={name for name in checkpoint.tensors if name.startswith("user/")})
         self._trained = [shard for shard in every if shard.name not in frozen]
         self._frozen = [shard for shard in every if shard.name in frozen]
 
     def _forget(self) -> None:
-        """Optimizers have the state they came with: what was made for another candidate may not be in this one."""
+        """Reset the optimizers' state to what they started with. Another candidate may hold less state."""
         self._trained, self._frozen = [], []
         for prepared, before in self._rows:
             prepared.loading.clear()
@@ -152,91 +149,95 @@ class Restoring:
                     restore_tracked(parts.tracked[name].thing, saved, tensors)
             restore_random(checkpoint, parts.world.group.rank, parts.world.device)
 
-    def _check_base(self, checkpoint: Checkpoint) -> None:
-        """CheckpointError, on every rank, where the frozen parameters are not those that the checkpoint left out."""
-        parts, stored, group = self._parts, base_of(checkpoint), self._parts.world.group
+    def _check_frozen(self, checkpoint: Checkpoint) -> None:
+        """Raise CheckpointError on every rank where the frozen parameters differ from those the checkpoint left out."""
+        parts, stored, group = self._parts, left_out_tensors(checkpoint), self._parts.world.group
 
         def left_out() -> list[Shard]:
             every = [shard for prepared in parts.prepared.values() for shard in parts.strategy.shards(prepared)]
             return [shard for shard in every if shard.name in stored]
 
-        found = parts.base.fingerprints(group.together(left_out, "checking the frozen parameters"), group)
-        refuse_other_base(checkpoint, stored, found)
+        found = parts.frozen.compute(group.together(left_out, "checking the frozen parameters"), group)
+        reject_other_frozen_parameters(checkpoint, stored, found)
 
 
 def _rows_of(prepared: Prepared) -> dict[Any, frozenset[str]]:
-    """The keys of the state that the optimizer has of each parameter. What it keeps besides is not looked at."""
+    """Return the keys of the optimizer's state of each parameter. Other state of the optimizer is ignored."""
     state = prepared.optimizer.state if prepared.optimizer is not None else {}
     return {parameter: frozenset(row) for parameter, row in state.items() if isinstance(row, dict)}
 
 
 @contextmanager
 def _as_checkpoint_errors(checkpoint: Checkpoint) -> Iterator[None]:
-    """What goes wrong with a document that does not hold what it should."""
+    """Turn errors from an incomplete document into CheckpointError."""
     try:
         yield
     except (OSError, KeyError, ValueError) as error:
         raise CheckpointError(
             explain(
-                f"{checkpoint.path} is to be loaded.",
+                f"Cannot load {checkpoint.path}.",
                 f"{type(error).__name__}: {error}",
-                "remove or repair it: the run then goes on from the one before",
+                "remove or repair it: the run then continues from the checkpoint before",
             )
         ) from error
 
 
-def _refuse_weights_alone(checkpoint: Checkpoint) -> None:
+def _reject_weights_alone(checkpoint: Checkpoint) -> None:
     if not checkpoint.document["optim"]:
         raise CheckpointError(
             explain(
-                f"{checkpoint.path} is to be continued.",
-                "weights alone, converted from another library's",
+                f"Cannot continue from {checkpoint.path}.",
+                "it holds weights alone, converted from another library's checkpoint",
                 f"start from them: model.weights={checkpoint.path}",
             )
         )
 
 
 def _state_of(checkpoint: Checkpoint, name: str, tracked: Tracked, rank: int) -> Any:
-    """The saved state of a tracked object; None for a rank that has none of its own: it keeps what it has. Local."""
+    """Return the saved state of a tracked object; None for a rank that has none and keeps its current state. Local."""
     users = checkpoint.document["user"]
     saved = users.get(name)
     if saved is None:
         raise CheckpointError(
             explain(
-                f"{checkpoint.path} is to give {name!r} its state back.",
-                f"tracked objects {', '.join(users) or 'none'}",
-                "track what was tracked when it was saved",
+                f"Cannot restore the tracked object {name!r} from {checkpoint.path}.",
+                f"its tracked objects: {', '.join(users) or 'none'}",
+                "track the same names as when it was saved",
             )
         )
     per_rank = isinstance(saved, Mapping) and set(saved) == {RANKS}
     if per_rank != tracked.per_rank:
-        found, do = ("a state of each rank", "with") if per_rank else ("one state for the whole world", "without")
+        held, option = ("one state for each rank", "with") if per_rank else ("one state for all ranks", "without")
         raise CheckpointError(
-            explain(f"{checkpoint.path} is to give {name!r} its state back.", found, f"track it {do} per_rank=True")
+            explain(
+                f"Cannot restore the tracked object {name!r} from {checkpoint.path}.",
+                f"it holds {held}",
+                f"track it {option} per_rank=True",
+            )
         )
     if not per_rank:
         return saved
     states = saved[RANKS]
     if rank >= len(states):
-        _log.warning("rank %d: the checkpoint has %r of %d ranks; it keeps its own", rank, name, len(states))
+        _log.warning("rank %d keeps its %r: the checkpoint holds it for %d ranks", rank, name, len(states))
         return None
     return states[rank]
 
 
 def others_than(checkpoint: Checkpoint, name: str) -> set[str]:
-    """Every stored tensor that is no weight of the model of that name. Pure."""
+    """Return every stored tensor that is not a weight of the model `name`. Pure."""
     return {stored for stored in checkpoint.tensors if not stored.startswith(f"model/{name}/")}
 
 
 def load_weights(
     parts: Parts, name: str, path: str | Location, *, strict: bool, only: Sequence[str], rename: Rename | None
 ) -> Differences:
-    """Only the model's own tensors, from any format that `open_weights` knows; each rank reads its boxes.
+    """Load one model's tensors from any format that `open_weights` knows. Each rank reads its boxes.
 
-    Nothing is written on any rank before all have found that names and shapes fit and, in a checkpoint, every byte.
+    Nothing is written on any rank before all ranks have checked names, shapes and, in a checkpoint, every byte.
     """
     prepared, group, what = parts.prepared[name], parts.world.group, f"loading weights from {path}"
-    weights = open_any_same(path, name, group)
+    weights = open_any_together(path, name, group)
 
     def match() -> tuple[Differences, list[WantedBox]]:
         shards = [shard for shard in parts.strategy.shards(prepared) if shard.name.startswith(f"model/{name}/")]
@@ -248,7 +249,7 @@ def load_weights(
             strict=strict,
             only=only,
             rename=rename,
-            fix="use the model these weights are of; where some are to differ, set model.weights_strict=false, or call "
+            fix="use the model of these weights; if some may differ, set model.weights_strict=false, or call "
             "engine.load_weights with strict=False, only=[...] or rename=",
         )
         if isinstance(weights, NativeWeights):
@@ -262,7 +263,7 @@ def load_weights(
 
 
 def other_names(model: nn.Module) -> dict[str, str]:
-    """Further names of tied parameters, to the first, which is the canonical one. Local."""
+    """Return the further names of tied parameters, each with the first name, which is canonical. Local."""
     first: dict[int, str] = {}
     named = model.named_parameters(remove_duplicate=False)
     pairs = [(name, first.setdefault(id(parameter), name)) for name, parameter in named]
@@ -270,14 +271,14 @@ def other_names(model: nn.Module) -> dict[str, str]:
 
 
 def load_for_evaluation(parts: Parts, name: str, checkpoint: Checkpoint) -> None:
-    """Weights and updates of one prepared model and of its objective, whatever else the checkpoint holds.
+    """Load the weights and the update count of one prepared model and its objective, and nothing else.
 
-    Raises CheckpointError where it is another run's, or names or shapes differ.
+    Raises CheckpointError where the checkpoint is another run's, or names or shapes differ.
     """
-    refuse_another_run(str(checkpoint.path), checkpoint.document["config"], parts.config.to_dict())
-    refuse_unknown(checkpoint, name)
+    reject_another_run(str(checkpoint.path), checkpoint.document["config"], parts.config.to_dict())
+    reject_unknown_model(checkpoint, name)
     _load(parts, name, checkpoint, lambda shard: True)
-    parts.prepared[name].updates = int(checkpoint.document["optim"][name]["updates"])  # what draws are keyed by
+    parts.prepared[name].updates = int(checkpoint.document["optim"][name]["updates"])  # random numbers are keyed by it
 
 
 def _load(parts: Parts, name: str, checkpoint: Checkpoint, wanted: Callable[[Shard], bool]) -> None:

@@ -1,7 +1,7 @@
-"""When and how a run's checkpoints are written: at once, or in the background while training goes on.
+"""Writes a run's checkpoints, at once or in the background while training continues.
 
-Owns the thread that writes, the memory it writes from, what happens when a save fails, and what is kept after one. The
-loop waits for a copy only; a save that falls due while another is being written waits for that one.
+Owns the thread that writes, the memory that it writes from, the policy after a failed save, and retention. With saves
+in the background the loop waits for a copy only. A save that falls due while another is being written waits for it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from disttrain.checkpoint import Best, Location, PlanCache, Ranks, Retention, Sh
 from disttrain.config.schema import CheckpointConfig
 from disttrain.engine.checkpointing import snapshot
 from disttrain.engine.checkpointing.snapshot import Snapshot
-from disttrain.engine.run_log import Record
+from disttrain.engine.run_log import RunLog
 from disttrain.errors import CheckpointError
 from disttrain.logs import package_logger
 from disttrain.runtime import Group
@@ -25,29 +25,30 @@ from disttrain.runtime import Group
 _log = package_logger("checkpoint")
 
 _TRIES, _PAUSE_S = 3, 1.0
-"""How often `on_failure: retry` tries in all, and the first pause, which doubles."""
+"""The number of attempts of `on_failure: retry`, and the first pause in seconds, which doubles."""
 _NICENESS = 10
 _LEAVE_S = 10.0
-"""How long a failed run waits for a save in the background: it may be whole in a moment, or its ranks may be gone."""
+"""How long a failed run waits for a save in the background. It may end in a moment, or its ranks may be gone."""
 
 
 class Saver:
-    """A run's hand on its checkpoints. Methods are collective unless they say local."""
+    """Saves the checkpoints of a run. Methods are collective unless they say Local."""
 
-    def __init__(self, config: CheckpointConfig, record: Record, group: Group) -> None:
-        self._config, self._record, self._group = config, record, group
+    def __init__(self, config: CheckpointConfig, log: RunLog, group: Group) -> None:
+        self._config, self._log, self._group = config, log, group
+        self._root = log.checkpoints.root
         best = Best(**vars(config.best)) if config.best is not None else None
-        self._retention = Retention(record.checkpoints, config.keep_last, config.keep_every, best)
+        self._retention = Retention(self._root, config.keep_last, config.keep_every, best)
         self._staging = ShardCopies()
         self._plans = PlanCache()
-        self._beside: Ranks | None = None
+        self._background_ranks: Ranks | None = None
         self._running: _Background | None = None
         self.saved_at = -1
-        """The step of the last checkpoint, be it still on its way."""
+        """The step of the last checkpoint, including a checkpoint that is still being written."""
 
     @property
     def failed(self) -> bool:
-        """Whether this rank knows that a save in the background failed. Local."""
+        """Whether this rank knows of a failed save in the background. Local."""
         return self._running is not None and self._running.error is not None
 
     @property
@@ -56,16 +57,16 @@ class Saver:
         return self._running is not None and self._running.is_alive()
 
     def found(self, step: int, path: Location) -> None:
-        """The run goes on from this whole checkpoint of its own. Local."""
+        """Remember that the run continues from this intact checkpoint of its own. Local."""
         self.saved_at = step
         if self._group.rank == 0:
             self._retention.mark_intact(path)
 
     def save(self, taken: Snapshot, *, last: bool = False) -> Location | None:
-        """Write a snapshot and return when it is durable; None where it failed and the run goes on without.
+        """Write a snapshot and return its folder when it is durable; None where it failed and the run continues.
 
-        Nothing is under way: the caller has waited. The `last` of a run has nothing to go on to: it raises whatever
-        `on_failure` says.
+        The caller has waited for the save before it. The `last` save of a run raises its error whatever `on_failure`
+        says, because no training continues after it.
         """
         try:
             path = self._commit(taken, self._group)
@@ -73,37 +74,37 @@ class Saver:
             self._survive(error, taken.step, last=last)
             return None
         self.saved_at = taken.step
-        self._record.committed(taken.step, path)
+        self._log.committed(taken.step, path)
         return path
 
-    def meet(self) -> None:
-        """Connect the ranks on the way that saves in the background take, if there will be any. Idempotent.
+    def connect(self) -> None:
+        """Connect the ranks for saves in the background, where the config asks for them. Idempotent.
 
-        Before training: a rank that is killed meanwhile would be waited for until the group's timeout, where afterwards
-        its closed connection tells of it at once.
+        Called before training. If a rank is killed while the others connect, they wait until the group's timeout. Later
+        its closed connection reports the loss at once.
         """
-        if self._config.background and self._beside is None:
-            self._beside = self._group.background() if self._group.size > 1 else SoleRank()
+        if self._config.background and self._background_ranks is None:
+            self._background_ranks = self._group.background() if self._group.size > 1 else SoleRank()
 
     def begin(self, taken: Snapshot) -> None:
-        """Copy a snapshot and write it in the background."""
+        """Copy a snapshot, then write the copy in the background."""
         began = time.monotonic()
         if self.under_way:
             assert self._running is not None
             _log.info("step %d waits to be saved: step %d is still being written", taken.step, self._running.step)
         self.wait()
         waited = time.monotonic() - began
-        self.meet()
+        self.connect()
         shards = self._group.together(lambda: self._staging.copy(taken.shards), "copying what is saved")
-        assert self._beside is not None, "asked for saves in the background"
-        self._running = _Background(self, replace(taken, shards=shards), self._beside)
+        assert self._background_ranks is not None, "the config asks for saves in the background"
+        self._running = _Background(self, replace(taken, shards=shards), self._background_ranks)
         self._running.start()
         self.saved_at = taken.step
         if waited > 1:
             _log.info("step %d waited %.1f s for the save before it", taken.step, waited)
 
     def wait(self) -> None:
-        """Return when no save is under way; raises what it raised, unless the run is to go on without it."""
+        """Return when no save is under way. Raises the save's error, unless the run continues without it."""
         running = self._running
         if running is None:
             return
@@ -117,15 +118,15 @@ class Saver:
             self._survive(running.error, running.step, last=False)
 
     def settle(self) -> None:
-        """Tell of a save in the background that has ended well. Local; cheap where there is none."""
+        """Report a save in the background that has succeeded. Local; cheap where there is none."""
         running = self._running
         if running is not None and running.path is not None:
             running.join()
             self._running = None
-            self._record.committed(running.step, running.path)
+            self._log.committed(running.step, running.path)
 
     def close(self) -> None:
-        """Leave: a save under way gets a moment to end. Local."""
+        """Wait a moment for a save under way, and report a save that is lost. Local."""
         if self._running is not None:
             self._running.join(_LEAVE_S)
             if self._running.is_alive():
@@ -135,19 +136,19 @@ class Saver:
             self.settle()
 
     def _commit(self, taken: Snapshot, ranks: Ranks) -> Location:
-        """Write, again if that is the policy; then let go of what need not be kept."""
-        root, first = self._record.checkpoints, None
+        """Write a snapshot, with further attempts if the policy says so. Then remove checkpoints by retention."""
+        first = None
         for tried in range(1, _TRIES + 1):
             try:
-                path = snapshot.commit(taken, root, ranks, self._plans)
+                path = snapshot.commit(taken, self._root, ranks, self._plans)
                 break
             except CheckpointError as error:
                 first = first or error
                 if self._config.on_failure != "retry" or tried == _TRIES:
-                    raise first from None  # what comes after it may only say that something was left behind
+                    raise first from None  # later errors may only report what the first attempt left behind
                 pause = _PAUSE_S * 2 ** (tried - 1)
                 if ranks.rank == 0:
-                    _log.warning("try %d of %d in %g s: %s", tried + 1, _TRIES, pause, error)
+                    _log.warning("attempt %d of %d in %g s: %s", tried + 1, _TRIES, pause, error)
                 time.sleep(pause)
         if ranks.rank == 0:
             self._retention.committed(path)
@@ -156,11 +157,11 @@ class Saver:
     def _survive(self, error: CheckpointError, step: int, *, last: bool) -> None:
         if self._config.on_failure != "go_on" or last:
             raise error
-        self._record.incident("checkpoint", step=step, error=str(error))
+        self._log.incident("checkpoint", step=step, error=str(error))
 
 
 class _Background(threading.Thread):
-    """One save. When it has ended, `path` or `error` says how."""
+    """One save. When the thread has ended, `path` or `error` is set."""
 
     def __init__(self, saver: Saver, taken: Snapshot, ranks: Ranks) -> None:
         super().__init__(name=f"save-{taken.step}", daemon=True)
@@ -171,16 +172,16 @@ class _Background(threading.Thread):
 
     def run(self) -> None:
         try:
-            _give_way()
+            _lower_priority()
             self.path = self._saver._commit(self._taken, self._ranks)
-        except BaseException as error:  # noqa: BLE001 - raised in the loop's thread, by `wait`
+        except BaseException as error:  # noqa: BLE001 - `wait` raises it in the loop's thread
             self.error = error
 
 
-def _give_way() -> None:
-    """Let training have the processor first. On Linux priorities are a thread's own; elsewhere they stay."""
+def _lower_priority() -> None:
+    """Give training the processor first. Linux has priorities of single threads; elsewhere nothing changes."""
     if sys.platform == "linux":
         thread = threading.get_native_id()
         lower = max(_NICENESS, os.getpriority(os.PRIO_PROCESS, thread))
-        with contextlib.suppress(OSError):  # it is a courtesy, and some sandboxes forbid it
+        with contextlib.suppress(OSError):  # optional, and some sandboxes forbid it
             os.setpriority(os.PRIO_PROCESS, thread, lower)

@@ -1,6 +1,6 @@
-"""A run's checkpoints: what of the engine's parts goes into one. How they come back out is `restoring`'s.
+"""Collects what a checkpoint of a run contains, and writes it. `restoring` reads it back.
 
-All functions are collective. Raises CheckpointError on every rank where one rank cannot write.
+All functions are collective. They raise CheckpointError on every rank where one rank cannot write.
 """
 
 from __future__ import annotations
@@ -16,23 +16,29 @@ from torch import Tensor, nn
 
 from disttrain.checkpoint import LocationT, PlanCache, Ranks, Shard, save_checkpoint
 from disttrain.config import Config
-from disttrain.engine.checkpointing.documents import (
-    optimizer_document,
-    tracked_shards,
-)
-from disttrain.engine.checkpointing.frozen_parameters import Base
+from disttrain.engine.checkpointing.documents import tracked_shards
+from disttrain.engine.checkpointing.frozen_parameters import FrozenFingerprints
+from disttrain.engine.checkpointing.optimizer_groups import optimizer_document
 from disttrain.engine.checkpointing.random_state import random_shards
 from disttrain.errors import TrainingError, explain
 from disttrain.strategy import AbstractStrategy, Prepared, World
 from disttrain.strategy.buffers import share_buffers
 
 RANKS = "$ranks"
-"""In the document: a tracked object's states, one a rank."""
+"""The key of a tracked object's states in the document, one state for each rank."""
 
 
 @dataclass
 class Progress:
-    """Where a run stands, in numbers that no mesh changes; `positions` are those in the data, by the data's name."""
+    """What a run has done so far, in numbers that do not depend on the mesh.
+
+    Attributes:
+        steps: optimizer steps, including steps that were skipped.
+        samples: samples trained on, over all ranks.
+        tokens: tokens trained on, over all ranks; 0 where the dataset does not state `tokens_per_sample`.
+        skipped: steps that changed nothing, because a loss or a gradient was not finite or all weights were zero.
+        positions: the position in each dataset, by the dataset's name.
+    """
 
     steps: int = 0
     samples: int = 0
@@ -43,7 +49,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Tracked:
-    """A user's object whose state goes along: one for the world, or each rank its own."""
+    """A user's object that is saved and restored: one state for all ranks, or one for each rank."""
 
     thing: Any
     per_rank: bool = False
@@ -51,19 +57,19 @@ class Tracked:
 
 @dataclass(frozen=True)
 class Parts:
-    """What a checkpoint is made of."""
+    """The parts of a run that a checkpoint is made of."""
 
     config: Config
     world: World
     strategy: AbstractStrategy
     prepared: Mapping[str, Prepared]
     tracked: Mapping[str, Tracked] = field(default_factory=dict)
-    base: Base = field(default_factory=Base)
+    frozen: FrozenFingerprints = field(default_factory=FrozenFingerprints)
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a rank brings to the checkpoint of a step; `trained` names the tensors that are to be finite."""
+    """One rank's part of the checkpoint of a step. `trained` names the tensors that must be finite."""
 
     step: int
     shards: Sequence[Shard]
@@ -72,27 +78,27 @@ class Snapshot:
 
 
 def take(parts: Parts, progress: Progress, evaluation: Mapping[str, float]) -> Snapshot:
-    """This rank's part of the checkpoint of this step, by reference: a step would change it."""
+    """Return this rank's part of the checkpoint of this step. It refers to live tensors, which a step changes."""
     for prepared in parts.prepared.values():
         share_buffers(prepared)
     group = parts.world.group
-    shards, own, document = group.together(lambda: _collect(parts, progress), "collecting the checkpoint")
-    if own:
-        everyones = group.gather_all(own)
-        document["user"] |= {name: {RANKS: [states[name] for states in everyones]} for name in own}
+    shards, per_rank, document = group.together(lambda: _collect(parts, progress), "collecting the checkpoint")
+    if per_rank:
+        of_all_ranks = group.gather_all(per_rank)
+        document["user"] |= {name: {RANKS: [states[name] for states in of_all_ranks]} for name in per_rank}
     if parts.config.checkpoint.only == "trainable":
         frozen = frozen_names(parts.prepared)
         left_out = [shard for shard in shards if shard.name in frozen]
-        document["base"] = parts.base.fingerprints(left_out, group)
+        document["base"] = parts.frozen.compute(left_out, group)
         shards = [shard for shard in shards if shard.name not in frozen]
     document["evaluation"] = dict(evaluation)
     return Snapshot(progress.steps, shards, document, frozenset(_trained(parts.prepared)))
 
 
 def commit(snapshot: Snapshot, root: LocationT, ranks: Ranks, plans: PlanCache | None = None) -> LocationT:
-    """Write a snapshot as a checkpoint; returns its folder. Collective over `ranks`; any thread may do it.
+    """Write a snapshot as a checkpoint and return its folder. Collective over `ranks`; any thread may call it.
 
-    Raises TrainingError on every rank where weights are not finite: such a checkpoint would end every resume.
+    Raises TrainingError on every rank where weights are not finite: no run could resume from that checkpoint.
     """
     name = next(
         (shard.name for shard in snapshot.shards if shard.name in snapshot.trained and not _is_finite(shard.tensor)),
@@ -103,31 +109,31 @@ def commit(snapshot: Snapshot, root: LocationT, ranks: Ranks, plans: PlanCache |
     if first is not None:
         raise TrainingError(
             explain(
-                "The weights that are saved are to be finite.",
-                f"{first} is not; nothing was saved",
-                "go on from the checkpoint before: lower the learning rate, clip gradients (optim.clip_norm), "
-                "or set report.every=1, which looks at every step's gradient before it is applied",
+                "Cannot save weights that are not finite.",
+                f"{first} is not finite; nothing was saved",
+                "continue from the checkpoint before: lower the learning rate, clip gradients (optim.clip_norm), "
+                "or set report.every=1, which checks every step's gradient before it is applied",
             )
         )
     return save_checkpoint(root, snapshot.step, snapshot.shards, snapshot.document, ranks, plans=plans)
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Whether every entry is. In one pass without a copy, which `isfinite` takes three of."""
+    """Return whether every entry is finite. One pass without a copy; `isfinite` takes three passes."""
     return not tensor.numel() or bool(torch.linalg.vector_norm(tensor.detach(), math.inf).isfinite())
 
 
 def _collect(parts: Parts, progress: Progress) -> tuple[list[Shard], dict[str, Any], dict[str, Any]]:
-    """What this rank brings, what of tracked state is its own, and the document. Local."""
+    """Return this rank's shards, the tracked states of this rank alone, and the document. Local."""
     group = parts.world.group
     shards = random_shards(group.rank, group.size, parts.world.device)
-    own: dict[str, Any] = {}
+    per_rank: dict[str, Any] = {}
     users: dict[str, Any] = {}
     for prepared in parts.prepared.values():
         shards += parts.strategy.shards(prepared)
     for name, tracked in parts.tracked.items():
         if tracked.per_rank:
-            more, own[name] = tracked_shards(f"{name}/rank-{group.rank:05d}", tracked.thing, (0, 1))
+            more, per_rank[name] = tracked_shards(f"{name}/rank-{group.rank:05d}", tracked.thing, (0, 1))
         else:
             more, users[name] = tracked_shards(name, tracked.thing, (group.rank, group.size))
         shards += more
@@ -139,11 +145,11 @@ def _collect(parts: Parts, progress: Progress) -> tuple[list[Shard], dict[str, A
         "user": users,
         "writer": {"strategy": parts.config.strategy.name, "mesh": vars(parts.world.mesh.sizes)},
     }
-    return shards, own, deepcopy(document)
+    return shards, per_rank, deepcopy(document)
 
 
 def _parameters(prepared: Mapping[str, Prepared]) -> Iterator[tuple[str, nn.Parameter]]:
-    """Every parameter of the prepared models and objectives, under its stored name."""
+    """Yield every parameter of the prepared models and objectives, with its stored name."""
     for one in prepared.values():
         for kind, module in (("model", one.model), ("objective", one.objective)):
             for name, parameter in module.named_parameters() if module is not None else ():
@@ -155,6 +161,9 @@ def _trained(prepared: Mapping[str, Prepared]) -> set[str]:
 
 
 def frozen_names(prepared: Mapping[str, Prepared]) -> set[str]:
-    """Stored names of what nothing has trained: one that a script froze on the way holds what was learnt until then."""
+    """Return the stored names of parameters that were never trained.
+
+    A parameter that a script froze during the run is not among them: it holds what it learned until then.
+    """
     trained = {id(named.parameter) for one in prepared.values() for named in one.named}
     return {name for name, parameter in _parameters(prepared) if id(parameter) not in trained}
