@@ -1,9 +1,9 @@
 """Nothing is lost by SIGKILL of one rank: the same command continues with the numbers of an uninterrupted run.
 
 Results are bit-equal on one and two ranks. From three ranks on, DDP rebuilds its buckets in the order in which
-gradients arrived in the first backward of a process. After a resume that is the backward of another step, and the ring sums other
-neighbours first, so the bound is 1e-6 relative. FSDP2, ZeRO and `ddp` on a small model sum in an order that depends on
-shapes only and stay bit-equal.
+gradients arrived in the first backward of a process. After a resume that is the backward of another step, and the ring
+sums other neighbours first, so the bound is 1e-6 relative. FSDP2, ZeRO and `ddp` on a small model sum in an order that
+depends on shapes only and stay bit-equal.
 """
 
 from __future__ import annotations
