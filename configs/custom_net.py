@@ -1,4 +1,4 @@
-"""A three-layer network and random data, as pasted from anywhere: plain PyTorch that knows nothing of disttrain."""
+"""Defines a three-layer network and random data in plain PyTorch, without importing disttrain."""
 
 import torch
 import torch.nn as nn

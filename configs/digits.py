@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits as a dataset; the images are in the package, nothing is downloaded."""
+"""Loads scikit-learn's handwritten digits as a dataset. The images come with the package."""
 
 from typing import Literal
 
@@ -8,10 +8,10 @@ from torch.utils.data import TensorDataset
 
 
 def digits(split: Literal["train", "held_out"]) -> TensorDataset:
-    """Pairs of a flat image (64 floats in [0, 1]) and its class; every fifth image is held out."""
-    found = load_digits()
-    images = torch.tensor(found.data, dtype=torch.float32) / 16.0
-    classes = torch.tensor(found.target, dtype=torch.int64)
+    """Returns pairs of a flat image (64 floats in [0, 1]) and its class. Every fifth image is held out."""
+    data = load_digits()
+    images = torch.tensor(data.data, dtype=torch.float32) / 16.0
+    classes = torch.tensor(data.target, dtype=torch.int64)
     held_out = torch.arange(len(images)) % 5 == 0
     chosen = held_out if split == "held_out" else ~held_out
     return TensorDataset(images[chosen], classes[chosen])

@@ -1,6 +1,6 @@
-# Sourced by quickstart.sh and test.sh, from the project's folder: make_environment EXTRAS makes .venv and enters it.
-# A usable torch of `python3` (a cluster's module, an NGC image, conda, an active venv) is kept and never replaced.
-# PYTHON=/path/to/python chooses another interpreter.
+# Sourced by the other scripts, from the project's folder. `make_environment EXTRAS` creates and activates .venv.
+# If `python3` has a usable torch (a cluster's module, an NGC image, conda, an active venv), that torch is kept.
+# PYTHON=/path/to/python selects another interpreter.
 
 make_environment() {
     local extras=$1 python=${PYTHON:-python3} version torch_folder=""
@@ -16,7 +16,7 @@ print(pathlib.Path(torch.__file__).resolve().parents[1])' 2>/dev/null) || torch_
             echo "$python -m venv failed; on Debian and Ubuntu: apt-get install python3-venv" >&2; return 1; }
     fi
     . .venv/bin/activate
-    if [ -n "$torch_folder" ] && ! python -c 'import torch' 2>/dev/null; then # an active venv's: name its folder
+    if [ -n "$torch_folder" ] && ! python -c 'import torch' 2>/dev/null; then # torch is in an active venv: add its folder
         echo "$torch_folder" >"$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/kept_torch.pth"
     fi
     cp constraints.txt "$pins"
@@ -25,10 +25,10 @@ print(torch.__version__) if not torch.__file__.startswith(sys.prefix) else sys.e
         echo "keeping torch $version of $python"
         sed "s/^torch==.*/torch==$version/" constraints.txt >"$pins"
         printf '#!%s\nfrom torch.distributed.run import main\nmain()\n' "$PWD/.venv/bin/python" >.venv/bin/torchrun
-        chmod +x .venv/bin/torchrun # theirs would start their python, which has no disttrain
+        chmod +x .venv/bin/torchrun # its own torchrun starts a Python without disttrain
     fi
-    echo "installing into .venv, with extras $extras (once; some minutes where torch has to be downloaded)"
-    # deepspeed's build asks for torch, setuptools and ninja, so it cannot be isolated from them
+    echo "installing into .venv with extras $extras (once; takes some minutes if torch must be downloaded)"
+    # deepspeed's build imports torch, setuptools and ninja, so it cannot run in isolation
     pip install --quiet --constraint "$pins" "setuptools>=77" wheel ninja torch
     pip install --quiet --constraint "$pins" --no-build-isolation --editable ".[$extras]"
     touch "$made"

@@ -1,6 +1,6 @@
 #!/bin/bash
-# From a fresh clone to a language model that writes: bash launch/quickstart.sh [section.key=value ...]
-# Makes .venv, trains configs/quickstart.yaml on all GPUs or on two CPU processes, shows the curve and a sample.
+# Trains a small language model in a fresh clone: bash launch/quickstart.sh [section.key=value ...]
+# Creates .venv, trains configs/quickstart.yaml on all GPUs or in two CPU processes, shows the loss curve and a sample.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/environment.sh
@@ -11,4 +11,4 @@ run=$(python -c 'import json, sys; run = json.load(sys.stdin)["config"]["run"]; 
 bash launch/torchrun.sh configs/quickstart.yaml "$@"
 disttrain report "$run"
 disttrain sample "$run"
-echo "the curve as a picture: $run/loss.png"
+echo "loss curve: $run/loss.png"

@@ -1,11 +1,11 @@
 #!/bin/bash
-# Train on this machine, on all its GPUs or on two CPU processes: bash launch/torchrun.sh CONFIG [section.key=value ...]
-# On several machines run the same line on each, with NODES=4 FIRST=address-of-one-of-them[:port] in front.
-# PROCESSES=3 sets the number of processes a machine.
+# Trains on this machine, on all GPUs or in two CPU processes: bash launch/torchrun.sh CONFIG [section.key=value ...]
+# For several machines, run the same line on each machine with NODES=4 FIRST=address-of-one-machine[:port] in front.
+# PROCESSES=3 sets the number of processes per machine.
 set -euo pipefail
 : "${1:?usage: bash launch/torchrun.sh CONFIG [section.key=value ...]}"
 activate=$(dirname "${BASH_SOURCE[0]}")/../.venv/bin/activate
-[ ! -f "$activate" ] || . "$activate" # where there is none: whatever environment is active
+[ ! -f "$activate" ] || . "$activate" # without .venv: the active environment
 
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 processes=${PROCESSES:-$((gpus > 0 ? gpus : 2))}
