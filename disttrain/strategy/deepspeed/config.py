@@ -1,7 +1,7 @@
-"""DeepSpeed's own config, made from ours: what decides arithmetic or memory is stated, nothing is left to its defaults.
+"""Builds DeepSpeed's config from disttrain's. States every key that affects arithmetic or memory.
 
-In three layers: what we would choose, the user's native JSON over it, and what is ours alone over both (a native value
-that contradicts it was refused with the config). Pure; imports no deepspeed.
+Three layers override each other: disttrain's defaults, the user's native JSON, and the keys that disttrain fixes. The
+config has already rejected native values that contradict the last layer. Pure; imports no deepspeed.
 """
 
 from __future__ import annotations
@@ -12,36 +12,38 @@ from typing import Any
 from disttrain.config.schema import PrecisionConfig
 
 BUCKET_MB = 25.0
-"""Where `bucket_mb` is left out, as DDP's. DeepSpeed's own buckets take 2 GiB a rank each."""
+"""The default of `bucket_mb`, the same as DDP's. DeepSpeed's default buckets take 2 GiB each on every rank."""
 
 PERSISTENT = 10_000
-"""Stage 3 keeps parameters of at most so many elements whole on every rank: norms and biases, whose gathers would cost
-more time than they save memory. DeepSpeed's 100,000 would keep all of a small model."""
+"""Stage 3 keeps parameters of at most this many elements complete on every rank: norms and biases, whose gathers cost
+more time than the memory they save is worth. DeepSpeed's default, 100,000, would keep all of a small model."""
 
 REPLACED = ("train_batch_size", "optimizer", "scheduler", "fp16", "bf16", "bfloat16", "torch_autocast")
-"""Sections of a native JSON that were compared with our config, which says them in its own way."""
+"""Keys of a native JSON that were compared with disttrain's config and are expressed by other keys here."""
 
 
 def engine_config(options: Any, precision: PrecisionConfig, device: str) -> dict[str, Any]:
-    """What `deepspeed.initialize` is given on a device of type `device`."""
+    """The config for `deepspeed.initialize` on a device of type `device`."""
     native = {key: value for key, value in (options.native or {}).items() if key not in REPLACED}
-    return _over(_over(_chosen(options.stage, device), _said(native)), _owned(options, precision))
+    return _merge(_merge(_defaults(options.stage, device), _without_auto(native)), _fixed(options, precision))
 
 
 def bound_gathered(config: Mapping[str, Any], largest: int) -> dict[str, Any]:
-    """Stage 3's config for a model whose largest module has `largest` elements: while that one computes, a bucket more
-    may be on its way. DeepSpeed gathers up to a bucket ahead at every module, up to 1e9 elements in all: most models
-    whole."""
+    """Bound the parameters that stage 3 gathers, for a model whose largest module has `largest` elements.
+
+    While that module computes, one more bucket may be gathered. DeepSpeed gathers up to a bucket ahead at every module,
+    and by default up to 1e9 elements, which is all of most models.
+    """
     zero = config["zero_optimization"]
     live = largest + int(zero["stage3_prefetch_bucket_size"])
     return {**config, "zero_optimization": {"stage3_max_live_parameters": live, **zero}}
 
 
-def _chosen(stage: int, device: str) -> dict[str, Any]:
-    """What a native JSON may change. DeepSpeed counts elements, of 4 bytes here, and wants an even number of them."""
+def _defaults(stage: int, device: str) -> dict[str, Any]:
+    """The keys that a native JSON may override."""
     zero = {
         **_buckets(stage, BUCKET_MB),
-        # Stage 3 copies a bucket's gradients together as it reduces them: a place for them before that is no use.
+        # Stage 3 copies a bucket's gradients together when it reduces them, and needs no buffer before.
         "contiguous_gradients": stage < 3,
         "overlap_comm": stage == 3,
         "reduce_scatter": True,
@@ -49,7 +51,8 @@ def _chosen(stage: int, device: str) -> dict[str, Any]:
     if stage == 3:
         zero |= {
             "stage3_param_persistence_threshold": PERSISTENT,
-            # Its default keeps what is used again within 1e9 elements: all of most models, from forward to backward.
+            # The default keeps parameters that are used again within 1e9 elements: all of most models, from forward to
+            # backward.
             "stage3_max_reuse_distance": 0,
         }
     pinned = {"pin_memory": device != "cpu"}
@@ -58,14 +61,18 @@ def _chosen(stage: int, device: str) -> dict[str, Any]:
 
 
 def _buckets(stage: int, size_mb: float) -> dict[str, Any]:
+    """Bucket sizes in elements of 4 bytes. DeepSpeed requires an even number."""
     elements = max(2, int(size_mb * 2**20 / 4) // 2 * 2)
     found = {"reduce_bucket_size": elements, "allgather_bucket_size": elements}
     return found | {"stage3_prefetch_bucket_size": elements} if stage == 3 else found
 
 
-def _owned(options: Any, precision: PrecisionConfig) -> dict[str, Any]:
-    """One sample, one micro-batch and no clipping: the arithmetic is ours, batch by batch. The caller owns the
-    accumulation, so that any number of backwards add up before a step."""
+def _fixed(options: Any, precision: PrecisionConfig) -> dict[str, Any]:
+    """The keys that disttrain fixes.
+
+    Batch sizes of 1 and no clipping leave the arithmetic to disttrain. The caller manages accumulation, so that any
+    number of backwards add up before a step.
+    """
     zero: dict[str, Any] = {"stage": options.stage, "round_robin_gradients": False}
     if options.bucket_mb is not None:
         zero |= _buckets(options.stage, options.bucket_mb)
@@ -89,15 +96,16 @@ def _owned(options: Any, precision: PrecisionConfig) -> dict[str, Any]:
     return config
 
 
-def _said(value: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what leaves a value to others: Hugging Face's word for that is "auto"."""
-    found = {key: _said(item) if isinstance(item, Mapping) else item for key, item in value.items()}
+def _without_auto(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Remove values that are "auto", which Hugging Face's trainers fill in."""
+    found = {key: _without_auto(item) if isinstance(item, Mapping) else item for key, item in value.items()}
     return {key: item for key, item in found.items() if item != "auto"}
 
 
-def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge `above` over `below`, section by section."""
     found = dict(below)
     for key, value in above.items():
         under = found.get(key)
-        found[key] = _over(under, value) if isinstance(under, Mapping) and isinstance(value, Mapping) else value
+        found[key] = _merge(under, value) if isinstance(under, Mapping) and isinstance(value, Mapping) else value
     return found

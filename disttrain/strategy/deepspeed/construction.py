@@ -1,13 +1,12 @@
-"""Stage 3's parameters, cut one by one as they come to be, so that no device holds the whole model. Collective.
+"""Partitions the parameters of a stage 3 model one by one, so that no device holds the complete model. Collective.
 
-`init` is DeepSpeed's `zero.Init`, used for what it does to one parameter: rank 0's value to all, then each its part.
-Imports no deepspeed.
+Imports no deepspeed: `partition` is a function that partitions parameters in place.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,50 +14,55 @@ from torch import Tensor, nn
 from disttrain.model import fill
 from disttrain.optim.named import NamedParameter
 from disttrain.runtime.seeds import generators_for
+from disttrain.strategy.deepspeed.deepspeed_internals import global_shape
+
+Partition = Callable[[Iterable[nn.Parameter]], None]
 
 
-def cut_whole(model: nn.Module, device: torch.device, init: Any) -> None:
-    """Cut a model that stands whole on the host; buffers move to the device."""
-    init._convert_to_zero_parameters(model.parameters())
+def partition_built(model: nn.Module, device: torch.device, partition: Partition) -> None:
+    """Partition a complete model that is on the host, and move its buffers to the device."""
+    partition(model.parameters())
     for module in model.modules():
-        for name, buffer in module._buffers.items():
-            module._buffers[name] = None if buffer is None else buffer.to(device)
+        for name, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
+            setattr(module, name, buffer.to(device))
 
 
-def fill_cut(model: nn.Module, device: torch.device, init: Any, *, seed: int) -> None:
-    """Give a model of shapes alone (on the meta device) its first values: a rank holds one whole tensor at a time, and
-    keeps its part of it. Raises ConfigError for values that nobody wrote."""
-    places: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    places.update(model.named_buffers(remove_duplicate=False))
-    made: dict[int, Tensor] = {}
+def fill_partitioned(model: nn.Module, device: torch.device, partition: Partition, *, seed: int) -> None:
+    """Give a model on the meta device its initial values.
+
+    A rank holds one complete tensor at a time, and keeps its part of it. Raises ConfigError for a parameter or buffer
+    that no method of the model initializes.
+    """
+    shapes: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    shapes.update(model.named_buffers(remove_duplicate=False))
+    filled: dict[int, Tensor] = {}
 
     def write(name: str, value: Tensor) -> None:
-        place = places[name]
-        found = value.to(device, place.dtype, copy=True)
-        if isinstance(place, nn.Parameter):
-            found = nn.Parameter(found, place.requires_grad)
-            found.__dict__.update(vars(place))
-            init._convert_to_zero_parameters([found])
-        made[id(place)] = found
+        shape = shapes[name]
+        tensor = value.to(device, shape.dtype, copy=True)
+        if isinstance(shape, nn.Parameter):
+            tensor = nn.Parameter(tensor, shape.requires_grad)
+            tensor.__dict__.update(vars(shape))
+            partition([tensor])
+        filled[id(shape)] = tensor
 
     fill(model, generators_for(seed), write)
-    # Only now: until then the model goes on naming its shapes, from which it yields its values.
+    # Only now, because `fill` reads the model's shapes until it has yielded every value.
     for module in model.modules():
-        for own in (module._parameters, module._buffers):
-            for name, place in own.items():
-                if place is not None:
-                    own[name] = made[id(place)]  # type: ignore[assignment]
+        tensors: list[tuple[str, Tensor]] = [
+            *module.named_parameters(recurse=False, remove_duplicate=False),
+            *module.named_buffers(recurse=False, remove_duplicate=False),
+        ]
+        for name, shape in tensors:
+            setattr(module, name, filled[id(shape)])
 
 
 def largest_module(*modules: nn.Module | None) -> int:
-    """Elements of the parameters that one module's forward gathers: its own, not its children's; the most of any."""
+    """The largest number of elements that one module's forward gathers: its parameters without its children's. Pure."""
     owners = [owner for module in modules if module is not None for owner in module.modules()]
-    return max(
-        sum(getattr(own, "ds_numel", own.numel()) for own in owner.parameters(recurse=False)) for owner in owners
-    )
+    return max(sum(global_shape(one).numel() for one in owner.parameters(recurse=False)) for owner in owners)
 
 
-def with_whole_shape(named: NamedParameter) -> NamedParameter:
-    """The same parameter under its global shape; a cut one shows none. Local."""
-    shape = getattr(named.parameter, "ds_shape", None)
-    return named if shape is None else replace(named, shape=torch.Size(shape))
+def with_global_shape(named: NamedParameter) -> NamedParameter:
+    """The same parameter with its global shape, which a partitioned parameter does not show. Local."""
+    return replace(named, shape=global_shape(named.parameter))

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Adagrad, Optimizer
 
 from disttrain.errors import ConfigError, explain
-from disttrain.strategy.deepspeed.gradients import is_stage_three
+from disttrain.strategy.deepspeed.deepspeed_internals import is_stage_three
 
 
 @contextmanager

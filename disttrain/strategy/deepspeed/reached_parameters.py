@@ -1,7 +1,7 @@
-"""Which parameters a backward will reach, read from its graph before it runs, and whether that is so on all ranks.
+"""Reads from an autograd graph which parameters its backward will reach, and checks that all ranks reach the same.
 
-DeepSpeed reduces gradients bucket by bucket: ranks that reach other parameters hang, abort in C++, or add up one
-parameter's gradient with another's. Those that reach the same ones in another order are zero_order.py's.
+DeepSpeed reduces gradients bucket by bucket. Ranks that reach other parameters hang, abort in C++, or add one
+parameter's gradient to another's. Ranks that reach the same ones in another order are handled by gradient_order.py.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from disttrain.strategy.call_agreement import agree_on_way
 
 
 def agree_on_reached(total: Tensor, named: Sequence[NamedParameter]) -> set[int]:
-    """What `reached` says, the same parameters on all ranks. Collective, one small all-reduce.
+    """Returns what `reached` does, after a check that all ranks reach the same parameters.
 
-    Raises TrainingError on every rank where they reach others.
+    Collective, one small all-reduce. Raises TrainingError on every rank where they differ.
     """
     found = reached(total)
     names = [one.name for one in named if id(one.parameter) in found]
@@ -27,7 +27,7 @@ def agree_on_reached(total: Tensor, named: Sequence[NamedParameter]) -> set[int]
 
 
 def reached(total: Tensor) -> set[int]:
-    """The `id` of every leaf that a backward from `total` accumulates into. Local; a walk over the graph's nodes."""
+    """The `id` of every leaf tensor that a backward from `total` accumulates into. Local; visits each node once."""
     leaves: set[int] = set()
     stack = [total.grad_fn]
     visited = set(stack)
