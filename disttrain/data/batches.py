@@ -16,8 +16,8 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from disttrain.data.fetch import Collate, Fetcher
-from disttrain.data.order import Order
-from disttrain.data.plan import MicroBatch, Slot, StepBatch, distinct, plan_step
+from disttrain.data.sample_order import Order
+from disttrain.data.step_plan import MicroBatch, Slot, StepBatch, distinct, plan_step
 from disttrain.data.streams import Stream
 from disttrain.errors import ConfigError, DataError, explain
 from disttrain.logs import package_logger

@@ -1,4 +1,4 @@
-"""One pass over an evaluation set, each sample once over all parts, every part the same number of rounds."""
+"""Yields one pass over an evaluation set: each sample once over all parts, and equally many rounds for each part."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import numpy as np
 
 from disttrain.data.batches import is_stream
 from disttrain.data.fetch import Collate, Fetcher
-from disttrain.data.plan import MicroBatch, plan_step
+from disttrain.data.step_plan import MicroBatch, plan_step
 from disttrain.data.streams import Stream
 from disttrain.errors import DataError, explain
 
 
 class EvaluationBatches:
-    """This part's micro-batches in the data's own order. Raises DataError for an empty set."""
+    """The micro-batches of one part, in the order of the dataset. Local. Raises DataError for an empty set."""
 
     def __init__(
         self, dataset: Any, *, seed: int, micro_batch: int, part: tuple[int, int], collate: Collate | None = None
@@ -25,27 +25,28 @@ class EvaluationBatches:
         self._fetcher = Fetcher(dataset, seed=seed, collate=collate)
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        found = self._streamed() if is_stream(self._dataset) else self._indexed()
         empty = True
-        for micro in found:
+        for micro in self._streamed() if is_stream(self._dataset) else self._indexed():
             empty = False
             yield micro
         if empty:
             raise DataError(
                 explain(
-                    "An evaluation set has samples.", f"{type(self._dataset).__qualname__} has none", "give it some"
+                    "Cannot evaluate on an empty set.",
+                    f"{type(self._dataset).__qualname__} has no samples",
+                    "provide at least one sample, or remove the set from eval.sets",
                 )
             )
 
     def _indexed(self) -> Iterator[MicroBatch]:
         size = len(self._dataset)
         for slot in plan_step(size, self._micro_batch, self._part) if size else []:
-            # Epoch -1: an evaluation's draws are its own, and the same every time.
+            # Epoch -1 gives evaluations their own random numbers, the same in each evaluation.
             batch = self._fetcher.fetch(-1, np.arange(slot.start, slot.start + slot.count))
             yield MicroBatch(batch, slot.index, slot.real, slot.count)
 
     def _streamed(self) -> Iterator[MicroBatch]:
-        """Every part reads all and keeps its own: an evaluation must count each sample once at any world size."""
+        """Read the complete stream on every part, so that each sample counts once at any world size."""
         stream = Stream(
             self._dataset, seed=self._seed, part=self._part, collate=self._fetcher.collate, exact=False, shards=False
         )

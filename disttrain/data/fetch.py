@@ -1,9 +1,15 @@
-"""From indices to a collated batch, with every item's randomness keyed by (seed, epoch, index).
+"""Fetches and collates batches by index, with random numbers keyed by (seed, epoch, index) for each item.
 
-Three ways in, the first that a dataset has: `gather_batch(indices)` makes the batch itself of an int64 array (only of
-data that say `draws_randomness = False`), `__getitems__` brings many items, `__getitem__` one. Draws are exact in all
-of them: a dataset that is seen to draw inside `__getitems__` is asked item by item from then on. A collate function's
-draws are keyed by its batch's first item. Runs in this process or in a worker; puts the generators back as found.
+The first of three methods that a dataset has is used:
+
+- `gather_batch(indices)` makes a complete batch from an int64 array. It is used only if the dataset states
+  `draws_randomness = False`.
+- `__getitems__(indices)` returns several items.
+- `__getitem__(index)` returns one item.
+
+Random numbers are exact with each method. A dataset that draws inside `__getitems__` is read item by item from then
+on. The random numbers of a collate function are keyed by the first item of its batch. The code runs in the training
+process or in a worker, and restores the generators afterwards.
 """
 
 from __future__ import annotations
@@ -27,7 +33,7 @@ Indices = Sequence[int] | NDArray[np.int64]
 
 
 class Fetcher:
-    """Batches of a map-style dataset. Local; pickles with its dataset, for workers."""
+    """Fetches batches of a map-style dataset. Local. It can be pickled with its dataset, for workers."""
 
     def __init__(self, dataset: Any, *, seed: int, collate: Collate | None = None) -> None:
         self._dataset, self._seed = dataset, seed
@@ -38,7 +44,7 @@ class Fetcher:
         self._one_by_one = self._many is None
 
     def fetch(self, epoch: int, wanted: NDArray[np.int64]) -> Any:
-        """The collated batch of these items. User code's exceptions come through with a note of where."""
+        """Return the collated batch of the items `wanted`. Errors of user code get a note that names the items."""
         if self._plain and self._gather is not None:
             return self._noted(self._gather, wanted, wanted, epoch)
         indices: list[int] = wanted.tolist()
@@ -71,16 +77,18 @@ class Fetcher:
         if len(items) != len(indices):
             raise DataError(
                 explain(
-                    f"{type(self._dataset).__qualname__}.__getitems__ was asked for {len(indices)} items.",
-                    f"{len(items)} came back",
-                    "let it return a list with one item for every index, in their order",
+                    f"{type(self._dataset).__qualname__}.__getitems__ returned the wrong number of items.",
+                    f"{len(items)} items for {len(indices)} indices",
+                    "return a list with one item for each index, in the order of the indices",
                 )
             )
         return items
 
-    def _noted(self, get: Callable[[Any], Any], asked: Any, indices: Indices, epoch: int, act: str = "fetching") -> Any:
+    def _noted(
+        self, get: Callable[[Any], Any], argument: Any, indices: Indices, epoch: int, act: str = "fetching"
+    ) -> Any:
         try:
-            return get(asked)
+            return get(argument)
         except Exception as error:
             shown = ", ".join(map(str, indices[:8])) + (f" and {len(indices) - 8} more" if len(indices) > 8 else "")
             which = f"{'index' if len(indices) == 1 else 'indices'} {shown}"
@@ -88,9 +96,10 @@ class Fetcher:
             raise
 
     def collate(self, items: list[Any], epoch: int, indices: Sequence[int]) -> Any:
-        """One batch of items. Raises DataError where torch's default rule finds them different in shape.
+        """Return one batch of `items`. Raises DataError if torch's default collate function cannot combine them.
 
-        A collate function may well take different shapes: its errors come through as they are, with a note of where.
+        A custom collate function may accept items of different shapes. Its errors are raised unchanged, with a note
+        that names the items.
         """
         if self._collate is not None:
             with restored_generators():
@@ -101,16 +110,16 @@ class Fetcher:
         except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
             shapes = [_shape(item) for item in items]
             odd = next((k for k, shape in enumerate(shapes) if shape != shapes[0]), None)
-            found = (
+            problem = (
                 f"item {indices[odd]} is {shapes[odd]}, item {indices[0]} is {shapes[0]}"
                 if odd is not None
                 else f"items of {shapes[0]}: {error}"
             )
             raise DataError(
                 explain(
-                    f"The items of {type(self._dataset).__qualname__} are to be put into one batch.",
-                    found,
-                    "give all items one shape, or name data.collate: a function from a list of items to a batch",
+                    f"Cannot collate the items of {type(self._dataset).__qualname__} into a batch.",
+                    problem,
+                    "give all items the same shape, or set data.collate to a function from a list of items to a batch",
                 )
             ) from error
 
@@ -121,7 +130,7 @@ def _generator_states() -> tuple[Any, ...]:
 
 
 def _shape(item: Any) -> Any:
-    """What decides whether items fit together, in words short enough for a message."""
+    """Describe the shape and type that decide whether items can be collated, short enough for a message."""
     if isinstance(item, Tensor):
         return f"tensor {tuple(item.shape)} {str(item.dtype).removeprefix('torch.')}"
     if isinstance(item, np.ndarray):
@@ -130,6 +139,6 @@ def _shape(item: Any) -> Any:
         return {key: _shape(value) for key, value in item.items()}
     if isinstance(item, list | tuple):
         inner = [_shape(value) for value in item]
-        # A list of token ids is one shape, not a thousand words.
+        # Shorten a list of equal entries: token ids would otherwise fill a thousand words.
         return f"{len(inner)} x {inner[0]}" if len(inner) > 4 and inner.count(inner[0]) == len(inner) else inner
     return type(item).__name__

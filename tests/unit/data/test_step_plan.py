@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from disttrain.data import align_batches, plan_step
-from disttrain.data.plan import Slot, distinct, even_share, plan_share
+from disttrain.data.step_plan import Slot, distinct, even_share, plan_share
 from disttrain.errors import DataError
 
 SAMPLES, MICRO, PARTS = st.integers(1, 200), st.integers(1, 64), st.integers(1, 9)
