@@ -1,4 +1,4 @@
-"""`disttrain check`: a config's faults, or its resolved form with every value's source. Imports no torch."""
+"""`disttrain check`: a config's problems, or its resolved form with every value's source. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,11 +9,19 @@ from contextlib import redirect_stdout
 from typing import Any
 
 from disttrain.cli.json_text import json_text
-from disttrain.config import TRAINED_FROM, Config, ConfigFaultsError, Fault, load_config, render_config, resolve_target
+from disttrain.config import (
+    TRAINED_FROM,
+    Config,
+    ConfigProblem,
+    ConfigProblemsError,
+    load_config,
+    render_config,
+    resolve_target,
+)
 from disttrain.config.problems import UnknownNameError
 from disttrain.config.render import every_source, source_of
 from disttrain.config.strategy_options import TRANSLATED
-from disttrain.config.targets.source_search import find_faults
+from disttrain.config.targets.source_search import find_target_problems
 from disttrain.config.targets.target_names import section_of, targets_in
 from disttrain.errors import FINISHED, ConfigError
 
@@ -25,14 +33,14 @@ def check_config(
 
     `imports` runs the targets' modules; `accelerate` is the file that strategy.name=accelerate is translated from.
     """
-    config, faults = _faults_of(source, overrides, imports=imports, accelerate=accelerate)
+    config, problems = _problems_of(source, overrides, imports=imports, accelerate=accelerate)
     if as_json:
-        found: dict[str, Any] = {"ok": not faults, "faults": [vars(fault) for fault in faults]}
+        found: dict[str, Any] = {"ok": not problems, "problems": [vars(problem) for problem in problems]}
         if config is not None:
             found |= {"config": config.to_dict(), "sources": every_source(config)}
         print(json_text(found))
-    elif faults:
-        print(f"error (exit {ConfigError.exit_code}): {ConfigFaultsError(faults)}", file=sys.stderr)
+    elif problems:
+        print(f"error (exit {ConfigError.exit_code}): {ConfigProblemsError(problems)}", file=sys.stderr)
     elif config is not None:
         print(render_config(config), end="")
         missing = [name for name in TRAINED_FROM if getattr(config, name) is None]
@@ -47,26 +55,26 @@ def check_config(
                 "--accelerate FILE shows it",
                 file=sys.stderr,
             )
-    return ConfigError.exit_code if faults else FINISHED
+    return ConfigError.exit_code if problems else FINISHED
 
 
-def _faults_of(
+def _problems_of(
     source: str, overrides: Sequence[str], *, imports: bool, accelerate: str | None
-) -> tuple[Config | None, Sequence[Fault]]:
+) -> tuple[Config | None, Sequence[ConfigProblem]]:
     try:
         config = load_config(source, overrides)
         config = config if accelerate is None else _translated(config, accelerate)
-    except ConfigFaultsError as error:
-        return None, error.faults
-    faults = find_faults(config.values(), config.sources, config.folder)
-    if imports and not faults:
+    except ConfigProblemsError as error:
+        return None, error.problems
+    problems = find_target_problems(config.values(), config.sources, config.folder)
+    if imports and not problems:
         with redirect_stdout(sys.stderr):  # what a user's module prints is no result
-            faults = _import_all(config)
-    return config, ConfigFaultsError(faults).faults
+            problems = _import_all(config)
+    return config, ConfigProblemsError(problems).problems
 
 
 def _translated(config: Config, file: str) -> Config:
-    """Raises ConfigFaultsError."""
+    """Raises ConfigProblemsError."""
     from disttrain.config.foreign.accelerate import translate
     from disttrain.config.foreign.accelerate_settings import read_file
 
@@ -74,27 +82,30 @@ def _translated(config: Config, file: str) -> Config:
         where = source_of(("strategy", "name"), config.sources)
         do = "add strategy.name=accelerate: otherwise accelerate only starts the processes"
         found = f"{config.strategy.name!r}, which takes nothing from {file}"
-        raise ConfigFaultsError([Fault("strategy.name", where, found, do)])
+        raise ConfigProblemsError([ConfigProblem("strategy.name", where, found, do)])
     return translate(read_file(file), config)
 
 
-def _import_all(config: Config) -> list[Fault]:
+def _import_all(config: Config) -> list[ConfigProblem]:
     """What the source alone did not show: every target imported, its arguments' names against its signature."""
-    faults = []
+    problems = []
     for path, target, args in targets_in(config.values()):
         key = ".".join(map(str, path))
         where = source_of(tuple(map(str, path)), config.sources)
         try:
             call = resolve_target(target, section=section_of(path), folder=config.folder)
         except UnknownNameError as error:
-            faults.append(Fault(key, where, f"{target!r}: {error.found}", error.do))
+            problems.append(ConfigProblem(key, where, f"{target!r}: {error.problem}", error.fix))
         except (SystemExit, Exception) as error:  # noqa: BLE001 - a user's module may raise anything
-            faults.append(Fault(key, where, f"{target!r} raises {type(error).__name__}: {error}", "mend its module"))
+            problem = f"{target!r} raises {type(error).__name__}: {error}"
+            problems.append(ConfigProblem(key, where, problem, "correct its module"))
         else:
             wrong = _unbindable(call, args)
             if wrong:
-                faults.append(Fault(key, where, f"{target!r}: {wrong}", f"it takes {inspect.signature(call)}"))
-    return faults
+                problems.append(
+                    ConfigProblem(key, where, f"{target!r}: {wrong}", f"it takes {inspect.signature(call)}")
+                )
+    return problems
 
 
 def _unbindable(call: Any, args: Mapping[str, Any]) -> str:

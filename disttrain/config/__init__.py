@@ -1,7 +1,10 @@
-"""Configs: YAML to one validated value, targets to what they name. Imports no torch. Enters: every room above."""
+"""Reads and validates configs, and resolves the targets that they name. Imports no torch.
+
+The functions here are used by every package above this one.
+"""
 
 from disttrain.config.files.yaml_lines import parse_value
-from disttrain.config.problems import ConfigFaultsError, Fault
+from disttrain.config.problems import ConfigProblem, ConfigProblemsError
 from disttrain.config.read import TRAINED_FROM, load_config, load_to_train
 from disttrain.config.render import render_config
 from disttrain.config.schema import Config, Target
@@ -11,8 +14,8 @@ from disttrain.config.targets.resolve import build_nested, build_target, check_a
 __all__ = [
     "TRAINED_FROM",
     "Config",
-    "ConfigFaultsError",
-    "Fault",
+    "ConfigProblem",
+    "ConfigProblemsError",
     "StrategyEntry",
     "StrategyOptions",
     "Target",

@@ -1,7 +1,7 @@
-"""The JSON Schema of a config file, for editors; `schema.json` beside this file is its output.
+"""Writes the JSON Schema of a config file, for editors, to `schema.json` in this folder.
 
-`python -m disttrain.config.json_schema` writes it anew. It knows single keys; what several keys must be together, and
-the options of installed plug-ins, only `disttrain check` knows.
+Run `python -m disttrain.config.json_schema` to write it again. The schema checks single keys. Only `disttrain check`
+checks rules over several keys and the options of installed plug-ins.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def build_schema() -> dict[str, Any]:
         definitions[name]["properties"]["target"]["description"] = _names_text(name)
     trackers = {"anyOf": [{"type": "string"}, {"$ref": "#/$defs/Target"}]}
     definitions["ReportConfig"]["properties"]["trackers"] = {"type": "array", "items": trackers}
-    extends = {"type": "string", "description": "A config to start from, relative to this file."}
+    extends = {"type": "string", "description": "Another config whose values this file overrides, relative to it."}
     _loosen(schema)
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -42,7 +42,7 @@ def build_schema() -> dict[str, Any]:
 
 
 def _or_reference(value: dict[str, Any]) -> dict[str, Any]:
-    """A property that also takes `${section.key}`, where a text would not fit anyway. Pure."""
+    """Let a property also accept `${section.key}`, unless it accepts any string already. Pure."""
     kinds = [value, *value.get("anyOf", ())]
     if any(one.get("type") == "string" and "enum" not in one for one in kinds):
         return value
@@ -53,7 +53,7 @@ def _or_reference(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _loosen(definition: dict[str, Any]) -> None:
-    """A file may extend another that has the keys it lacks; titles only repeat the key."""
+    """Require no key, because a file may extend another that has it, and drop titles, which only repeat the key."""
     definition.pop("required", None)
     definition.pop("title", None)
     for value in definition["properties"].values():
@@ -64,11 +64,11 @@ def _names_text(definition: str) -> str:
     section = {"ModelConfig": "model", "OptimConfig": "optim", "MatchedOptimConfig": "optim"}.get(definition)
     names = [name for one, known in NAMES.items() if section in (None, one) for name in known]
     listed = f"A short name ({', '.join(names)}), or " if names else ""
-    return f"{listed}package.module:attribute, or all dots."
+    return f"{listed}an import path: package.module:attribute or package.module.attribute."
 
 
 def schema_text() -> str:
-    """What `schema.json` holds. Pure."""
+    """The content of `schema.json`. Pure."""
     return json.dumps(build_schema(), indent=2) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""Which keys the schema has, where a path of keys leads in it, and which defaults stand there. Pure."""
+"""Looks up keys in the schema: which exist, where a path of keys leads, and which default it has. Pure."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def members(annotation: Any) -> Iterator[Any]:
 
 
 def class_in(annotation: Any) -> type[BaseModel] | None:
-    """The section's class behind an annotation, if there is one."""
+    """The class of the section that an annotation names, or None."""
     return next((one for one in members(annotation) if isinstance(one, type) and issubclass(one, BaseModel)), None)
 
 
 def item_of(annotation: Any) -> Any:
-    """What a mapping's values or a list's items are annotated with; Any where nothing says."""
+    """The annotation of a mapping's values or a list's items, or Any."""
     for one in members(annotation):
         if get_origin(one) is dict:
             return get_args(one)[1]
@@ -37,7 +37,10 @@ def item_of(annotation: Any) -> Any:
 
 
 def locate(loc: KeyPath, value: Any, annotation: Any) -> tuple[KeyPath, list[str]]:
-    """pydantic's location as a path in the data (unions put names of their own between), and the keys known there."""
+    """Translate pydantic's location, in which unions insert extra names, to a path in the data.
+
+    Also returns the keys that the schema knows at that path.
+    """
     path: list[str | int] = []
     known: list[str] = []
     for part in loc:

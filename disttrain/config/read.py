@@ -1,7 +1,7 @@
-"""From a file, a mapping and overrides to one validated `Config`: all faults at once, every value's source known.
+"""Loads a validated `Config` from a file, a mapping and overrides, and records the source of every value.
 
-The order: `extends` chain, the file itself, overrides, `${...}` references, then schema and rules. Imports no torch and
-no user code.
+Later steps override earlier ones: the chain of `extends`, the file itself, overrides. Then `${...}` references are
+resolved, and schema and rules are checked. All problems are reported at once. Imports no torch and no user code.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any
 
 from disttrain.config.files.draft import apply_overrides, begin_draft
 from disttrain.config.files.references import resolve_references
-from disttrain.config.problems import ConfigFaultsError
+from disttrain.config.problems import ConfigProblemsError
 from disttrain.config.schema import Config
-from disttrain.config.targets.source_search import find_faults
+from disttrain.config.targets.source_search import find_target_problems
 from disttrain.config.validate import validate
 
 TRAINED_FROM = ("model", "objective", "data", "optim")
-"""The sections that a run needs; an own loop over Engine may do without."""
+"""The sections that `disttrain.run` needs. A custom loop over Engine may leave them out."""
 
 
 def load_config(
@@ -28,10 +28,13 @@ def load_config(
     folder: Path | None = None,
     needs: Sequence[str] = (),
 ) -> Config:
-    """The validated config. `overrides` are `section.key=value` texts, (key, value) pairs, or a mapping of those.
+    """Load and validate a config. Local.
 
-    `folder` is where import paths resolve first, for a mapping that came from a file; `needs` are the sections that
-    must be there. Raises ConfigFaultsError (a ConfigError) with every fault, where it stands, and what to do.
+    `source` is a file, a mapping or a finished config. `overrides` are `section.key=value` strings, (key, value) pairs,
+    or a mapping of keys to values. `folder` is the first folder that import paths resolve from, for a mapping that was
+    read from a file. `needs` are the required sections.
+
+    Raises ConfigProblemsError, a ConfigError, that lists every problem with its file and line, and its fix.
     """
     draft = begin_draft(source)
     draft.folder = folder or draft.folder
@@ -41,12 +44,12 @@ def load_config(
 
 
 def load_to_train(source: str | Path | Mapping[str, Any] | Config, overrides: Any = ()) -> Config:
-    """`load_config` for a run: the sections that it needs, and every target's file, name and arguments by its source.
+    """Load the config of a run: `load_config` with the sections that a run needs, and a check of every target. Local.
 
-    Raises ConfigFaultsError.
+    The check reads the source of each target for its name and arguments, and runs nothing. Raises ConfigProblemsError.
     """
     config = load_config(source, overrides, needs=TRAINED_FROM)
-    faults = find_faults(config.values(), config.sources, config.folder)
-    if faults:
-        raise ConfigFaultsError(faults)
+    problems = find_target_problems(config.values(), config.sources, config.folder)
+    if problems:
+        raise ConfigProblemsError(problems)
     return config

@@ -1,4 +1,4 @@
-"""A resolved config as people and programs read it: plain values, every value's source, secrets redacted."""
+"""Renders a resolved config for people and programs: plain values with their sources, secrets redacted."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from disttrain.config.schema import Config
 
 
 def render_config(config: Config) -> str:
-    """YAML that reads back to the same config, each value with its source as a comment, secrets redacted."""
+    """YAML that reads back to the same config. A comment gives the source of each value; secrets are redacted. Pure."""
     lines: list[str] = []
     _render(config.to_dict(), (), config.sources, lines)
     return "\n".join(lines) + "\n"
@@ -30,7 +30,7 @@ def _render(value: Mapping[str, Any], path: tuple[str, ...], sources: Mapping[st
 
 
 def every_source(config: Config) -> dict[str, str]:
-    """Dotted key of every value to its source, `default` where nothing set it. Pure."""
+    """The source of every value by its dotted key. The source is `default` where nothing set the value. Pure."""
     return {".".join(path): source_of(path, config.sources) for path in _leaves(config.to_dict(), ())}
 
 
@@ -43,7 +43,7 @@ def _leaves(value: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple[s
 
 
 def source_of(path: tuple[str, ...], sources: Mapping[str, str]) -> str:
-    """The source of the value at `path`, or of the nearest thing around it. Pure."""
+    """The source of the value at `path`, or else of the innermost value that contains it. Pure."""
     for length in range(len(path), 1, -1):
         found = sources.get(".".join(path[:length]))
         if found is not None:

@@ -1,6 +1,6 @@
-"""What a config may say: one frozen class a section, unknown keys refused. Imports no torch.
+"""Defines the schema of a config: one frozen class for each section, without unknown keys. Imports no torch.
 
-Owns types, defaults and what one value may be; `rules` has what several keys must be together.
+The classes have the types, the defaults and the allowed values of single keys. `rules` has the rules over several keys.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Positive = Field(gt=0)
 
 
 class Target(Section):
-    """A short name known to the section, an import path, or (from Python) a callable; `args` are passed to it."""
+    """A short name of the section, an import path or, from Python, a callable. `args` are passed to the callable."""
 
     target: str | Callable[..., Any]
     args: dict[str, Any] = Field(default_factory=dict)
@@ -30,18 +30,20 @@ class Target(Section):
     @classmethod
     def _not_empty(cls, value: Any) -> Any:
         if value == "":
-            raise ValueError("an empty text; name a part, or write package.module:attribute")
+            raise ValueError("an empty string; write a short name or package.module:attribute")
         return value
 
 
 class TokenCount(Section):
-    """A number of tokens, for data that says how many a sample has."""
+    """A number of tokens, for datasets that report how many tokens each sample has."""
 
     tokens: int = Positive
 
 
 class RunConfig(Section):
-    """Which run this is, how long, on what. Exactly one of steps, epochs, tokens (own loops may leave all out)."""
+    """The run's name and folder, its length and its device.
+
+    Set exactly one of steps, epochs and tokens. A custom loop may leave out all three."""
 
     name: str = "run"
     dir: str = "runs"
@@ -57,14 +59,14 @@ class RunConfig(Section):
     @classmethod
     def _one_folder(cls, value: str) -> str:
         if not value or "/" in value or value in (".", ".."):
-            raise ValueError("no folder's name; write one name without a slash, and the rest in run.dir")
+            raise ValueError("not the name of a folder; write one name without a slash, and the path in run.dir")
         return value
 
 
 class ModelConfig(Target):
-    """`weights` is a run, a checkpoint or a file or folder of weights to start from; without `weights_strict` names may
-    be missing there, or more than the model's. With `sync_batch_norm` batch norms take their statistics over the
-    micro-batches of all ranks."""
+    """The model. `weights` is the initial weights: a run, a checkpoint, or a file or folder of weights. With
+    `weights_strict: false`, names may be missing there or in the model. `sync_batch_norm` computes the statistics of
+    batch norms over the micro-batches of all ranks."""
 
     weights: str | None = None
     weights_strict: bool = True
@@ -72,7 +74,8 @@ class ModelConfig(Target):
 
 
 class DataConfig(Section):
-    """`global_batch` defines the maths, `micro_batch` memory and speed. `last` is an epoch's last, smaller batch."""
+    """The dataset and its batches. `global_batch` determines the arithmetic, `micro_batch` memory and speed. `last`
+    says whether an epoch's last, smaller batch is used."""
 
     train: Target
     collate: Target | None = None
@@ -88,12 +91,12 @@ class DataConfig(Section):
     @classmethod
     def _positive(cls, value: Any) -> Any:
         if isinstance(value, int) and value < 1:
-            raise ValueError("no batch; write at least 1 sample, or {tokens: n}")
+            raise ValueError("not a batch size; write at least 1 sample, or {tokens: n}")
         return value
 
 
 class EvalConfig(Section):
-    """`every` steps, and at the end, over each of `sets`."""
+    """Evaluation on each of `sets`, `every` so many steps and, with `at_end`, at the end."""
 
     every: int | None = Field(None, gt=0)
     at_end: bool = True
@@ -102,7 +105,8 @@ class EvalConfig(Section):
 
 
 class OptimConfig(Target):
-    """`clip_norm` null or 0 is off. Vectors get no weight decay unless `decay_vectors`; `no_decay` adds patterns."""
+    """The optimizer. `clip_norm` null or 0 turns clipping off. Vectors get weight decay only with `decay_vectors`.
+    `no_decay` has patterns of further parameter names without it."""
 
     clip_norm: float | None = Field(None, ge=0)
     no_decay: tuple[str, ...] = ()
@@ -110,8 +114,8 @@ class OptimConfig(Target):
 
 
 class MatchedOptimConfig(OptimConfig):
-    """One of several optimizers: of the parameters whose names `match` (a pattern or a list of them) and that none
-    before it took. `clip_norm` is that of the step, over all parameters: one of the list says it for all."""
+    """One of several optimizers. It steps the parameters whose names `match` a pattern, or one of a list of patterns,
+    and that no earlier optimizer takes. `clip_norm` applies to all parameters: state it in one item of the list."""
 
     match: tuple[str, ...]
 
@@ -119,12 +123,12 @@ class MatchedOptimConfig(OptimConfig):
     @classmethod
     def _patterns(cls, value: Any) -> Any:
         if value in ("", []):
-            raise ValueError("no pattern; write one or a list of them, '*' for every parameter that is left")
+            raise ValueError("no pattern; write a pattern or a list of patterns, '*' for all remaining parameters")
         return [value] if isinstance(value, str) else value
 
 
 class MeshConfig(Section):
-    """Degrees that multiply to the world size; -1 is what is left."""
+    """The mesh's degrees, whose product is the number of ranks. -1 stands for the remaining ranks."""
 
     replicate: int = 1
     shard: int = -1
@@ -134,12 +138,12 @@ class MeshConfig(Section):
     @classmethod
     def _degree(cls, value: int) -> int:
         if value != -1 and value < 1:
-            raise ValueError("no degree; write a positive number, or -1 for what is left")
+            raise ValueError("not a degree; write a positive number, or -1 for the remaining ranks")
         return value
 
 
 class StrategyConfig(Section):
-    """`name` chooses; every strategy's options may stand beside it, so that switching is one line."""
+    """`name` selects the strategy. The options of other strategies may stay, so that one line switches."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -152,13 +156,13 @@ class StrategyConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _plug_in_stated(cls, values: Any) -> Any:
-        """A plug-in's options are in the resolved config whole, as the built-in ones' are."""
+        """Add the defaults of a plug-in's options, as for built-in strategies, so that the resolved config has them."""
         name = values.get("name") if isinstance(values, Mapping) else None
         if not isinstance(name, str) or name in cls.model_fields:
             return values
         try:
             options = strategy_entry(name).options.model_validate(values.get(name) or {})
-        except (UnknownNameError, ValidationError):  # told by `validate`, with their lines
+        except (UnknownNameError, ValidationError):  # `validate` reports them with their lines
             return values
         return {**values, name: options.model_dump()}
 
@@ -172,9 +176,10 @@ class StrategyConfig(Section):
 
 
 class PrecisionConfig(Section):
-    """`compute` is the type of matrix products, by autocast where parameters are wider. `master` is that of parameters
-    and optimizer state, `reduce` that in which gradients are added up over ranks; left out, fp32 (fp64 under fp64).
-    bf16 with `master: bf16` is pure. fp16 scales its loss, and skips a step whose gradient overflows."""
+    """`compute` is the dtype of matrix products, by autocast where parameters are wider. `master` is the dtype of
+    parameters and optimizer state, and `reduce` the dtype in which gradients are summed over ranks. Both default to
+    fp32, or fp64 under fp64. bf16 with `master: bf16` is pure bf16. fp16 scales the loss, and skips a step whose
+    gradient overflows."""
 
     compute: Literal["fp32", "fp64", "bf16", "fp16"] = "fp32"
     master: Literal["fp32", "fp64", "bf16"]
@@ -183,7 +188,7 @@ class PrecisionConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _stated(cls, values: Any) -> Any:
-        """What was left out is stated in the resolved config."""
+        """Add the defaults, so that the resolved config has them."""
         if not isinstance(values, Mapping):
             return values
         wide = "fp64" if values.get("compute") == "fp64" else "fp32"
@@ -191,10 +196,10 @@ class PrecisionConfig(Section):
 
 
 class MemoryConfig(Section):
-    """What is paid to save memory, in every strategy. `recompute` runs forwards again in the backward: of whole blocks
-    (`full`), of all but what costly operations gave (`selective`), or as much as `budget` (a share of the activations,
-    under compile) asks for. `compile` compiles each block in place. `blocks` names classes or module patterns; left
-    out, blocks are the repeated parts."""
+    """Memory savings, for every strategy. `recompute` runs forwards again in the backward: of complete blocks (`full`),
+    of all but costly operations (`selective`), or as needed to keep the share `budget` of the activations (`budget`,
+    with `compile`). `compile` compiles each block in place. `blocks` lists classes or module patterns; by default,
+    blocks are the repeated modules."""
 
     recompute: Literal["none", "full", "selective", "budget"] = "none"
     budget: float = Field(0.5, ge=0, le=1)
@@ -203,8 +208,8 @@ class MemoryConfig(Section):
 
 
 class BestConfig(Section):
-    """Also keep the `keep` checkpoints with the least (`mode` min) or greatest (max) `metric`, as `eval/SET/NAME`: of
-    those saved on a step that was evaluated."""
+    """Also keep the `keep` checkpoints with the smallest (`mode: min`) or largest (`max`) `metric`, written as
+    eval/SET/NAME, of those saved at an evaluated step."""
 
     metric: str
     mode: Literal["min", "max"] = "min"
@@ -212,11 +217,12 @@ class BestConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """Saved `every` steps and at the end, in the `background` if wanted: training then waits for a copy in host memory
-    alone. Kept are the newest `keep_last`, those of steps that `keep_every` divides, and the `best`. `only: trainable`
-    leaves frozen parameters out. Where a save fails the run may stop, retry (three times) or go_on without it.
-    `resume` is auto, never, or the path of a run or checkpoint to start from. `storage` is an address such as
-    s3://bucket/prefix, or a folder: checkpoints then lie in its RUN_NAME instead of in the run's folder."""
+    """Checkpoints are saved `every` so many steps and at the end. With `background`, training waits only for a copy in
+    host memory. The newest `keep_last` are kept, those of steps that `keep_every` divides, and the `best`.
+    `only: trainable` leaves out frozen parameters. If a save fails, the run stops, retries three times, or continues
+    without the checkpoint (`go_on`). `resume` is auto, never, or the path of a run or checkpoint to start from.
+    `storage` is a folder or an address such as s3://bucket/prefix: checkpoints are then in its RUN_NAME instead of the
+    run's folder."""
 
     storage: str | None = None
     every: int | None = Field(None, gt=0)
@@ -231,7 +237,7 @@ class CheckpointConfig(Section):
 
 
 class ReportConfig(Section):
-    """`every` steps; `trackers` are names or targets."""
+    """Reports `every` so many steps. `trackers` are short names or targets."""
 
     every: int = Field(10, gt=0)
     trackers: tuple[Target, ...] = ()
@@ -245,7 +251,7 @@ class ReportConfig(Section):
 
 
 class Config(Section):
-    """A whole config. `sources` says where each value came from, by dotted key; `folder` is the file's."""
+    """A validated config. `sources` has the source of each value by dotted key; `folder` is the file's folder."""
 
     version: Literal[1] = 1
     run: RunConfig = RunConfig()
@@ -272,28 +278,28 @@ class Config(Section):
 
     @property
     def folder(self) -> Path:
-        """Where import paths resolve first."""
+        """The first folder that import paths resolve from."""
         return self._folder
 
     @property
     def clip_norm(self) -> float | None:
-        """That of the step, over the gradients of all optimizers."""
+        """The norm at which a step clips the gradients of all optimizers together, or None."""
         several = self.optim if isinstance(self.optim, tuple) else [self.optim]
         return next((one.clip_norm for one in several if one is not None and one.clip_norm is not None), None)
 
     def placed(self, sources: Mapping[str, str], folder: Path) -> Config:
-        """The same config, knowing where its values come from. For `load_config`."""
+        """A copy of the config with the sources of its values. Called by `validate`."""
         found = self.model_copy()
         found._sources, found._folder = dict(sources), folder
         return found
 
     def to_dict(self, *, redact: bool = True) -> dict[str, Any]:
-        """Resolved values as JSON; callables as `module:qualname`, secrets redacted."""
+        """Resolved values as JSON: callables as `module:qualname`, secrets redacted."""
         found: dict[str, Any] = plain(self.values(), redact=redact)
         return found
 
     def values(self) -> dict[str, Any]:
-        """Resolved values with Python's own objects in them as they are; sections as mappings."""
+        """Resolved values: sections as mappings, callables and other Python objects unchanged."""
         found: dict[str, Any] = _values(self)
         return found
 

@@ -1,6 +1,7 @@
-"""The options of each strategy, typed, and where its implementation is: torch-free, so that `check` needs no torch.
+"""Defines the options of each strategy, and names the class that implements it. Imports no torch.
 
-A plug-in's entry point `disttrain.strategies` names a `StrategyEntry` in a module that imports no torch.
+A plug-in's entry point `disttrain.strategies` names a `StrategyEntry`, in a module that imports no torch either.
+`disttrain check` therefore needs no torch.
 """
 
 from __future__ import annotations
@@ -16,27 +17,28 @@ from disttrain.config.section import Section
 
 GROUP = "disttrain.strategies"
 TRANSLATED = "accelerate"
-"""A name for one of the others: that which `accelerate launch` asks for."""
+"""The name that stands for the strategy which `accelerate launch` asks for."""
 
 
 class StrategyOptions(Section):
-    """Base of options classes: frozen, unknown keys refused."""
+    """Base class of options: frozen, without unknown keys."""
 
 
 class NoneOptions(StrategyOptions):
-    """One process has nothing to choose."""
+    """A single process has no options."""
 
 
 class DDPOptions(StrategyOptions):
-    """`bucket_mb` is the size of a reduction; `find_unused` copes with parameters that a step does not reach."""
+    """`bucket_mb` is the size of a reduction. `find_unused` allows parameters that a step does not reach."""
 
     bucket_mb: float = Field(25.0, gt=0)
     find_unused: bool = True
 
 
 class TensorOptions(StrategyOptions):
-    """How `mesh.tensor` cuts layers: `plan` maps patterns of module names to styles (null: the model's own `tp_plan`).
-    `sequence` also cuts what lies between along time; `loss` leaves the head's output cut over the vocabulary."""
+    """How `mesh.tensor` shards layers. `plan` maps patterns of module names to styles; null uses the model's `tp_plan`.
+    `sequence` also shards the activations between them along the sequence. `loss` keeps the output of the head sharded
+    over the vocabulary."""
 
     plan: dict[str, str] | None = None
     sequence: bool = False
@@ -44,10 +46,11 @@ class TensorOptions(StrategyOptions):
 
 
 class FSDPOptions(StrategyOptions):
-    """`reshard` frees whole parameters after forward (a number: down to groups of so many ranks). `blocks` names
-    classes or module patterns to shard one by one. `reduce` says when an accumulation adds gradients up over ranks: at
-    its `last` micro-batch (whole gradients stay in memory meanwhile), at `every`, or `auto`. `prefetch_*` is how many
-    blocks are gathered ahead (0: torch's order). `offload` keeps shards and optimizer state in host memory."""
+    """`reshard` frees gathered parameters after the forward; a number reshards them to groups of so many ranks.
+    `blocks` lists classes or module patterns to shard one by one. `reduce` says when an accumulation reduces gradients
+    over ranks: at the `last` micro-batch, until which complete gradients stay in memory, at `every` one, or `auto`.
+    `prefetch_forward` and `prefetch_backward` are how many blocks are gathered ahead; 0 is torch's order. `offload`
+    keeps shards and optimizer state in host memory."""
 
     reshard: bool | int = True
     blocks: tuple[str, ...] | None = None
@@ -61,14 +64,15 @@ class FSDPOptions(StrategyOptions):
     @classmethod
     def _group(cls, value: Any) -> Any:
         if not isinstance(value, bool) and value < 2:
-            raise ValueError("no group of ranks; write true, false, or a number of at least 2 that divides mesh.shard")
+            raise ValueError("not a group size; write true, false, or a number from 2 that divides mesh.shard")
         return value
 
 
 class DeepSpeedOptions(StrategyOptions):
-    """ZeRO `stage`, the size of its communication buckets (left out: 25, or what `native` says), and where optimizer
-    state (`offload`) and at stage 3 the parameters (`offload_parameters`) are kept. `native` is DeepSpeed's own JSON, a
-    file (from this config's folder) or a mapping, for what has no name here; it may contradict nothing that has."""
+    """The ZeRO `stage` and the size of its communication buckets, `bucket_mb`, by default 25 or the size in `native`.
+    `offload` is where optimizer state is kept, and `offload_parameters`, at stage 3, where parameters are. `native` is
+    DeepSpeed's JSON, as a mapping or a file relative to this config, for settings that have no key here. It may not
+    contradict this config."""
 
     stage: Literal[1, 2, 3] = 2
     bucket_mb: float | None = Field(None, gt=0)
@@ -81,7 +85,7 @@ class DeepSpeedOptions(StrategyOptions):
     @classmethod
     def _no_stage_zero(cls, value: Any) -> Any:
         if value == 0 and not isinstance(value, bool):
-            raise ValueError("a stage that cuts nothing; use strategy.name=ddp, or stage 1, 2 or 3")
+            raise ValueError("stage 0 partitions nothing; use strategy.name=ddp, or stage 1, 2 or 3")
         return value
 
 
@@ -106,27 +110,27 @@ BUILT_IN = {
 
 
 def strategy_entry(name: str) -> StrategyEntry:
-    """The strategy of that name, built in or installed. Raises ConfigError that lists the known ones."""
+    """The entry of a built-in or installed strategy. Raises UnknownNameError with a list of the known names."""
     if name in BUILT_IN:
         return BUILT_IN[name]
     if name == TRANSLATED:
         raise UnknownNameError(
-            "strategy.name=accelerate stands for what accelerate's own file says.",
-            "no translation of it yet, so no strategy",
-            "let an Engine take it from `accelerate launch`; `disttrain check CONFIG --accelerate FILE` shows it",
+            "Cannot resolve strategy.name=accelerate, which stands for the strategy in accelerate's file.",
+            "the file has not been translated",
+            "start with `accelerate launch`, or see the translation with `disttrain check CONFIG --accelerate FILE`",
         )
     installed = {point.name: point for point in entry_points(group=GROUP)}
     if name not in installed:
         raise UnknownNameError(
-            f"strategy.name={name!r} is to name a strategy.",
-            "no built-in or installed strategy of that name",
-            f"{suggest(name, [*BUILT_IN, *installed])}; pip install the package that brings it (entry point {GROUP})",
+            f"Cannot find the strategy {name!r}.",
+            "no built-in or installed strategy has that name",
+            f"{suggest(name, [*BUILT_IN, *installed])}; or pip install its package (entry point {GROUP})",
         )
-    asked = f"The plug-in {name!r} ({installed[name].value}) is to name a StrategyEntry."
+    failed = f"Cannot load the strategy plug-in {name!r} ({installed[name].value})."
     try:
         entry = installed[name].load()
     except (ImportError, AttributeError) as error:
-        raise UnknownNameError(asked, f"a plug-in that cannot be loaded: {error}", "mend or reinstall it") from None
+        raise UnknownNameError(failed, f"the plug-in cannot be loaded: {error}", "fix or reinstall it") from None
     if not isinstance(entry, StrategyEntry):
-        raise UnknownNameError(asked, f"a plug-in that names {entry!r}", "mend the plug-in's entry point")
+        raise UnknownNameError(failed, f"the plug-in names {entry!r}, not a StrategyEntry", "fix its entry point")
     return entry

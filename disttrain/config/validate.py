@@ -1,4 +1,4 @@
-"""A draft against schema, rules and names: every fault in our words, none waiting for another. Imports no user code."""
+"""Validates a draft against schema, rules and names, and reports all problems at once. Imports no user code."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from disttrain.config.files.draft import Draft
 from disttrain.config.files.yaml_lines import KeyPath
 from disttrain.config.foreign.deepspeed_native import PLACE, contradictions, read_native, unknown_keys
 from disttrain.config.key_paths import known_keys, locate
-from disttrain.config.problems import ConfigFaultsError, UnknownNameError, dotted, nearest, shown, suggest
+from disttrain.config.problems import ConfigProblemsError, UnknownNameError, dotted, nearest, shown, suggest
 from disttrain.config.rules import broken_rules
 from disttrain.config.schema import Config
 from disttrain.config.section import PARTS
 from disttrain.config.strategy_options import BUILT_IN, TRANSLATED, strategy_entry
-from disttrain.config.targets.source_search import find_faults
+from disttrain.config.targets.source_search import find_target_problems
 from disttrain.config.targets.target_names import import_path, section_of, targets_in
 
 _ADVICE = {
@@ -32,21 +32,23 @@ _ADVICE = {
     "tuple_type": "write a list: [a, b]",
     "list_type": "write a list: [a, b]",
     "dict_type": "write a mapping: {key: value}",
-    "model_type": "write a mapping, or take the line out",
+    "model_type": "write a mapping, or remove the line",
 }
 
 
 def validate(draft: Draft, needs: Sequence[str] = ()) -> Config:
-    """The draft as a Config. Raises ConfigFaultsError with every fault of the draft, and those of its targets' sources.
+    """Turn a draft into a Config. Local.
 
-    `needs` are the sections that must be there.
+    `needs` are the required sections. Raises ConfigProblemsError with every problem of the draft and, if there is one,
+    with those that the sources of its targets show.
     """
     config: Config | None = None
     for broken in broken_rules(draft.value):
-        draft.add_fault(*broken)
+        draft.add_problem(*broken)
     for section in needs:
         if draft.value.get(section) is None:
-            draft.add_fault((section,), "no such section", f"add the section {section!r}; an own loop may do without")
+            problem = "the section is missing"
+            draft.add_problem((section,), problem, f"add the section {section!r}; only a custom loop may leave it out")
     strategy = draft.value.get("strategy")
     if isinstance(strategy, Mapping):
         _check_strategies(draft, strategy)
@@ -56,21 +58,21 @@ def validate(draft: Draft, needs: Sequence[str] = ()) -> Config:
     except ValidationError as error:
         _translate_all(draft, error, (), Config)
     _check_names(draft)
-    if draft.faults or config is None:
-        raise ConfigFaultsError([*draft.faults, *find_faults(draft.value, draft.sources, draft.folder)])
+    if draft.problems or config is None:
+        raise ConfigProblemsError([*draft.problems, *find_target_problems(draft.value, draft.sources, draft.folder)])
     return config.placed(draft.sources, draft.folder)
 
 
 def _check_strategies(draft: Draft, strategy: Mapping[str, Any]) -> None:
-    """Names that are no strategy, and a plug-in's options by its own class."""
+    """Check that all names are strategies, and a plug-in's options against their class."""
     name = strategy.get("name")
     named = [("name", name)] if isinstance(name, str) and name != TRANSLATED else []
     for key, name in [*named, *((key, key) for key in strategy if key != "name")]:
         try:
             entry = strategy_entry(name)
         except UnknownNameError as error:
-            do = "did you mean 'name'? " + error.do if key != "name" and nearest(key, ["name"]) else error.do
-            draft.add_fault(("strategy", key), f"{name!r}: {error.found}", do)
+            fix = "did you mean 'name'? " + error.fix if key != "name" and nearest(key, ["name"]) else error.fix
+            draft.add_problem(("strategy", key), f"{name!r}: {error.problem}", fix)
             continue
         if key != "name" and name not in BUILT_IN:
             try:
@@ -80,7 +82,7 @@ def _check_strategies(draft: Draft, strategy: Mapping[str, Any]) -> None:
 
 
 def _check_native(draft: Draft, strategy: Mapping[str, Any]) -> None:
-    """DeepSpeed's own JSON: read, so that it stands in the resolved config, and compared where it will be used."""
+    """Read DeepSpeed's JSON into the resolved config, and compare it with the config if the strategy is deepspeed."""
     options = strategy.get(PLACE[1])
     if not isinstance(options, dict) or options.get(PLACE[2]) is None:
         return
@@ -91,16 +93,16 @@ def _check_native(draft: Draft, strategy: Mapping[str, Any]) -> None:
         if strategy.get("name") == PLACE[1]:
             broken += contradictions(native, draft.value)
     for one in broken:
-        draft.add_fault(*one)
+        draft.add_problem(*one)
 
 
 def _check_names(draft: Draft) -> None:
-    """Bare words that are no short name of their section, and paths that are none."""
+    """Check that every target is a short name of its section or an import path."""
     for path, target, _ in targets_in(draft.value):
         try:
             import_path(target, section_of(path))
         except UnknownNameError as error:
-            draft.add_fault(path, f"{target!r}: {error.found}", error.do)
+            draft.add_problem(path, f"{target!r}: {error.problem}", error.fix)
 
 
 def _translate_all(draft: Draft, error: ValidationError, prefix: KeyPath, model: type[BaseModel]) -> None:
@@ -112,29 +114,29 @@ def _translate_all(draft: Draft, error: ValidationError, prefix: KeyPath, model:
         path, known = locate(one["loc"], value, model)
         found.append(((*prefix, *path), known, one))
     for path, known, one in found:
-        # A union complains once for each member: where one of them got inside the value, the others say nothing.
+        # A union reports an error for each member. If one member got inside the value, those of the others are noise.
         inside = any(len(other) > len(path) and other[: len(path)] == path for other, _, _ in found)
         if not (inside and isinstance(one["input"], Mapping | list) and str(one["type"]).endswith("_type")):
-            draft.add_fault(path, *_translate(path, known, one))
+            draft.add_problem(path, *_translate(path, known, one))
 
 
 def _translate(path: KeyPath, known: list[str], error: Any) -> tuple[str, str]:
-    """(what was found, what to do) of one of pydantic's errors."""
+    """The problem and the fix of one of pydantic's errors."""
     kind, key, value = str(error["type"]), str(path[-1]) if path else "", error["input"]
     if kind == "extra_forbidden":
         return f"the unknown key {key!r}", _unknown_key(path, known)
     if kind == "missing":
-        return "nothing", f"add the key {key!r}"
+        return "the key is missing", f"add the key {key!r}"
     if kind == "value_error":
-        found, _, do = str(error["msg"]).removeprefix("Value error, ").partition(PARTS)
-        return f"{shown(value, key)}: {found}", do or found
+        problem, _, fix = str(error["msg"]).removeprefix("Value error, ").partition(PARTS)
+        return f"{shown(value, key)}: {problem}", fix or problem
     return shown(value, key), _advice(kind, path, known, value, error)
 
 
 def _advice(kind: str, path: KeyPath, known: list[str], value: Any, error: Any) -> str:
     message = str(error["msg"])
     if path == ("version",):
-        return "write version: 1, the only version there is"
+        return "write version: 1, the only version"
     if path and path[-1] == "target":
         return "write a short name or package.module:attribute"
     if kind == "literal_error":
@@ -146,7 +148,7 @@ def _advice(kind: str, path: KeyPath, known: list[str], value: Any, error: Any) 
             return "quote it: YAML reads yes, no, on and off as true and false"
         return f"quote it: {str(value)!r}" if isinstance(value, int | float) else "write text"
     if kind in ("model_type", "model_attributes_type") and isinstance(value, str) and path[:1] != ("run",):
-        return f"write a mapping; a target is {{target: {value}}}"
+        return f"write a mapping: {{target: {value}}}"
     if kind.endswith(("_type", "_parsing")) or kind in _ADVICE:
         return _ADVICE.get(kind, _lower(message))
     return _lower(message).replace("input should be", "write a value")
@@ -159,7 +161,7 @@ def _unknown_key(path: KeyPath, known: list[str]) -> str:
         if elsewhere:
             return f"did you mean {elsewhere[0]!r}? {suggest(key, known)}"
         if "args" in known:
-            return f"{suggest(key, known)}; what the target itself takes stands under args"
+            return f"{suggest(key, known)}; arguments of the target belong under args"
     return suggest(key, known)
 
 

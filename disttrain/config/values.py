@@ -1,4 +1,4 @@
-"""Config values as plain JSON: callables by name, secrets redacted."""
+"""Turns config values into plain JSON: callables become names, secrets are redacted."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 _SECRET_WORDS = {"password", "passwd", "passphrase", "secret", "secrets", "credential", "credentials", "apikey"}
 _SECRET_WORDS |= {"auth", "authorization", "bearer"}
 _KEY_OF = {"api", "access", "private", "signing", "encryption"}
-# a tokenizer's own: `pad_token: "<pad>"` is no secret
+# Words of tokenizers: `pad_token: "<pad>"` is not a secret.
 _TEXT_TOKENS = {"pad", "eos", "bos", "unk", "sep", "cls", "mask", "image", "audio", "video", "stop", "start", "end"}
 _TOKENIZER_WORD = re.compile(r"[<\[].*[>\]]")
 _URL = re.compile(r"(\w+://)[^/\s]*@")
 _ASSIGNED = re.compile(r"(?i)\b(\w*(?:api_?key|token(?!s|iz)|passw(?:or)?d|secret)\w*=)[^\s&]+")
 _BEARER = re.compile(r"(?i)\b(bearer\s+)\S+")
 _LONG_ENOUGH = 8
-"""A shorter secret is not looked for in other texts: it would be found in innocent ones."""
+"""Length from which a secret is also redacted in other strings. A shorter one would match harmless strings."""
 
 
 def is_secret(key: str, value: Any = "") -> bool:
-    """Whether a key's name says that its value is a secret: words count, not letters (`tokens`, `tokenizer`). Pure.
+    """Whether a key's name says that its value is a secret. Pure.
 
-    Under a key that ends in `token`, a number is a count and `<|end|>` or `[PAD]` a tokenizer's own word.
+    Complete words count: `tokens` and `tokenizer` are not secrets. Under a key that ends in `token`, a number is a
+    count, and `<|end|>` or `[PAD]` is a special token of a tokenizer.
     """
     words = [word.lower() for word in _WORDS.findall(key)]
     if _SECRET_WORDS & set(words):
@@ -42,14 +43,18 @@ def is_secret(key: str, value: Any = "") -> bool:
 
 
 def plain(value: Any, *, redact: bool, key: str = "") -> Any:
-    """JSON values only; with `redact`, nothing under a secret's key, that text nowhere else, no credentials. Pure."""
+    """Return JSON values only. Pure.
+
+    With `redact`, values under a secret's key are redacted, so are copies of them in other strings, and so are
+    credentials in URLs.
+    """
     secret = redact and is_secret(key, value)
     hidden = sorted(set(_secrets(value, secret)), key=lambda text: (-len(text), text)) if redact else None
     return _plain(value, hidden, secret)
 
 
 def _secrets(value: Any, secret: bool) -> Iterator[str]:
-    """The texts under secrets' keys: a reference may have brought them elsewhere."""
+    """The strings under secrets' keys. A reference may have copied them to other values."""
     if isinstance(value, Mapping):
         for name, item in value.items():
             yield from _secrets(item, secret or is_secret(str(name), item))
@@ -61,7 +66,7 @@ def _secrets(value: Any, secret: bool) -> Iterator[str]:
 
 
 def _plain(value: Any, hidden: Sequence[str] | None, secret: bool) -> Any:
-    """`hidden` are texts to take out wherever they stand; None takes nothing out."""
+    """Convert `value`. `hidden` are strings to redact wherever they occur; None redacts nothing."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Optimizers, parameter groups and schedules. Enters: strategy (factories), engine (composition)."""
+"""Builds optimizers, parameter groups and schedules. Strategies call the factories, which the engine makes."""
 
 from disttrain.optim.build import decay_groups, optimizer_factory, schedule_factory
 from disttrain.optim.named import MakeOptimizer, MakeSchedule, NamedParameter

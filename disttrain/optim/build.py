@@ -1,7 +1,7 @@
-"""Optimizers and schedules from an import path and its arguments, over parameters that know their names.
+"""Makes factories of optimizers and schedules from callables and their arguments.
 
-Decides two things that users expect and torch leaves to them: vectors (biases, norms; global ndim below 2) get no
-weight decay, and the fused implementation is taken where torch offers it for these parameters.
+Sets two defaults that torch leaves to the user. Vectors (biases, norms; global ndim below 2) get no weight decay, and
+torch's fused implementation is used where it supports the parameters.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from disttrain.errors import ConfigError, explain
 from disttrain.optim.named import PROBE, MakeOptimizer, MakeSchedule, NamedParameter
 
 _FUSED_ON_DTENSORS = (torch.optim.Adam, torch.optim.AdamW)
-"""Whose fused kernel DTensor knows (torch 2.13: `_fused_sgd_` and `_fused_adagrad_` have no sharding rule)."""
+"""Optimizers whose fused kernel supports DTensors (in torch 2.13, those of SGD and Adagrad have no sharding rule)."""
 
 _OTHER_TOGETHER = torch.optim.ASGD
-"""Whose foreach form gives other numbers (torch 2.13: by 1e-8 in float64 after twelve steps)."""
+"""The optimizer whose foreach form differs (in torch 2.13, by 1e-8 in float64 after twelve steps)."""
 
 _OWN_LENGTH = {"total_steps", "epochs", "steps_per_epoch"}
-"""Arguments by which a user says how long a schedule is (OneCycleLR would ignore the others beside `total_steps`)."""
+"""Arguments that set a schedule's length. With `total_steps`, OneCycleLR would ignore the others."""
 
 
 def optimizer_factory(
@@ -38,15 +38,16 @@ def optimizer_factory(
     decay_vectors: bool = False,
     key: str = "optim",
 ) -> MakeOptimizer:
-    """`make(groups, **args)` for named parameters; raises ConfigError where `args` do not fit `make`.
+    """A factory that calls `make(groups, **args)` for named parameters. Local.
 
-    `no_decay` are name patterns (fnmatch) of further parameters without weight decay; `key` is the config's for it.
+    `no_decay` has patterns (fnmatch) of the names of further parameters without weight decay. `key` is the optimizer's
+    key in the config. Raises ConfigError where `args` do not fit `make`.
     """
     check_arguments(make, ([],), args, what=f"{key}.target")
     check_step(make, f"{key}.target")
     if make is torch.optim.SparseAdam:
-        do = "use torch.optim.Adam, and nn.Embedding with sparse=False"
-        raise ConfigError(explain(f"{key}.target steps on dense gradients.", "SparseAdam, which takes none", do))
+        fix = "use torch.optim.Adam, and nn.Embedding with sparse=False"
+        raise ConfigError(explain(f"Cannot use {key}.target.", "SparseAdam does not accept dense gradients", fix))
 
     def build(named: Sequence[NamedParameter]) -> Optimizer:
         decay = args.get("weight_decay", _default(make, "weight_decay"))
@@ -54,9 +55,8 @@ def optimizer_factory(
         chosen = {} if {"fused", "foreach"} & set(args) else implementation(make, named)
         optimizer = _make(make, groups, args, f"{key}.args", **chosen)
         if not isinstance(optimizer, Optimizer):
-            raise ConfigError(
-                explain(f"{key}.target makes a torch.optim.Optimizer.", f"a {type(optimizer).__qualname__}", "name one")
-            )
+            problem = f"it returns a {type(optimizer).__qualname__}, not a torch.optim.Optimizer"
+            raise ConfigError(explain(f"Cannot use {key}.target.", problem, "name an optimizer class or factory"))
         return optimizer
 
     return build
@@ -70,18 +70,17 @@ def decay_groups(
     decay_vectors: bool = False,
     key: str = "optim",
 ) -> list[dict[str, Any]]:
-    """Parameter groups: decayed, and not. One group where there is nothing to tell apart.
+    """Parameter groups with and without weight decay, or one group if all parameters are alike. Local.
 
-    DTensors of one mesh, of another and plain tensors never share a group: torch's foreach and fused kernels refuse the
-    mixture.
-    Raises ConfigError for a pattern that no parameter's name matches.
+    DTensors of different meshes, and plain tensors, are in separate groups, because torch's foreach and fused kernels
+    reject the mixture. Raises ConfigError for a pattern that matches no parameter.
     """
     for pattern in no_decay:
         if not any(one.name == PROBE or fnmatchcase(one.name, pattern) for one in named):
             raise ConfigError(
                 explain(
-                    f"{key}.no_decay names trainable parameters.",
-                    f"{pattern!r}, which none of {len(named)} matches",
+                    f"Cannot use {key}.no_decay.",
+                    f"{pattern!r} matches none of {len(named)} trainable parameters",
                     f"name some of them: {', '.join(one.name for one in named[:20])}{', ...' if named[20:] else ''}",
                 )
             )
@@ -99,9 +98,9 @@ def decay_groups(
 
 
 def implementation(make: Callable[..., Any], named: Sequence[NamedParameter]) -> dict[str, bool]:
-    """`fused=True` where torch has kernels for optimizer, device, dtype and layout; else `foreach=True` likewise."""
+    """`fused=True` if torch's fused kernel supports optimizer and parameters, else `foreach=True` likewise. Local."""
     parameters = [one.parameter for one in named]
-    # Adagrad's fused kernel is for these two only, though torch lets the others through to their first step.
+    # Adagrad's fused kernel supports only these two devices. Torch accepts others, and fails at their first step.
     devices = ("cpu", "cuda") if make is torch.optim.Adagrad else ("cpu", "cuda", "xpu", "mps")
     supported = all(p.is_floating_point() and p.device.type in devices for p in parameters)
     if not (supported and parameters and _is_torchs(make)):
@@ -109,13 +108,16 @@ def implementation(make: Callable[..., Any], named: Sequence[NamedParameter]) ->
     cut = any(isinstance(parameter, DTensor) for parameter in parameters)
     if _default(make, "fused", missing=False) is None and (not cut or make in _FUSED_ON_DTENSORS):
         return {"fused": True}
-    # On the CPU torch itself would loop over the parameters in Python.
+    # By default torch would loop over the parameters in Python on the CPU.
     together = not cut and make is not _OTHER_TOGETHER and _default(make, "foreach", missing=False) is None
     return {"foreach": True} if together else {}
 
 
 def schedule_factory(make: Callable[..., Any], args: Mapping[str, Any], *, total_steps: int) -> MakeSchedule:
-    """`make(optimizer, **args)`, and `total_steps` where it takes that. Raises ConfigError for args that do not fit."""
+    """A factory that calls `make(optimizer, **args)`, with `total_steps` if `make` has that parameter. Local.
+
+    Raises ConfigError for arguments that do not fit.
+    """
     given = dict(args)
     try:
         names = inspect.signature(make).parameters
@@ -129,20 +131,22 @@ def schedule_factory(make: Callable[..., Any], args: Mapping[str, Any], *, total
     def build(optimizer: Optimizer) -> LRScheduler:
         schedule = _make(make, optimizer, given, "schedule.args")
         if not isinstance(schedule, LRScheduler):
-            found = f"a {type(schedule).__qualname__}"
-            raise ConfigError(explain("schedule.target makes a torch LRScheduler.", found, "name one"))
+            problem = f"it returns a {type(schedule).__qualname__}, not a torch LRScheduler"
+            raise ConfigError(explain("Cannot use schedule.target.", problem, "name a schedule class or factory"))
         if isinstance(schedule, OneCycleLR) and schedule.total_steps < total_steps:
-            found = f"total_steps={schedule.total_steps}, of a run of {total_steps}: torch fails after its last"
-            do = "leave the length out of schedule.args: it is the run's then"
-            raise ConfigError(explain("OneCycleLR is to last as long as the run.", found, do))
+            problem = f"total_steps={schedule.total_steps} in a run of {total_steps}: torch fails after the last step"
+            fix = "leave the length out of schedule.args: it defaults to the run's"
+            raise ConfigError(explain("Cannot use OneCycleLR, which is shorter than the run.", problem, fix))
         return schedule
 
     return build
 
 
 def users_optimizer(make: Callable[[list[torch.nn.Parameter]], Optimizer]) -> MakeOptimizer:
-    """A script's own factory, which takes the bare list of trainable parameters. Raises ConfigError when it is called
-    for an optimizer that steps with arguments only."""
+    """Adapt a user's factory, which takes the list of trainable parameters. Local.
+
+    The adapted factory raises ConfigError for an optimizer whose step needs arguments.
+    """
 
     def build(named: Sequence[NamedParameter]) -> Optimizer:
         optimizer = make([one.parameter for one in named])
@@ -153,7 +157,10 @@ def users_optimizer(make: Callable[[list[torch.nn.Parameter]], Optimizer]) -> Ma
 
 
 def users_schedule(make: Callable[[Optimizer], LRScheduler]) -> MakeSchedule:
-    """A script's own factory. Raises ConfigError when it is called for a schedule that steps with arguments only."""
+    """Adapt a user's factory of a schedule. Local.
+
+    The adapted factory raises ConfigError for a schedule whose step needs arguments.
+    """
 
     def build(optimizer: Optimizer) -> LRScheduler:
         schedule = make(optimizer)
@@ -167,25 +174,26 @@ def _make(make: Callable[..., Any], first: Any, args: Mapping[str, Any], what: s
     try:
         return make(first, **args, **chosen)
     except (TypeError, ValueError, IndexError) as error:
-        if not _is_torchs(make):  # a user's own code speaks for itself
+        if not _is_torchs(make):  # a user's code raises its own error
             raise
         given = ", ".join(f"{name}={value!r}" for name, value in args.items())
-        asked = f"{what} are values that {make.__name__} takes."
+        failed = f"Cannot pass {what} to {make.__name__}."
         raise ConfigError(
-            explain(asked, f"{error} ({given})", "mend the value, or see torch's documentation")
+            explain(failed, f"{error} ({given})", "correct the value, or see torch's documentation")
         ) from error
 
 
 def check_step(make: Callable[..., Any], what: str) -> None:
-    """Refuse a class whose `step` needs an argument: nobody here has a closure or a metric for it."""
+    """Raise ConfigError for a class whose `step` needs an argument, such as a closure or a metric. Local."""
     try:
         signature = inspect.signature(make.step) if isinstance(make, type) and hasattr(make, "step") else None
     except (TypeError, ValueError):
         return
     needed = [name for name, one in signature.parameters.items() if _is_needed(one)][1:] if signature else []
     if needed:
-        found = f"{make.__qualname__}.step, which needs {', '.join(needed)}"
-        raise ConfigError(explain(f"{what} is stepped without arguments, once a step.", found, "choose another one"))
+        problem = f"{make.__qualname__}.step needs {', '.join(needed)}"
+        failed = f"Cannot use {what}, which is stepped without arguments."
+        raise ConfigError(explain(failed, problem, "choose a class whose step needs no argument"))
 
 
 def _is_needed(parameter: inspect.Parameter) -> bool:

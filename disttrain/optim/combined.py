@@ -1,7 +1,7 @@
-"""Several optimizers as one: each of the parameters whose names it matches, all of them stepped in one act.
+"""Combines several optimizers into one. Each steps the parameters whose names it matches.
 
-Owns who gets which parameter. Refuses a parameter that nothing matches, a pattern that matches nothing and an
-optimizer that is left without parameters.
+This module distributes the parameters. It rejects a parameter that no pattern matches, a pattern that matches no
+parameter, and an optimizer without parameters.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from disttrain.optim.named import MakeOptimizer, NamedParameter
 
 
 class Several(Optimizer):
-    """Optimizers of different parameters behind torch's one face.
+    """Optimizers of different parameters as one torch optimizer.
 
-    Its groups are the parts' own mappings, so that a schedule, or a strategy that puts other tensors into them, reaches
-    the parts; its state is one mapping that all parts share.
+    Its groups are the same objects as the parts' groups. A schedule, or a strategy that replaces their tensors,
+    therefore changes the parts. All parts share one state mapping.
     """
 
     def __init__(self, parts: Sequence[Optimizer]) -> None:
         self.parts = tuple(parts)
         super().__init__([group for part in parts for group in part.param_groups], {})
         for part in parts:
-            self.state.update(part.state)  # what some make room for at once, as Adagrad does
+            self.state.update(part.state)  # state that some optimizers make when they are built, as Adagrad does
         self._share()
 
     def _share(self) -> None:
@@ -37,21 +37,21 @@ class Several(Optimizer):
             part.state, part.param_groups = self.state, [next(groups) for _ in part.param_groups]
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Every part's step, in their order. Local, or as collective as the parts are."""
+        """Step every part, in order. Local, unless a part's step is collective. Raises TypeError for a closure."""
         if closure is not None:
-            raise TypeError("several optimizers are stepped without a closure")
+            raise TypeError("Several.step takes no closure")
         for part in self.parts:
             part.step()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's own: state and groups are replaced, for the parts too. Local."""
+        """Replace state and groups, for the parts too, as in torch's optimizers. Local."""
         super().load_state_dict(state_dict)
         self._share()
 
 
 @dataclass(frozen=True)
 class Part:
-    """One of several: its factory, the patterns of names that it takes, and the config's key for it."""
+    """One of several optimizers: its factory, the patterns of its parameters' names, and its key in the config."""
 
     make: MakeOptimizer
     match: tuple[str, ...]
@@ -60,17 +60,17 @@ class Part:
 
 @dataclass(frozen=True)
 class SeveralFactory:
-    """Makes one optimizer of several; a parameter goes to the first part that matches its name."""
+    """Builds several optimizers as one. A parameter belongs to the first part that matches its name."""
 
     parts: tuple[Part, ...]
 
     def __call__(self, named: Sequence[NamedParameter]) -> Several:
-        """Local; raises ConfigError where parameters and patterns do not cover each other."""
+        """Build the optimizer. Local; raises ConfigError for an unmatched parameter or an unused pattern."""
         taken = self.share_out(named)
         return Several([part.make(own) for part, own in zip(self.parts, taken, strict=True)])
 
     def share_out(self, named: Sequence[NamedParameter]) -> list[list[NamedParameter]]:
-        """The parameters of each part, in their order. Pure; raises ConfigError as the call does."""
+        """The parameters of each part, in order. Pure; raises the ConfigErrors of the call."""
         taken: list[list[NamedParameter]] = [[] for _ in self.parts]
         unmatched = []
         for one in named:
@@ -82,26 +82,26 @@ class SeveralFactory:
         if unmatched:
             raise ConfigError(
                 explain(
-                    "Each trainable parameter is that of one of the optimizers under optim.",
-                    f"{_listed(unmatched)}, which no match names",
-                    "name them, or end the list with an optimizer of match: '*'",
+                    "Cannot assign every trainable parameter to an optimizer under optim.",
+                    f"no match names {_listed(unmatched)}",
+                    "name them, or end the list with an optimizer with match: '*'",
                 )
             )
         for part, own in zip(self.parts, taken, strict=True):
             for pattern in part.match:
                 if not any(_matches(one, [pattern]) for one in named):
-                    found = f"{pattern!r}, which none of {len(named)} matches"
-                    do = f"name some of them: {_listed([one.name for one in named])}"
-                    raise ConfigError(explain(f"{part.key}.match names trainable parameters.", found, do))
+                    problem = f"{pattern!r} matches none of {len(named)} trainable parameters"
+                    fix = f"name some of them: {_listed([one.name for one in named])}"
+                    raise ConfigError(explain(f"Cannot use {part.key}.match.", problem, fix))
             if not own:
-                found = f"{', '.join(part.match)}: optimizers before it take all that these match"
-                do = "put it before them, or take it out"
-                raise ConfigError(explain(f"{part.key} steps the parameters that it matches.", found, do))
+                problem = f"earlier optimizers take all parameters that {', '.join(part.match)} matches"
+                fix = "move it before them, or remove it"
+                raise ConfigError(explain(f"Cannot build {part.key}: it has no parameters.", problem, fix))
         return taken
 
 
 def factories_of(make: MakeOptimizer) -> tuple[MakeOptimizer, ...]:
-    """The factories that each make one optimizer: those of several, or `make` itself. Pure."""
+    """The factories that each build one optimizer: the parts of a SeveralFactory, or `make` itself. Pure."""
     return tuple(part.make for part in make.parts) if isinstance(make, SeveralFactory) else (make,)
 
 

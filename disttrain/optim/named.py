@@ -1,4 +1,4 @@
-"""A parameter as an optimizer's factory sees it: with its name and its global shape, however it is cut."""
+"""Defines the parameters that optimizer factories take: named, and with their global shapes."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 PROBE = "?"
-"""The name of a parameter that is tried and dropped: none of a model's, so no pattern of names is held against it."""
+"""The name of a parameter in a trial. It belongs to no model, so patterns of names are not checked against it."""
 
 
 @dataclass(frozen=True)
 class NamedParameter:
-    """`shape` is the global one: a sharded parameter's own `.shape` may be a part of it, or empty."""
+    """A parameter with its name and its global `shape`. A sharded parameter's own `.shape` may be smaller or empty."""
 
     name: str
     parameter: nn.Parameter

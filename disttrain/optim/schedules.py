@@ -1,7 +1,8 @@
-"""Learning-rate schedules as closed forms of the step: resumable from a number, stretchable by a larger run.steps.
+"""Provides learning-rate schedules that are closed forms of the step.
 
-`warmup` and `decay` are steps (int) or a share of the run (float below 1). The shapes are pure functions from step to
-a factor of the peak rate; the named schedules wrap them in torch's LambdaLR.
+They resume from the step's number, and a larger run.steps stretches them. `warmup` and `decay` are steps (int) or a
+share of the run (float below 1). The shapes are pure functions from a step to a factor of the peak rate. The named
+schedules wrap the shapes in torch's LambdaLR.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ Shape = Callable[[int], float]
 
 
 def warmed(step: int, warmup: int) -> float:
-    """Linear up to 1 over `warmup` steps; the first step already moves: (step + 1) / warmup. Pure."""
+    """Rise linearly to 1 over `warmup` steps: (step + 1) / warmup, so that the first step already trains. Pure."""
     return min(1.0, (step + 1) / warmup) if warmup else 1.0
 
 
 def linear_factor(step: int, *, total: int, warmup: int, end: float) -> float:
-    """Warm-up, then a straight line to `end` at step `total`. Pure."""
+    """Warm up, then change linearly to `end` at step `total`. Pure."""
     if step < warmup:
         return warmed(step, warmup)
     done = min(1.0, (step - warmup) / max(1, total - warmup))
@@ -31,7 +32,7 @@ def linear_factor(step: int, *, total: int, warmup: int, end: float) -> float:
 
 
 def cosine_factor(step: int, *, total: int, warmup: int, end: float) -> float:
-    """Warm-up, then half a cosine to `end` at step `total` (arXiv 1608.03983, without restarts). Pure."""
+    """Warm up, then follow half a cosine to `end` at step `total` (arXiv 1608.03983, without restarts). Pure."""
     if step < warmup:
         return warmed(step, warmup)
     done = min(1.0, (step - warmup) / max(1, total - warmup))
@@ -39,7 +40,7 @@ def cosine_factor(step: int, *, total: int, warmup: int, end: float) -> float:
 
 
 def warmup_stable_decay_factor(step: int, *, total: int, warmup: int, decay: int, end: float) -> float:
-    """Warm-up, a plateau, and a straight line to `end` over the last `decay` steps (arXiv 2404.06395). Pure."""
+    """Warm up, stay at 1, then change linearly to `end` over the last `decay` steps (arXiv 2404.06395). Pure."""
     if step < warmup:
         return warmed(step, warmup)
     start = max(warmup, total - decay)
@@ -48,20 +49,20 @@ def warmup_stable_decay_factor(step: int, *, total: int, warmup: int, decay: int
 
 
 def constant(optimizer: Optimizer, total_steps: int, warmup: int | float = 0) -> LambdaLR:
-    """The peak rate, after a warm-up."""
+    """Warm up to the peak rate, then keep it. Local."""
     steps = as_steps(warmup, total_steps, "warmup")
     return LambdaLR(optimizer, lambda step: warmed(step, steps))
 
 
 def linear(optimizer: Optimizer, total_steps: int, warmup: int | float = 0, end: float = 0.0) -> LambdaLR:
-    """Straight down to `end` times the peak rate."""
+    """Warm up to the peak rate, then fall linearly to `end` times the peak rate. Local."""
     steps = as_steps(warmup, total_steps, "warmup")
     _check_end(end)
     return LambdaLR(optimizer, lambda step: linear_factor(step, total=total_steps, warmup=steps, end=end))
 
 
 def cosine(optimizer: Optimizer, total_steps: int, warmup: int | float = 0, end: float = 0.0) -> LambdaLR:
-    """Half a cosine down to `end` times the peak rate."""
+    """Warm up to the peak rate, then fall along half a cosine to `end` times the peak rate. Local."""
     steps = as_steps(warmup, total_steps, "warmup")
     _check_end(end)
     return LambdaLR(optimizer, lambda step: cosine_factor(step, total=total_steps, warmup=steps, end=end))
@@ -70,7 +71,7 @@ def cosine(optimizer: Optimizer, total_steps: int, warmup: int | float = 0, end:
 def warmup_stable_decay(
     optimizer: Optimizer, total_steps: int, warmup: int | float, decay: int | float, end: float = 0.0
 ) -> LambdaLR:
-    """Up, level, and down over the last `decay` steps."""
+    """Warm up to the peak rate, keep it, then fall linearly over the last `decay` steps. Local."""
     up, down = as_steps(warmup, total_steps, "warmup"), as_steps(decay, total_steps, "decay")
     _check_end(end)
     return LambdaLR(
@@ -80,20 +81,16 @@ def warmup_stable_decay(
 
 
 def as_steps(amount: int | float, total: int, name: str) -> int:
-    """Steps as they are, a share as steps. Raises ConfigError for what is neither. Pure."""
+    """Convert a share of the run to steps; return steps unchanged. Pure; raises ConfigError for other values."""
     share = isinstance(amount, float) and 0 <= amount < 1
-    whole = isinstance(amount, int | float) and amount >= 0 and float(amount).is_integer()
-    if isinstance(amount, bool) or not (share or whole):
-        raise ConfigError(
-            explain(
-                f"schedule.args.{name} is a number of steps, or a share of the run.", repr(amount), "e.g. 100 or 0.1"
-            )
-        )
+    steps = isinstance(amount, int | float) and amount >= 0 and float(amount).is_integer()
+    if isinstance(amount, bool) or not (share or steps):
+        problem = f"{amount!r} is neither a number of steps nor a share of the run"
+        raise ConfigError(explain(f"Cannot use schedule.args.{name}.", problem, "write e.g. 100 or 0.1"))
     return round(amount * total) if share else int(amount)
 
 
 def _check_end(end: float) -> None:
     if isinstance(end, bool) or not (isinstance(end, int | float) and 0 <= end < math.inf):
-        raise ConfigError(
-            explain("schedule.args.end is a share of the peak rate.", repr(end), "e.g. 0.1, or 0 to end at nothing")
-        )
+        problem = f"{end!r} is not a share of the peak rate"
+        raise ConfigError(explain("Cannot use schedule.args.end.", problem, "write e.g. 0.1, or 0 to end at zero"))

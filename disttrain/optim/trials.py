@@ -1,8 +1,8 @@
-"""What an optimizer can do, found by trying it on a small matrix, not by its name.
+"""Tries optimizers on a small matrix, to learn whether they can step parts of parameters and need no closure.
 
-Strategies that cut parameters ask: one that looks at a parameter as a whole (Adafactor's row means, Muon's orthogonal
-updates, LAMB's norms) would train on other numbers in flat parts, and raise nothing. Everyone asks whether it steps
-without a closure. A factory that cannot be called on other parameters than the model's own is trusted.
+An optimizer that uses a complete parameter (Adafactor's row means, Muon's orthogonal updates, LAMB's norms) computes
+other numbers on flat parts, and raises no error. Strategies that shard parameters therefore try it first. A factory
+that only accepts the model's own parameters cannot be tried, and is trusted.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from disttrain.optim.named import PROBE, MakeOptimizer, NamedParameter
 
 _ROWS, _COLUMNS = 6, 4
 _CUT = 9
-"""Not at the end of a row, as flat partitions are not."""
+"""Inside a row, because flat partitions do not end at rows either."""
 
 
 def is_elementwise(make: MakeOptimizer) -> bool:
-    """Whether three steps on a small matrix equal those on its flat parts. Local; builds and drops two optimizers."""
+    """Whether three steps on a small matrix equal those on its flat parts. Local."""
     return _is_exact(make, _ROWS, _cut)
 
 
 def is_exact_on_shards(make: MakeOptimizer, mesh: DeviceMesh) -> bool:
-    """Whether three steps on a small matrix equal those on a DTensor, cut by rows over a mesh of one axis. Collective.
+    """Whether three steps on a small matrix equal those on a DTensor, sharded by rows over a mesh with one axis.
 
-    Every rank holds rows of it: one that raises does so on all of them.
+    Collective. Every rank holds rows of the matrix, so that an optimizer that raises does so on all ranks.
     """
     return _is_exact(
         make, 2 * mesh.size(), lambda tensor: [distribute_tensor(tensor, mesh, [Shard(0)])], mesh.device_type
@@ -41,7 +41,7 @@ def is_exact_on_shards(make: MakeOptimizer, mesh: DeviceMesh) -> bool:
 
 
 def kind_of(make: MakeOptimizer) -> type[Optimizer] | None:
-    """The class that a factory of one optimizer makes, None where only the model's own parameters would tell. Local."""
+    """The class of a factory's optimizer, or None if the factory only accepts the model's own parameters. Local."""
     try:
         return type(make([_named(torch.ones(_ROWS, _COLUMNS))]))
     except Exception:  # noqa: BLE001 - the factory is the user's and may want anything
@@ -51,7 +51,7 @@ def kind_of(make: MakeOptimizer) -> type[Optimizer] | None:
 def refuse_closures(make: MakeOptimizer, what: str) -> None:
     """Raise ConfigError for an optimizer that only steps with a closure, as LBFGS or SAM do. Local.
 
-    Found in its signature, or by trying: it steps with one, and not without.
+    Its signature shows that, or a trial: it steps with a closure and fails without.
     """
     for one in factories_of(make):
         kind = kind_of(one)
@@ -59,9 +59,9 @@ def refuse_closures(make: MakeOptimizer, what: str) -> None:
             continue
         check_step(kind, what)
         if not _steps(one, with_closure=False) and _steps(one, with_closure=True):
-            found = f"{kind.__qualname__}, which steps with a closure only: it computes the loss several times a step"
-            do = "choose one that steps on the gradients at hand, such as AdamW or SGD"
-            raise ConfigError(explain(f"{what} is stepped without arguments, once a step.", found, do))
+            problem = f"{kind.__qualname__} only steps with a closure: it computes the loss several times in a step"
+            fix = "choose an optimizer that steps on computed gradients, such as AdamW or SGD"
+            raise ConfigError(explain(f"Cannot use {what}, which is stepped without arguments.", problem, fix))
 
 
 def _steps(make: MakeOptimizer, *, with_closure: bool) -> bool:
@@ -78,7 +78,7 @@ def _steps(make: MakeOptimizer, *, with_closure: bool) -> bool:
             return total
 
         optimizer.step(*([loss] if with_closure else []))  # type: ignore[arg-type]
-    except Exception:  # noqa: BLE001 - whatever it is: it does not step so
+    except Exception:  # noqa: BLE001 - any exception means that it cannot be stepped in this way
         return False
     return True
 
@@ -92,10 +92,10 @@ def _is_exact(make: MakeOptimizer, rows: int, cut: Callable[[Tensor], Sequence[T
         except Exception:  # noqa: BLE001 - the factory is the user's and may want anything
             continue
         try:
-            # Each by an optimizer of its own: one that groups by position would give two parts other settings.
+            # Separate optimizers, because one that groups by position would give the two parts different settings.
             cuts = zip(cut(first), *map(cut, gradients), strict=True)
             parts = torch.cat([_trained(one, value, own) for value, *own in cuts])
-        except Exception:  # noqa: BLE001 - as Muon, which refuses vectors
+        except Exception:  # noqa: BLE001 - for example Muon, which rejects vectors
             return False
         if not torch.allclose(whole, parts, rtol=1e-5):
             return False
@@ -103,7 +103,7 @@ def _is_exact(make: MakeOptimizer, rows: int, cut: Callable[[Tensor], Sequence[T
 
 
 def _trained(make: MakeOptimizer, value: Tensor, gradients: Sequence[Tensor]) -> Tensor:
-    """The value in a row, after a step on each of `gradients`."""
+    """The flattened value after one step on each of `gradients`."""
     named = _named(value)
     optimizer = make([named])
     for gradient in gradients:

@@ -1,1 +1,1 @@
-"""Reads YAML files, `extends`, overrides and `${...}` references into a draft of a config."""
+"""Reads YAML files, `extends`, overrides and `${...}` references into the draft of a config."""

@@ -1,4 +1,7 @@
-"""A config on its way: files over what they extend, overrides over files, each value with its source. No user code."""
+"""Merges files, what they extend, and overrides into a draft of a config, with the source of each value.
+
+Imports no user code.
+"""
 
 from __future__ import annotations
 
@@ -10,35 +13,35 @@ from typing import Any
 import yaml
 
 from disttrain.config.files.yaml_lines import KeyPath, parse_document, parse_value
-from disttrain.config.problems import ConfigFaultsError, Fault, dotted, shown
+from disttrain.config.problems import ConfigProblem, ConfigProblemsError, dotted, shown
 from disttrain.config.schema import Config
 
 
 @dataclass
 class Draft:
-    """Values on their way to a Config. `name` is where a fault stands that has no key of its own."""
+    """The values of a config before validation. `name` is the location of problems that belong to no key."""
 
     name: str
     folder: Path
     value: dict[str, Any] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
-    faults: list[Fault] = field(default_factory=list)
+    problems: list[ConfigProblem] = field(default_factory=list)
 
     def where(self, path: KeyPath) -> str:
-        """The source of the value at `path`, or of the nearest thing around it."""
+        """The source of the value at `path`, or else of the innermost value that contains it."""
         for length in range(len(path), 0, -1):
             found = self.sources.get(dotted(path[:length]))
             if found is not None:
                 return found
         return self.name
 
-    def add_fault(self, path: KeyPath, found: str, do: str) -> None:
-        """Note a fault of the value at `path`."""
-        self.faults.append(Fault(dotted(path), self.where(path), found, do))
+    def add_problem(self, path: KeyPath, problem: str, fix: str) -> None:
+        """Record a problem of the value at `path`."""
+        self.problems.append(ConfigProblem(dotted(path), self.where(path), problem, fix))
 
 
 def begin_draft(source: str | Path | Mapping[str, Any] | Config) -> Draft:
-    """A draft from a file (and what it extends), a mapping, or a finished config. Reads the disk."""
+    """Make a draft from a file and those that it extends, a mapping, or a finished config. Local; reads the disk."""
     if isinstance(source, Config):
         values = {key: value for key, value in source.values().items() if value is not None}
         return Draft("argument", source.folder, values, dict(source.sources))
@@ -49,37 +52,40 @@ def begin_draft(source: str | Path | Mapping[str, Any] | Config) -> Draft:
     path = Path(source)
     draft = Draft(f"{path}:1", path.resolve().parent)
     try:
-        _read_file(draft, path, (), Fault("", str(path), "", "name a YAML file"))
-    except ConfigFaultsError as error:  # the chain ends here; what its other files were found to say wrong stays told
-        raise ConfigFaultsError([*draft.faults, *error.faults]) from None
+        _read_file(draft, path, (), ConfigProblem("", str(path), "", "name a YAML file"))
+    except ConfigProblemsError as error:  # ends the chain of files; the problems of those already read are kept
+        raise ConfigProblemsError([*draft.problems, *error.problems]) from None
     return draft
 
 
-def _read_file(draft: Draft, path: Path, chain: tuple[Path, ...], asked: Fault) -> None:
-    """Merge a file over what it extends. `asked` is the key and place that named it."""
+def _read_file(draft: Draft, path: Path, chain: tuple[Path, ...], asked: ConfigProblem) -> None:
+    """Merge a file over the one that it extends. `asked` is the key and the place that name the file."""
     if path.resolve() in chain:
         circle = " -> ".join(one.name for one in (*chain, path))
-        raise ConfigFaultsError(
-            [Fault(asked.key, asked.where, f"a circle: {circle}", "let one of them extend nothing")]
+        raise ConfigProblemsError(
+            [ConfigProblem(asked.key, asked.where, f"a circle: {circle}", "remove `extends` from one of them")]
         )
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise ConfigFaultsError([Fault(asked.key, asked.where, _unreadable(path, error), asked.do)]) from None
+        raise ConfigProblemsError(
+            [ConfigProblem(asked.key, asked.where, _unreadable(path, error), asked.fix)]
+        ) from None
     document = parse_document(text, str(path))
-    draft.faults += document.faults
+    draft.problems += document.problems
     if not isinstance(document.value, Mapping):
-        found = "an empty file" if document.value is None else f"a {type(document.value).__name__}, no mapping"
-        do = "write sections: run, model, objective, data, optim, ..."
-        raise ConfigFaultsError([Fault("", f"{path}:1", found, do)])
+        kind = type(document.value).__name__
+        problem = "an empty file" if document.value is None else f"a {kind}, not a mapping"
+        fix = "write sections: run, model, objective, data, optim, ..."
+        raise ConfigProblemsError([ConfigProblem("", f"{path}:1", problem, fix)])
     value = dict(document.value)
     base = value.pop("extends", None)
     if base is not None:
         where = f"{path}:{document.lines.get(('extends',), 1)}"
-        do = "write one file's path, relative to this file"
+        fix = "write the path of one file, relative to this file"
         if not isinstance(base, str):
-            raise ConfigFaultsError([Fault("extends", where, shown(base), do)])
-        _read_file(draft, path.parent / base, (*chain, path.resolve()), Fault("extends", where, "", do))
+            raise ConfigProblemsError([ConfigProblem("extends", where, shown(base), fix)])
+        _read_file(draft, path.parent / base, (*chain, path.resolve()), ConfigProblem("extends", where, "", fix))
     _merge(draft, value, (), lambda at: f"{path}:{document.lines.get(at, 1)}")
 
 
@@ -87,31 +93,31 @@ def _unreadable(path: Path, error: Exception) -> str:
     if isinstance(error, IsADirectoryError):
         return f"{path} is a folder"
     if isinstance(error, UnicodeDecodeError):
-        return f"{path} is no UTF-8 text: {error}"
+        return f"{path} is not UTF-8 text: {error}"
     reason = getattr(error, "strerror", None) or str(error)
     here = "" if path.is_absolute() else f" (the working directory is {Path.cwd()})"
     return f"{path} cannot be read: {reason}{here}"
 
 
 def _merge(draft: Draft, value: Mapping[str, Any], path: KeyPath, source: Callable[[KeyPath], str]) -> None:
-    """Lay `value` over the draft at `path`; another `target` drops the `args` that were there."""
-    place = draft.value
+    """Merge `value` into the draft at `path`. Another `target` removes the previous target's `args`."""
+    section = draft.value
     for key in path:
-        place = place[key] if isinstance(place, list) else place.setdefault(str(key), {})
-    if "target" in value and place.get("target") not in (None, value["target"]):
-        place.pop("args", None)
+        section = section[key] if isinstance(section, list) else section.setdefault(str(key), {})
+    if "target" in value and section.get("target") not in (None, value["target"]):
+        section.pop("args", None)
         _forget(draft, (*path, "args"))
     for name, item in value.items():
         key = str(name)
         here = (*path, key)
-        if isinstance(item, Mapping) and isinstance(place.get(key), Mapping | None):
-            if not isinstance(place.get(key), dict):
-                place[key] = {}
+        if isinstance(item, Mapping) and isinstance(section.get(key), Mapping | None):
+            if not isinstance(section.get(key), dict):
+                section[key] = {}
             draft.sources[dotted(here)] = source(here)
             _merge(draft, item, here, source)
         else:
             _forget(draft, here)
-            place[key] = item
+            section[key] = item
             for inner in (here, *_paths_in(item, here)):
                 draft.sources[dotted(inner)] = source(inner)
 
@@ -130,10 +136,10 @@ def _forget(draft: Draft, path: KeyPath) -> None:
 
 
 def apply_overrides(draft: Draft, overrides: Any) -> None:
-    """Lay overrides over the draft: `section.key=value` texts, (key, value) pairs, or a mapping of those.
+    """Merge overrides into the draft: `section.key=value` strings, (key, value) pairs, or a mapping of those. Local.
 
-    Targets go first, so that arguments given beside a new target are not dropped with the old ones. A mapping as a
-    value is laid over what is there; anything else replaces it.
+    Targets are merged first, so that arguments of a new target are not removed with those of the previous one. A
+    mapping is merged into the mapping that it overrides; any other value replaces it.
     """
     listed = list(overrides.items()) if isinstance(overrides, Mapping) else list(overrides)
     parsed = [one for one in (_parse_override(draft, override) for override in listed) if one is not None]
@@ -147,31 +153,33 @@ def _parse_override(draft: Draft, override: Any) -> tuple[str, Any, str] | None:
     key, equals, text = override.partition("=")
     key = key.strip()
     if not equals or not all(key.split(".")):
-        found = f"{shown(override)}, which is no section.key=value"
-        draft.faults.append(Fault(key, "override", found, "write e.g. run.steps=20"))
+        problem = f"{shown(override)} is not section.key=value"
+        draft.problems.append(ConfigProblem(key, "override", problem, "write e.g. run.steps=20"))
         return None
     try:
         return key, parse_value(text), "override"
     except (yaml.YAMLError, ValueError, KeyError, RecursionError) as error:
-        problem = str(getattr(error, "problem", None) or error).split("\n")[0]
-        found = f"{shown(text, key)}, which is not YAML: {problem}"
-        draft.faults.append(Fault(key, "override", found, "write a YAML value; quote it once more if it is text"))
+        reason = str(getattr(error, "problem", None) or error).split("\n")[0]
+        problem = f"{shown(text, key)} is not YAML: {reason}"
+        fix = "write a YAML value; if it is text, quote it once more"
+        draft.problems.append(ConfigProblem(key, "override", problem, fix))
         return None
 
 
 def _apply(draft: Draft, key: str, value: Any, source: str) -> None:
     parts: list[Any] = key.split(".")
     item = 0  # how many parts lead to the innermost item of a list
-    place: Any = draft.value
+    section: Any = draft.value
     for at, part in enumerate(parts[:-1], start=1):
-        holder, place = place, place.get(part) if place else None
-        if isinstance(place, list) and at < len(parts) - 1 and _is_item(place, parts[at]):
-            place = holder[part] = [*map(_copied, place)]  # the list is the user's own
+        holder, section = section, section.get(part) if section else None
+        if isinstance(section, list) and at < len(parts) - 1 and _is_item(section, parts[at]):
+            section = holder[part] = [*map(_copied, section)]  # a copy, because the list belongs to the user
             parts[at], item = int(parts[at]), at + 1
-            place = dict(enumerate(place))
-        elif place is not None and not isinstance(place, Mapping):
-            found = f"{shown(place, part)} at {dotted(parts[:at])}, which has no key {parts[at]!r}"
-            draft.faults.append(Fault(key, source, found, f"override the whole value: {dotted(parts[:at])}=..."))
+            section = dict(enumerate(section))
+        elif section is not None and not isinstance(section, Mapping):
+            problem = f"{dotted(parts[:at])} is {shown(section, part)}, which has no key {parts[at]!r}"
+            fix = f"override the complete value: {dotted(parts[:at])}=..."
+            draft.problems.append(ConfigProblem(key, source, problem, fix))
             return
     nested: Any = value
     for part in reversed(parts[item:]):

@@ -1,4 +1,7 @@
-"""`${section.key}`: replaced by the value there. The whole value keeps its type; inside a text it becomes text."""
+"""Replaces `${section.key}` by the value of that key.
+
+A value that is only a reference takes the type of the other value. Inside a longer string, the value becomes text.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ _ABSENT = object()
 
 
 def resolve_references(draft: Draft) -> None:
-    """Replace every reference in the draft; unknown ones, circles and unclosed ones become faults."""
+    """Replace every reference in the draft. Unknown, circular and unclosed references become problems. Local."""
     draft.value = {key: _walk(draft, item, (key,), ()) for key, item in draft.value.items()}
 
 
@@ -31,7 +34,7 @@ def _walk(draft: Draft, value: Any, at: KeyPath, chain: tuple[str, ...]) -> Any:
     if whole:
         return _look_up(draft, whole[1].strip(), at, chain)
     if "${" in _REFERENCE.sub("", value):
-        draft.add_fault(at, f"{value!r}, a reference that does not end", "write ${section.key}")
+        draft.add_problem(at, f"{value!r} has a reference that is not closed", "write ${section.key}")
         return value
     return _REFERENCE.sub(lambda match: _text(draft, match[1].strip(), at, chain), value)
 
@@ -40,7 +43,7 @@ def _look_up(draft: Draft, name: str, at: KeyPath, chain: tuple[str, ...]) -> An
     # A reference to something around itself, or to something whose own references come back here.
     if name in chain or ".".join(map(str, at)).startswith(name + "."):
         circle = " -> ".join((*chain[chain.index(name) if name in chain else 0 :], name))
-        draft.add_fault(at, f"a circle of references: {circle}", "write one of them out")
+        draft.add_problem(at, f"a circle of references: {circle}", "replace one of them by its value")
         return None
     value = _value_at(draft.value, name)
     if value is _ABSENT:
@@ -49,7 +52,8 @@ def _look_up(draft: Draft, name: str, at: KeyPath, chain: tuple[str, ...]) -> An
         except KeyError:
             known = [key for key in [*draft.sources, *known_keys()] if key.count(".") == name.count(".")]
             close_by = [key for key in known if key.partition(".")[0] == name.partition(".")[0]]
-            draft.add_fault(at, f"${{{name}}}, which is set nowhere in this config", suggest(name, close_by or known))
+            problem = f"${{{name}}} refers to a key that this config does not set"
+            draft.add_problem(at, problem, suggest(name, close_by or known))
             return None
     return _walk(draft, value, at, (*chain, name))
 
@@ -57,7 +61,7 @@ def _look_up(draft: Draft, name: str, at: KeyPath, chain: tuple[str, ...]) -> An
 def _text(draft: Draft, name: str, at: KeyPath, chain: tuple[str, ...]) -> str:
     value = _look_up(draft, name, at, chain)
     if isinstance(value, Mapping | list):
-        draft.add_fault(at, f"${{{name}}} inside a text, which is no single value", "refer to one of its keys")
+        draft.add_problem(at, f"${{{name}}} inside a text is not a single value", "refer to one of its keys")
         return ""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]

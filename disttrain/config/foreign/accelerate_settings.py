@@ -1,8 +1,8 @@
-"""What accelerate was told: its own file, or the variables that `accelerate launch` hands to its workers.
+"""Reads accelerate's settings from its file, or from the variables that `accelerate launch` sets for its workers.
 
-Both become `Settings`: the dotted keys of the file, each with its value (accelerate's own default where nothing is
-said) and its place for messages. The names and defaults are those of accelerate 1.15 (commands/launch.py,
-utils/launch.py, commands/config/config_args.py). Unknown keys are refused. Imports no torch.
+Both become `Settings`: the dotted keys of the file, each with its value or accelerate's default, and with its location
+for messages. Names and defaults are those of accelerate 1.15 (commands/launch.py, utils/launch.py,
+commands/config/config_args.py). Unknown keys are rejected. Imports no torch.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from disttrain.config.files.yaml_lines import parse_document
-from disttrain.config.problems import ConfigFaultsError, Fault, shown, suggest
+from disttrain.config.problems import ConfigProblem, ConfigProblemsError, shown, suggest
 
 
 @dataclass(frozen=True)
 class _Key:
-    """The variable that hands a key on ("" where none does), what it holds, and what silence means."""
+    """The variable that passes a key to workers ("" if none does), the type of its value, and its default."""
 
     variable: str
     kind: str
@@ -95,64 +95,75 @@ _TOP = {
     "num_machines": _Key("", "int", 1),
     "enable_cpu_affinity": _Key("ACCELERATE_CPU_AFFINITY", "bool", False),
 }
-# Who starts what where: accelerate's business, or a TPU's, which the distributed type says. Any value passes.
+# Keys about starting processes, and about TPUs, which the distributed type excludes. Any value is accepted.
 _LAUNCHING = {
     *("machine_rank", "main_process_ip", "main_process_port", "rdzv_backend", "same_network", "gpu_ids", "debug"),
     *("main_training_function", "use_cpu", "downcast_bf16", "command_file", "commands", "tpu_name", "tpu_zone"),
     *("tpu_use_cluster", "tpu_use_sudo", "tpu_vm", "tpu_env"),
 }
 _FOREIGN = {
-    "fp8_config": "take it out, and write mixed_precision: bf16",
+    "fp8_config": "remove it, and write mixed_precision: bf16",
     "megatron_lm_config": "use distributed_type: FSDP with parallelism_config, or DEEPSPEED",
-    "mpirun_config": "take it out; distributed_type: MULTI_GPU with use_cpu: true starts processes on CPU",
+    "mpirun_config": "remove it; distributed_type: MULTI_GPU with use_cpu: true starts processes on CPU",
 }
 
 
 @dataclass(frozen=True)
 class Settings:
-    """`values` and `places` (where it is said: `file:line`, or a variable) by dotted key; `native` is what stands in
-    DeepSpeed's own JSON, where one is named; `world_size` is None where a file leaves it open."""
+    """Accelerate's settings.
+
+    `values` and `places` are by dotted key; a place is `file:line` or the name of a variable. `native` is the content
+    of DeepSpeed's JSON, if the settings name one. `world_size` is None where a file does not state it.
+    """
 
     name: str
     world_size: int | None = None
     values: dict[str, Any] = field(default_factory=dict)
     places: dict[str, str] = field(default_factory=dict)
     native: dict[str, Any] | None = None
-    faults: tuple[Fault, ...] = ()
+    problems: tuple[ConfigProblem, ...] = ()
 
 
 def read_file(path: str | Path) -> Settings:
-    """What a file of `accelerate config` says. Reads the disk; raises ConfigFaultsError where it is no such file."""
+    """Read a file that `accelerate config` wrote. Local; raises ConfigProblemsError for a file of another kind."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigFaultsError(
-            [Fault("--accelerate", str(path), f"a file that cannot be read: {error}", "name accelerate's YAML file")]
+        raise ConfigProblemsError(
+            [
+                ConfigProblem(
+                    "--accelerate", str(path), f"a file that cannot be read: {error}", "name accelerate's YAML file"
+                )
+            ]
         ) from None
     document = parse_document(text, str(path))
     if not isinstance(document.value, Mapping):
-        raise ConfigFaultsError([Fault("", f"{path}:1", "no mapping", "write it with `accelerate config`")])
+        problem = ConfigProblem("", f"{path}:1", "not a mapping", "write the file with `accelerate config`")
+        raise ConfigProblemsError([problem])
     said: dict[str, Any] = {}
-    faults = list(document.faults)
+    problems = list(document.problems)
     places = {".".join(map(str, at)): f"{path}:{line}" for at, line in document.lines.items()}
     for key, value in document.value.items():
         where = places.get(key, str(path))
         if key in _SECTIONS:
-            _read_section(key, value, where, said, places, faults)
-        elif key == "dynamo_backend":  # the form of accelerate's older files
+            _read_section(key, value, where, said, places, problems)
+        elif key == "dynamo_backend":  # as in older versions of accelerate
             said["dynamo_config.dynamo_backend"], places["dynamo_config.dynamo_backend"] = value, where
         elif key in _FOREIGN and value:
-            faults.append(Fault(key, where, "a section that disttrain does not have", _FOREIGN[key]))
-        elif key in _TOP and key != "enable_cpu_affinity":  # accelerate takes that from its command line alone
+            problems.append(ConfigProblem(key, where, "disttrain does not support this section", _FOREIGN[key]))
+        elif key in _TOP and key != "enable_cpu_affinity":  # accelerate reads that from its command line only
             said[key] = value
         elif key not in _LAUNCHING and key not in _FOREIGN and key not in _TOP:
             known = [*_TOP, *_SECTIONS, *_LAUNCHING, *_FOREIGN]
-            faults.append(Fault(key, where, f"the unknown key {key!r}", suggest(key, known)))
-    return _settled(str(path), said, places, faults)
+            problems.append(ConfigProblem(key, where, f"the unknown key {key!r}", suggest(key, known)))
+    return _settled(str(path), said, places, problems)
 
 
 def read_environment(variables: Mapping[str, str], world_size: int) -> Settings:
-    """What `accelerate launch` handed to this process, one of `world_size`. Reads DeepSpeed's own JSON, if named."""
+    """Read the settings that `accelerate launch` passed to this process, one of `world_size`. Local.
+
+    Reads DeepSpeed's JSON from the disk, if the settings name one.
+    """
     kind = next((one for one in ("FSDP", "DEEPSPEED", "MEGATRON_LM") if _yes(variables, f"ACCELERATE_USE_{one}")), "")
     said: dict[str, Any] = {"distributed_type": kind or ("MULTI_GPU" if "WORLD_SIZE" in variables else "NO")}
     places = {"distributed_type": f"ACCELERATE_USE_{kind}" if kind else "accelerate launch"}
@@ -172,28 +183,32 @@ def _yes(variables: Mapping[str, str], name: str) -> bool:
 
 
 def _read_section(
-    section: str, value: Any, where: str, said: dict[str, Any], places: dict[str, str], faults: list[Fault]
+    section: str, value: Any, where: str, said: dict[str, Any], places: dict[str, str], problems: list[ConfigProblem]
 ) -> None:
-    """Add a section's keys; accelerate takes those of fsdp_config and dynamo_config without their prefix too."""
+    """Add a section's keys. Accelerate also accepts the keys of fsdp_config and dynamo_config without their prefix."""
     if not isinstance(value, Mapping):
         if value:
-            faults.append(Fault(section, where, shown(value), "write a mapping"))
+            problems.append(ConfigProblem(section, where, shown(value), "write a mapping"))
         return
     prefix = {"fsdp_config": "fsdp_", "dynamo_config": "dynamo_"}.get(section, "")
     for name, item in value.items():
-        whole = name if name.startswith(prefix) else prefix + name
+        full_name = name if name.startswith(prefix) else prefix + name
         place = places.get(f"{section}.{name}", where)
-        if whole not in _SECTIONS[section]:
-            do = suggest(name, _SECTIONS[section])
-            faults.append(Fault(f"{section}.{name}", place, f"the unknown key {name!r}", do))
+        if full_name not in _SECTIONS[section]:
+            fix = suggest(name, _SECTIONS[section])
+            problems.append(ConfigProblem(f"{section}.{name}", place, f"the unknown key {name!r}", fix))
         else:
-            said[f"{section}.{whole}"], places[f"{section}.{whole}"] = item, place
+            said[f"{section}.{full_name}"], places[f"{section}.{full_name}"] = item, place
 
 
 def _settled(
-    name: str, said: dict[str, Any], places: dict[str, str], faults: list[Fault], world_size: int | None = None
+    name: str,
+    said: dict[str, Any],
+    places: dict[str, str],
+    problems: list[ConfigProblem],
+    world_size: int | None = None,
 ) -> Settings:
-    """Texts as what they stand for, accelerate's defaults where nothing is said, DeepSpeed's own JSON read."""
+    """Convert strings to values, add accelerate's defaults, and read DeepSpeed's JSON."""
     kind = said.get("distributed_type")
     active = {"fsdp_config": kind == "FSDP", "deepspeed_config": kind == "DEEPSPEED", "dynamo_config": True}
     active["parallelism_config"] = any(key.startswith("parallelism_config.") for key in said)
@@ -209,18 +224,18 @@ def _settled(
         try:
             values[dotted] = _typed(said[dotted], key.kind)
         except ValueError as error:
-            faults.append(Fault(dotted, places.get(dotted, name), shown(said[dotted]), str(error)))
+            problems.append(ConfigProblem(dotted, places.get(dotted, name), shown(said[dotted]), str(error)))
     native = None
     file = values.get("deepspeed_config.deepspeed_config_file")
     if file not in (None, "none"):
-        native = _read_native(file, places["deepspeed_config.deepspeed_config_file"], faults)
-    if (values["num_processes"] or 0) > 0:  # -1: the command line is to say it
+        native = _read_native(file, places["deepspeed_config.deepspeed_config_file"], problems)
+    if (values["num_processes"] or 0) > 0:  # -1: the command line states it
         world_size = world_size or values["num_processes"]
-    return Settings(name, world_size, values, places, native, tuple(faults))
+    return Settings(name, world_size, values, places, native, tuple(problems))
 
 
 def _typed(value: Any, kind: str) -> Any:
-    """A value of the file, or the text that a variable holds. Raises ValueError with what to write."""
+    """Convert a value of the file, or the string in a variable. Raises ValueError whose message is the fix."""
     text = str(value).strip()
     if kind == "bool":
         if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
@@ -243,15 +258,17 @@ def _typed(value: Any, kind: str) -> Any:
     return {"true": True, "false": False}.get(text.lower(), value)
 
 
-def _read_native(file: str, where: str, faults: list[Fault]) -> dict[str, Any] | None:
-    """DeepSpeed's own JSON, as accelerate finds it: from the working directory."""
+def _read_native(file: str, where: str, problems: list[ConfigProblem]) -> dict[str, Any] | None:
+    """Read DeepSpeed's JSON, relative to the working directory, as accelerate does."""
     key = "deepspeed_config.deepspeed_config_file"
     try:
         found = json.loads(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        faults.append(Fault(key, where, f"{file}, which cannot be read: {error}", "name DeepSpeed's JSON file"))
+        problems.append(
+            ConfigProblem(key, where, f"{file}, which cannot be read: {error}", "name DeepSpeed's JSON file")
+        )
         return None
     if not isinstance(found, dict):
-        faults.append(Fault(key, where, f"{file}, which is no JSON object", "name DeepSpeed's JSON file"))
+        problems.append(ConfigProblem(key, where, f"{file}, which is no JSON object", "name DeepSpeed's JSON file"))
         return None
     return found

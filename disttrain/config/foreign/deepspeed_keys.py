@@ -1,7 +1,7 @@
-"""Every key of DeepSpeed 0.19.8's own JSON, which ignores one that it does not know. Data: no check needs torch for it.
+"""Lists every key of DeepSpeed 0.19.8's JSON, because DeepSpeed ignores unknown keys. Imports no torch.
 
-Read off its config models and constants; a test compares the sections with the installed package. Known by name only:
-what this project decides elsewhere (`ELSEWHERE`, with where) and what DeepSpeed itself has removed (`REMOVED`).
+The keys come from DeepSpeed's config models and constants; a test compares the sections with the installed package.
+`ELSEWHERE` lists keys that disttrain configures in another section, and `REMOVED` those that DeepSpeed has removed.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "optimizer": ("type", "params", "legacy_fusion"),
     "scheduler": ("type", "params"),
 }
-"""The keys of each section that has keys of its own; a dot leads into a section's section."""
+"""The keys of each section. A dot separates a section from the section that contains it."""
 
 PLAIN = (
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
@@ -57,31 +57,31 @@ PLAIN = (
     *("wall_clock_breakdown", "memory_breakdown", "dump_state", "disable_allgather", "disable_python_gc", "log_level"),
     *("vocabulary_size", "timers"),
 )
-"""Keys at the top whose values are no section of known keys."""
+"""Keys at the top level that are not sections."""
 
 ELSEWHERE = {
     "bfloat16": "write the section as bf16",
     "activation_checkpointing": "use memory.recompute",
-    "autotuning": "start DeepSpeed's own autotuner by itself, and write what it finds here",
+    "autotuning": "run DeepSpeed's autotuner separately, and write its results here",
     "checkpoint": "use the section checkpoint",
     "comet": "use report.trackers",
     "compile": "use memory.compile",
     "csv_monitor": "read metrics.jsonl",
-    "data_efficiency": "choose the data's own order in data.train",
+    "data_efficiency": "define the order of samples in data.train",
     "dataloader_drop_last": "use data.last",
     "datastates_ckpt": "use the section checkpoint",
-    "expert_parallel": "train the experts as ordinary layers: expert parallelism comes with a later release",
+    "expert_parallel": "train the experts as ordinary layers: expert parallelism is planned for a later release",
     "hybrid_engine": "generate with `disttrain sample`",
-    "pipeline": "leave it out: pipelines come with a later release",
-    "sequence_parallel_size": "leave it out: sequence parallelism comes with strategy.fsdp.tensor",
+    "pipeline": "leave it out: pipelines are planned for a later release",
+    "sequence_parallel_size": "leave it out: use strategy.fsdp.tensor for sequence parallelism",
     "seq_parallel_communication_data_type": "leave it out with sequence_parallel_size",
     "tensor_parallel": "use strategy.name=fsdp with mesh.tensor",
     "tensorboard": "use report.trackers",
     "use_data_before_expert_parallelism": "leave it out with expert_parallel",
     "wandb": "use report.trackers",
-    "weight_quantization": "leave it out: weights are trained as they are",
+    "weight_quantization": "leave it out: weights are trained without quantization",
 }
-"""Keys that DeepSpeed knows and this project does not hand on, and what to do instead."""
+"""Keys that DeepSpeed knows and disttrain does not pass to it, with the fix for each."""
 
 REMOVED = (
     *("nebula", "compression_training", "amp", "quantize_training", "sparse_gradients", "eigenvalue"),
@@ -89,7 +89,7 @@ REMOVED = (
     *("zero_optimization.mics_shard_size", "zero_optimization.mics_hierarchical_params_gather"),
     "zero_optimization.zeropp_loco_param",
 )
-"""What DeepSpeed 0.19 raises on."""
+"""Keys for which DeepSpeed 0.19 raises an error."""
 
 FIXED = {
     "managed_gradient_accumulation": False,
@@ -108,11 +108,11 @@ FIXED = {
     "zero_optimization.offload_optimizer.ratio": 1.0,
     "zero_optimization.offload_optimizer.super_offload": False,
 }
-"""Values on which exact gradients and checkpoints of any layout rest."""
+"""Values that exact gradients, and checkpoints that any layout can load, depend on."""
 
 
 def known_at(section: str) -> tuple[str, ...]:
-    """The keys known in a section ("" is the top). Pure."""
+    """The known keys of a section; "" is the top level. Pure."""
     if section:
         return SECTIONS.get(section, ())
     return (*PLAIN, *(name for name in SECTIONS if "." not in name), *ELSEWHERE)

@@ -1,4 +1,4 @@
-"""Values from another tool's settings on their way into a config: sources kept, contradictions refused, all at once."""
+"""Collects translated settings and merges them into a config, with their sources. Rejects contradictions together."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from disttrain.config.files.draft import begin_draft
 from disttrain.config.foreign.accelerate_settings import Settings
-from disttrain.config.problems import ConfigFaultsError, Fault, shown
+from disttrain.config.problems import ConfigProblem, ConfigProblemsError, shown
 from disttrain.config.schema import Config
 from disttrain.config.strategy_options import TRANSLATED
 from disttrain.config.validate import validate
@@ -16,36 +16,37 @@ from disttrain.config.validate import validate
 
 @dataclass
 class Translation:
-    """Values by our key with accelerate's key for each, and what is to be refused."""
+    """Translated values by disttrain's key, each with accelerate's key, and the problems found so far."""
 
     settings: Settings
     config: Config
     values: dict[str, tuple[Any, str]] = field(default_factory=dict)
-    faults: list[Fault] = field(default_factory=list)
+    problems: list[ConfigProblem] = field(default_factory=list)
 
     def said(self, key: str) -> Any:
-        """accelerate's value, or its default; None where it has none."""
+        """The value in accelerate's settings, or its default, or None."""
         return self.settings.values.get(key)
 
-    def refuse(self, key: str, why: str, do: str) -> None:
-        """Note that accelerate's value cannot be honoured."""
+    def refuse(self, key: str, why: str, fix: str) -> None:
+        """Record that accelerate's value cannot be used."""
         places = self.settings.places
-        silent = "" if key in places else " by accelerate's own default"
+        silent = "" if key in places else " (accelerate's default)"
         where = places.get(key, self.settings.name)
-        self.faults.append(Fault(key, where, f"{shown(self.said(key))}{silent}, {why}", do))
+        self.problems.append(ConfigProblem(key, where, f"{shown(self.said(key))}{silent}, {why}", fix))
 
     def put(self, ours: str, value: Any, key: str, *open_values: Any) -> None:
-        """Lay a value; the config's own word for it must be the same, or one of `open_values`."""
+        """Record a value for the config. If the config states the key, its value must be equal or in `open_values`."""
         stated = reduce(getattr, ours.split("."), self.config)
         source = self.config.sources.get(ours)
         if source is None or stated == value or stated in open_values:
             self.values[ours] = (value, key)
         else:
-            found = f"where {ours} is {shown(stated, ours)} ({source})"
-            self.refuse(key, found, "let the two say the same, or take one of them out")
+            self.refuse(
+                key, f"but {ours} is {shown(stated, ours)} ({source})", "make both equal, or remove one of them"
+            )
 
     def laid_over(self) -> Config:
-        """The config with everything in its place. Raises ConfigFaultsError."""
+        """The config with all translated values. Raises ConfigProblemsError."""
         draft = begin_draft(self.config)
         for ours, (value, key) in self.values.items():
             *around, name = ours.split(".")
@@ -53,8 +54,8 @@ class Translation:
             place[name], draft.sources[ours] = value, f"{TRANSLATED}: {key}"
         try:
             config = validate(draft)
-        except ConfigFaultsError as error:
-            raise ConfigFaultsError([*self.faults, *error.faults]) from None
-        if self.faults:
-            raise ConfigFaultsError(self.faults)
+        except ConfigProblemsError as error:
+            raise ConfigProblemsError([*self.problems, *error.problems]) from None
+        if self.problems:
+            raise ConfigProblemsError(self.problems)
         return config

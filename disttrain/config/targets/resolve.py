@@ -1,7 +1,8 @@
-"""From a `target` to the thing it names: short names, `package.module:attribute`, or all dots.
+"""Imports the callable that a `target` names, and calls it with its `args`.
 
-Paths resolve from the config's folder, then the working directory, then what is installed, equally for all commands.
-Refuses what cannot be found and arguments that do not fit, with what is there instead.
+A target is a short name, `package.module:attribute`, or `package.module.attribute`. Every command searches the config's
+folder, then the working directory, then installed packages. A name that does not exist, and an argument that does not
+fit, are rejected with the names that do exist.
 """
 
 from __future__ import annotations
@@ -23,17 +24,21 @@ from disttrain.errors import ConfigError, explain
 
 
 def prefer_folder(folder: Path | None) -> None:
-    """Make the config's folder, then the working directory, the first places to import from. Local; idempotent."""
+    """Import first from the config's folder, then from the working directory. Local; idempotent; changes `sys.path`."""
     wanted = [str(folder)] if folder is not None else []
     wanted.append(str(Path.cwd()))
-    for place in reversed(wanted):
-        if place in sys.path:
-            sys.path.remove(place)
-        sys.path.insert(0, place)
+    for path in reversed(wanted):
+        if path in sys.path:
+            sys.path.remove(path)
+        sys.path.insert(0, path)
 
 
 def resolve_target(target: str | Callable[..., Any], *, section: str, folder: Path | None) -> Callable[..., Any]:
-    """Import what `target` names. Local; runs the module's own top level, whose exceptions come through."""
+    """Import the callable that `target` names. Local.
+
+    Runs the top level of its module, whose exceptions are not caught. Raises UnknownNameError where the name does not
+    exist.
+    """
     if not isinstance(target, str):
         return target
     path = import_path(target, section)
@@ -42,7 +47,7 @@ def resolve_target(target: str | Callable[..., Any], *, section: str, folder: Pa
         if not _module_exists(module_name):
             continue
         found: Any = importlib.import_module(module_name)
-        if path == target:  # a short name means our own part, whatever else lies about
+        if path == target:  # a short name always means disttrain's part
             _refuse_namesake(section, target, module_name, folder)
         for part in attribute.split("."):
             if not hasattr(found, part):
@@ -53,19 +58,21 @@ def resolve_target(target: str | Callable[..., Any], *, section: str, folder: Pa
             found = getattr(found, part)
         else:
             if not callable(found):
-                raise _absent(section, target, f"a {type(found).__qualname__}, which cannot be called", "name a class")
+                problem = f"{attribute} is a {type(found).__qualname__}, which cannot be called"
+                raise _absent(section, target, problem, "name a class or a function")
             return found  # type: ignore[no-any-return]
     module = splits_of(path)[0][0] if ":" in path else path.split(".")[0]
-    places = f"{folder}, {Path.cwd()} and what is installed" if folder else f"{Path.cwd()} and what is installed"
-    raise _absent(section, target, f"no module {module!r} in {places}", "mend the path, or install the package")
+    searched = f"{folder}, {Path.cwd()} or the installed packages" if folder else f"{Path.cwd()} or installed packages"
+    raise _absent(section, target, f"no module {module!r} in {searched}", "correct the path, or install the package")
 
 
 def build_target(
     target: Target, *positional: Any, section: str, folder: Path | None, offered: Mapping[str, Any] | None = None
 ) -> Any:
-    """Build nested targets inside `args`, then call. `offered` arguments are passed where the callable names them.
+    """Build the targets nested in `args`, then call the target. As local or collective as the callable.
 
-    Raises ConfigError where the arguments do not fit; what the callable itself raises comes through.
+    `positional` arguments come first. Arguments in `offered` are passed if the callable has a parameter of that name.
+    Raises ConfigError where the arguments do not fit. Exceptions of the callable are not caught.
     """
     call = resolve_target(target.target, section=section, folder=folder)
     args = {key: build_nested(value, section=section, folder=folder) for key, value in target.args.items()}
@@ -76,7 +83,7 @@ def build_target(
 
 
 def build_nested(value: Any, *, section: str, folder: Path | None) -> Any:
-    """A value of `args` with every mapping that has a `target` built, depth first."""
+    """Replace every mapping in a value of `args` that has a `target` by the object it builds, depth first."""
     if isinstance(value, Mapping):
         if "target" in value and set(value) <= {"target", "args"}:
             return build_target(Target(**value), section=section, folder=folder)
@@ -89,11 +96,11 @@ def build_nested(value: Any, *, section: str, folder: Path | None) -> Any:
 def check_arguments(
     call: Callable[..., Any], positional: tuple[Any, ...], args: Mapping[str, Any], *, what: str
 ) -> None:
-    """Raise ConfigError where `call(*positional, **args)` could not bind, or a secret is missing. Calls nothing."""
+    """Raise ConfigError where `call(*positional, **args)` would not bind, or a secret is redacted. Calls nothing."""
     lost = [name for name, value in args.items() if _lacks_secret(value)]
     if lost:
-        found = f"{REDACTED} for {', '.join(lost)}: what is saved with a run holds no secrets"
-        raise ConfigError(explain(f"{what} is called with its args.", found, "give the value again, by an override"))
+        problem = f"{', '.join(lost)} is {REDACTED}: a saved config has no secrets"
+        raise ConfigError(explain(f"Cannot call {what} with its args.", problem, "pass the value as an override"))
     try:
         signature = inspect.signature(call)
     except (TypeError, ValueError):  # written in C: Python cannot know its arguments before the call
@@ -101,16 +108,16 @@ def check_arguments(
     try:
         signature.bind(*positional, **args)
     except TypeError as error:
-        found, do = str(error), f"it takes {signature}"
+        problem, fix = str(error), f"it takes {signature}"
         wrong = [name for name in args if name not in signature.parameters]
         takes_any = any(one.kind is one.VAR_KEYWORD for one in signature.parameters.values())
         if wrong and not takes_any:
-            found, do = f"no argument {wrong[0]!r}", suggest(wrong[0], signature.parameters)
-        raise ConfigError(explain(f"{what} is called with its args.", found, do)) from None
+            problem, fix = f"it has no argument {wrong[0]!r}", suggest(wrong[0], signature.parameters)
+        raise ConfigError(explain(f"Cannot call {what} with its args.", problem, fix)) from None
 
 
 def shown_target(target: str | Callable[..., Any]) -> str:
-    """A target as a message names it. Pure."""
+    """A target as messages name it. Pure."""
     return target if isinstance(target, str) else f"{target.__module__}:{getattr(target, '__qualname__', target)}"
 
 
@@ -134,25 +141,28 @@ def _module_exists(name: str) -> bool:
         return True
     try:
         return importlib.util.find_spec(name) is not None
-    except (ImportError, ValueError):  # a parent that is no package, or is not there
+    except (ImportError, ValueError):  # the parent is missing, or not a package
         return False
 
 
 def _refuse_namesake(section: str, target: str, module: str, folder: Path | None) -> None:
-    """Python keeps one module a name: what an earlier import left there must not stand in for the config's own."""
+    """Reject a module of the same name that an earlier import loaded from another file.
+
+    Python keeps one module for each name, and would return the other file's module.
+    """
     if module == "__main__":
         return
     spec = find_module(module, folder or Path.cwd())
     wanted = spec.origin if spec is not None and spec.has_location else None
     loaded = getattr(sys.modules[module], "__file__", None)
     if loaded is not None and wanted is not None and not _same_file(loaded, wanted):
-        found = f"{wanted}, but this process has loaded {loaded} under that name"
-        raise _absent(section, target, found, "rename one of the two, or use a process of its own")
+        problem = f"{module} is {wanted}, but this process has already loaded {loaded} under that name"
+        raise _absent(section, target, problem, "rename one of the two files, or start another process")
 
 
 def _same_file(one: str, other: str) -> bool:
     return Path(one).resolve().with_suffix("") == Path(other).resolve().with_suffix("")
 
 
-def _absent(section: str, target: str, found: str, do: str) -> UnknownNameError:
-    return UnknownNameError(f"{section}.target={target!r} is to be imported.", found, do)
+def _absent(section: str, target: str, problem: str, fix: str) -> UnknownNameError:
+    return UnknownNameError(f"Cannot import {section}.target={target!r}.", problem, fix)

@@ -1,4 +1,4 @@
-"""Short names of the parts that disttrain brings, by section."""
+"""Lists the short names of disttrain's models, objectives, datasets, schedules and trackers, by section."""
 
 from __future__ import annotations
 

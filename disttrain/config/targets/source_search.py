@@ -1,6 +1,7 @@
-"""Whether a target is there, seen from its source alone: finds the file, parses it, runs nothing.
+"""Checks that targets exist by parsing their source files. Runs no user code.
 
-What lies in compiled modules, or is made by code at import, is not judged: `check --import` goes further.
+Names in compiled modules, and names that code creates at import, are not checked. `disttrain check --import` checks
+them too.
 """
 
 from __future__ import annotations
@@ -15,42 +16,42 @@ from importlib.util import resolve_name
 from pathlib import Path
 from typing import Any
 
-from disttrain.config.problems import Fault, dotted, shown, suggest
+from disttrain.config.problems import ConfigProblem, dotted, shown, suggest
 from disttrain.config.render import source_of
 from disttrain.config.targets.target_names import import_path, section_of, splits_of, targets_in
 from disttrain.errors import ConfigError
 
 _SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, ast.comprehension)
 _HOPS = 8
-"""How many modules may hand a name on: `torch.optim.AdamW` takes one; a circle of imports ends here."""
+"""How many re-exports are followed: `torch.optim.AdamW` needs one. The limit also ends a circle of imports."""
 
 
-def find_faults(values: Mapping[str, Any], sources: Mapping[str, str], folder: Path) -> list[Fault]:
-    """Every target that is not where it says, or whose arguments its source does not take. Local.
+def find_target_problems(values: Mapping[str, Any], sources: Mapping[str, str], folder: Path) -> list[ConfigProblem]:
+    """Every target that does not exist, or whose source does not accept its arguments. Local; reads the disk.
 
-    `values` is a config's values, valid or not; unknown short names are load_config's to tell.
+    `values` are a config's values, valid or not. `load_config` reports unknown short names.
     """
-    faults: list[Fault] = []
+    problems: list[ConfigProblem] = []
     for path, target, args in targets_in(values):
         section = section_of(path)
         try:
-            collates = section == "data" and path[-2] == "collate"  # may be the function itself, not what makes one
+            collates = section == "data" and path[-2] == "collate"  # may name the function itself, not its factory
             wrong = _look(import_path(target, section), folder, args, "objective" if collates else section)
         except ConfigError:
             continue
         if wrong is not None:
             here = path if wrong.argument is None else (*path[:-1], "args", wrong.argument)
             where = source_of(tuple(map(str, here)), sources)
-            faults.append(Fault(dotted(here), where, f"{target!r}: {wrong.found}", wrong.do))
-    return faults
+            problems.append(ConfigProblem(dotted(here), where, f"{target!r}: {wrong.problem}", wrong.fix))
+    return problems
 
 
 @dataclass(frozen=True)
 class _Wrong:
-    """What is wrong with a target, and which of its arguments it is, if one."""
+    """The problem of a target, its fix and, if the problem is an argument, the argument's name."""
 
-    found: str
-    do: str
+    problem: str
+    fix: str
     argument: str | None = None
 
 
@@ -58,16 +59,16 @@ def _look(path: str, folder: Path, args: Mapping[str, Any], section: str) -> _Wr
     for module, attribute in splits_of(path):
         spec = find_module(module, folder)
         if spec is None:
-            if module in sys.modules:  # made by Python itself: __main__, a notebook's cells
+            if module in sys.modules:  # without a file: __main__, a notebook's cells
                 return None
             continue
         source = _source(spec)
-        if source is None or "<" in attribute:  # compiled, or a name that only a running program has
+        if source is None or "<" in attribute:  # compiled, or a name that exists only at run time
             return None
         try:
             tree = _parse(source)
         except SyntaxError as error:
-            return _Wrong(f"{spec.origin}:{error.lineno} does not parse: {error.msg}", "mend that line")
+            return _Wrong(f"{spec.origin}:{error.lineno} does not parse: {error.msg}", "correct that line")
         known, open_ended = _names(tree)
         first, _, rest = attribute.partition(".")
         if first in known:
@@ -79,29 +80,29 @@ def _look(path: str, folder: Path, args: Mapping[str, Any], section: str) -> _Wr
             f"{spec.origin} has no {first!r}", suggest(first, [one for one in known if not one.startswith("_")])
         )
     module = splits_of(path)[0][0] if ":" in path else path.split(".")[0]
-    places = dict.fromkeys((str(folder), str(Path.cwd())))
-    found = f"no module {module!r} in {', '.join(places)} or what is installed"
-    return _Wrong(found, "mend the path, or install the package")
+    searched = dict.fromkeys((str(folder), str(Path.cwd())))
+    problem = f"no module {module!r} in {', '.join(searched)} or the installed packages"
+    return _Wrong(problem, "correct the path, or install the package")
 
 
 def find_module(name: str, folder: Path) -> ModuleSpec | None:
-    """The module's spec, without importing it or its parents."""
-    places: list[str] | None = [str(folder), str(Path.cwd()), *sys.path]
+    """The spec of a module, without an import of it or its parents. Local; reads the disk."""
+    folders: list[str] | None = [str(folder), str(Path.cwd()), *sys.path]
     spec: ModuleSpec | None = None
     parts = name.split(".")
     for at in range(len(parts)):
-        if places is None:
+        if folders is None:
             return None
-        whole = ".".join(parts[: at + 1])
-        spec = PathFinder.find_spec(whole, places) or (_found_otherwise(whole) if at == 0 else None)
+        full_name = ".".join(parts[: at + 1])
+        spec = PathFinder.find_spec(full_name, folders) or (_find_without_folder(full_name) if at == 0 else None)
         if spec is None:
             return None
-        places = list(spec.submodule_search_locations) if spec.submodule_search_locations is not None else None
+        folders = list(spec.submodule_search_locations) if spec.submodule_search_locations is not None else None
     return spec
 
 
-def _found_otherwise(name: str) -> ModuleSpec | None:
-    """A top-level module that no folder holds: built in, or installed in editable form."""
+def _find_without_folder(name: str) -> ModuleSpec | None:
+    """The spec of a top-level module that is in no folder: built in, or installed in editable mode."""
     for finder in sys.meta_path:
         if finder is not PathFinder and (spec := finder.find_spec(name, None)) is not None:
             return spec
@@ -115,14 +116,17 @@ def _source(spec: ModuleSpec) -> str | None:
 
 
 def _parse(source: str) -> ast.Module:
-    """The source's tree. Raises SyntaxError; what Python only warns of is not ours to tell."""
+    """The syntax tree of a source. Raises SyntaxError; Python's warnings about user code are not shown."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return ast.parse(source)
 
 
 def _names(tree: ast.Module) -> tuple[dict[str, ast.stmt | None], bool]:
-    """The module's names, each with its statement where it is bound only once, and whether code may add more."""
+    """The names that a module defines, and whether its code may add others at run time.
+
+    A name that is bound once maps to its statement, other names map to None.
+    """
     known: dict[str, ast.stmt | None] = {}
     direct = set(tree.body)
     for node in _module_scope(tree):
@@ -142,7 +146,7 @@ def _names(tree: ast.Module) -> tuple[dict[str, ast.stmt | None], bool]:
 
 
 def _module_scope(node: ast.AST) -> Iterator[ast.AST]:
-    """The nodes whose names are the module's: nothing inside its functions, classes and comprehensions."""
+    """The nodes in the module's scope: none inside its functions, classes and comprehensions."""
     for child in ast.iter_child_nodes(node):
         yield child
         if not isinstance(child, _SCOPES):
@@ -150,14 +154,14 @@ def _module_scope(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def _adds_names(node: ast.AST) -> bool:
-    """Whether this is how code adds names that its text does not show."""
+    """Whether this node may add names to the module that its source does not show."""
     if isinstance(node, ast.Name):
         return node.id in ("globals", "exec")
     return isinstance(node, ast.Attribute) and node.attr == "modules" and getattr(node.value, "id", "") == "sys"
 
 
 def _followed(statement: ast.stmt | None, name: str, spec: ModuleSpec, folder: Path) -> ast.stmt | None:
-    """The definition behind a name that its module took from another, as far as the sources show it."""
+    """The definition of a name that its module imports from another, or None where the sources do not show it."""
     for _ in range(_HOPS):
         if not isinstance(statement, ast.ImportFrom):
             break
@@ -179,7 +183,7 @@ def _followed(statement: ast.stmt | None, name: str, spec: ModuleSpec, folder: P
 
 
 def _check_args(definition: ast.stmt, args: Mapping[str, Any], section: str) -> _Wrong | None:
-    """Names of `args` against a plain function, or a class with an `__init__` of its own."""
+    """Check the names in `args` against a plain function, or a class that defines `__init__`."""
     offset = 0
     if isinstance(definition, ast.ClassDef):
         own = [node for node in definition.body if isinstance(node, ast.FunctionDef) and node.name == "__init__"]
@@ -195,7 +199,7 @@ def _check_args(definition: ast.stmt, args: Mapping[str, Any], section: str) -> 
     unknown = [name for name in args if name not in names]
     if unknown:
         value = shown(args[unknown[0]], unknown[0])
-        return _Wrong(f"no argument {unknown[0]!r} (value {value})", suggest(unknown[0], names), unknown[0])
+        return _Wrong(f"it has no argument {unknown[0]!r} (value {value})", suggest(unknown[0], names), unknown[0])
     if section in ("model", "data"):
         required = [one.arg for one in given.args][offset : len(given.args) - len(given.defaults)]
         required += [
@@ -203,5 +207,5 @@ def _check_args(definition: ast.stmt, args: Mapping[str, Any], section: str) -> 
         ]
         missing = [name for name in required if name not in args]
         if missing:
-            return _Wrong(f"no value for its argument(s) {', '.join(missing)}", "add them under args")
+            return _Wrong(f"its argument(s) {', '.join(missing)} have no value", "add them under args")
     return None

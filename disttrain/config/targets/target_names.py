@@ -1,4 +1,4 @@
-"""What a target's text says before anything is looked for: short names, import paths, where targets stand. Pure."""
+"""Finds the targets in a config, and turns short names into import paths. Pure: nothing is imported or searched."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from disttrain.config.problems import UnknownNameError, suggest
 from disttrain.config.targets.short_names import NAMES
 
 _PATH = "write an import path: package.module:attribute"
-_PATH_ONLY = {"optim": "write an import path, as torch.optim.AdamW is"}
+_PATH_ONLY = {"optim": "write an import path such as torch.optim.AdamW"}
 _SECTIONS = ("model", "objective", "data", "eval", "optim", "schedule", "report")
 
 
 def section_of(path: tuple[Any, ...]) -> str:
-    """Whose short names count at `path`: evaluation sets are data; nested targets have import paths only."""
+    """The section whose short names apply at `path`: evaluation sets are data. Nested targets have none. Pure."""
     return {"eval": "data", "report": "trackers"}.get(str(path[0]), str(path[0]))
 
 
 def targets_in(values: Mapping[str, Any]) -> Iterator[tuple[tuple[Any, ...], str, Mapping[str, Any]]]:
-    """(path of the text, target, args) of every target in a config's values, nested ones and bare trackers too."""
+    """(path, target, args) of every target in a config's values, including nested targets and bare trackers. Pure."""
     for section in _SECTIONS:
         yield from _targets(values.get(section), (section,))
     report = values.get("report")
@@ -33,7 +33,7 @@ def _targets(
     value: Any, path: tuple[Any, ...], *, in_args: bool = False
 ) -> Iterator[tuple[tuple[Any, ...], str, Mapping[str, Any]]]:
     if isinstance(value, Mapping):
-        # `args` themselves may have an argument of the name target; inside them only what `build_nested` builds counts.
+        # `args` may have an argument named target. Inside them, only mappings that `build_nested` builds are targets.
         built = not in_args or set(value) <= {"target", "args"}
         if built and isinstance(value.get("target"), str):
             yield (*path, "target"), value["target"], _mapping(value.get("args"))
@@ -53,24 +53,29 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 
 def import_path(target: str, section: str) -> str:
-    """A short name's import path; a path as it is. Raises UnknownNameError for what is neither."""
+    """The import path of a short name; an import path is returned unchanged. Pure; raises UnknownNameError."""
     names = NAMES.get(section, {})
     if target in names:
         return names[target]
-    asked = f"{section}.target={target!r} is to name a part."
+    failed = f"Cannot resolve {section}.target={target!r}."
     if ":" not in target and "." not in target:
-        do = f"{suggest(target, names)}; or write package.module:attribute" if names else _PATH_ONLY.get(section, _PATH)
-        raise UnknownNameError(asked, f"no short name of the section {section!r}", do)
+        fix = (
+            f"{suggest(target, names)}; or write package.module:attribute" if names else _PATH_ONLY.get(section, _PATH)
+        )
+        raise UnknownNameError(failed, f"not a short name of the section {section!r}", fix)
     module, colon, attribute = target.partition(":")
     names_in = [*module.split("."), *(attribute.split(".") if colon else [])]
-    # what Python itself writes for a callable that was handed over: `module:make.<locals>.Net`
+    # Python names a callable that was passed as an object like this: `module:make.<locals>.Net`.
     if not all(one.isidentifier() or one.startswith("<") for one in names_in):
-        raise UnknownNameError(asked, "no import path", "write package.module:attribute")
+        raise UnknownNameError(failed, "not an import path", "write package.module:attribute")
     return target
 
 
 def splits_of(path: str) -> list[tuple[str, str]]:
-    """(module, attribute) as `path` may be read: one way with a colon, else every dot, longest module first. Pure."""
+    """The (module, attribute) pairs that `path` may mean. Pure.
+
+    A colon leaves one. Without a colon, every dot may separate them, and the longest module comes first.
+    """
     if ":" in path:
         module, _, attribute = path.partition(":")
         return [(module, attribute)]

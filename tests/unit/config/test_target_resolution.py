@@ -227,7 +227,9 @@ def test_two_modules_of_one_name_in_one_process_are_never_mixed_up(places: Calla
     assert by_import("namesake:make", {}, places("folder")) == 0
     with pytest.raises(ConfigError) as caught:
         by_import("namesake:make", {}, places("working"))
-    assert f"{places('working')}/namesake.py, but this process has already loaded {places('folder')}" in str(caught.value)
+    assert f"{places('working')}/namesake.py, but this process has already loaded {places('folder')}" in str(
+        caught.value
+    )
 
 
 def test_a_users_module_named_as_one_of_pythons_is_refused_and_not_swapped(places: Callable[[str], Path]) -> None:
@@ -315,8 +317,12 @@ def test_what_is_offered_is_passed_where_it_is_asked_for_and_args_win() -> None:
         ({"frist": 1}, "no argument 'frist'", "did you mean 'first'?"),
         ({}, "first", "it takes (first: "),
         ({"first": 1, "zzz": 2}, "zzz", "known: context, first, second"),
-        ({"first": "(redacted)"}, "(redacted) for first", "give the value again"),
-        ({"first": 1, "second": {"url": ["x://(redacted)@y"]}}, "(redacted) for second", "give the value again"),
+        ({"first": "(redacted)"}, "first is (redacted)", "pass the value as an override"),
+        (
+            {"first": 1, "second": {"url": ["x://(redacted)@y"]}},
+            "second is (redacted)",
+            "pass the value as an override",
+        ),
     ],
 )
 def test_arguments_that_do_not_fit_are_told_before_the_call(args: dict[str, Any], found: str, do: str) -> None:
