@@ -8,7 +8,7 @@ from torch.utils.data import TensorDataset
 
 
 def diabetes(split: Literal["train", "held_out"]) -> TensorDataset:
-    """Returns pairs of ten inputs and a target, standardized with the training split. Every fifth patient is held out."""
+    """Returns pairs of ten inputs and a target, standardized with the training split. Holds out every fifth patient."""
     data = load_diabetes(scaled=False)
     inputs = torch.tensor(data.data, dtype=torch.float32)
     targets = torch.tensor(data.target, dtype=torch.float32)[:, None]
