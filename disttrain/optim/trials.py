@@ -40,6 +40,15 @@ def is_exact_on_shards(make: MakeOptimizer, mesh: DeviceMesh) -> bool:
     )
 
 
+def has_early_state(make: MakeOptimizer) -> bool:
+    """Whether an optimizer makes state for its parameters before its first step, as Adagrad does. Local."""
+    try:
+        optimizer = make([_named(torch.ones(_ROWS, _COLUMNS))])
+    except Exception:  # noqa: BLE001 - the factory is the user's and may want anything
+        return False
+    return any(isinstance(key, Tensor) and state for key, state in optimizer.state.items())
+
+
 def kind_of(make: MakeOptimizer) -> type[Optimizer] | None:
     """The class of a factory's optimizer, or None if the factory only accepts the model's own parameters. Local."""
     try:

@@ -231,14 +231,6 @@ def _equal_range(parameter: Any, flat: Tensor, offset: int, rank: int, group: in
     return FlatRange(flat, offset, start, min(size, parameter.ds_numel - start), group)
 
 
-def master_partitions(zero: Any) -> Sequence[Tensor]:
-    """The flat partitions that this rank's optimizer steps, one for each group or sub-group."""
-    found: Sequence[Tensor] = (
-        zero.fp32_partitioned_groups_flat if is_stage_three(zero) else zero.single_partition_of_fp32_groups
-    )
-    return found
-
-
 def share_masters(zero: Any) -> None:
     """Let the master partitions share the memory of the parameters, where both have one type and device. Local.
 

@@ -8,7 +8,8 @@ import warnings
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from disttrain.errors import ConfigError, LaunchError, explain
 from disttrain.runtime import export_for_libraries, read_launch
@@ -57,6 +58,27 @@ def refuse_nvme(deepspeed: Any) -> None:
         raise LaunchError(explain(failed, problem, "apt-get install libaio-dev g++ ninja-build, or use offload=cpu"))
     problem = f"checkpoints cannot read state on disk yet (deepspeed {deepspeed.__version__} has its async_io)"
     raise ConfigError(explain(failed, problem, "use strategy.deepspeed.offload=cpu until a later release"))
+
+
+def refuse_early_state(optimizer: Optimizer) -> None:
+    """Raise ConfigError for an optimizer that has state for its parameters before its first step. Local.
+
+    DeepSpeed replaces the parameters by flat parts, for which that state has the wrong shape. Of torch's optimizers
+    only Adagrad makes such state, and DeepSpeed 0.19 would replace it by an Adagrad with one group and no schedule.
+    """
+    if any(isinstance(key, Tensor) and state for key, state in optimizer.state.items()):
+        raise early_state_error(type(optimizer).__qualname__)
+
+
+def early_state_error(kind: str) -> ConfigError:
+    """The error for an optimizer class that makes state before its first step. Pure."""
+    return ConfigError(
+        explain(
+            "Cannot use this optimizer under strategy deepspeed, which replaces its parameters by flat parts.",
+            f"{kind} makes state for its parameters before its first step",
+            "use strategy ddp or fsdp, or an optimizer that makes state at its first step, such as AdamW",
+        )
+    )
 
 
 def refuse_parameters(model: nn.Module, *, stage: int) -> None:

@@ -6,8 +6,8 @@ therefore those of `sum of losses / sum of weights`, as in every strategy. Clipp
 clips at 1.0 by default. Mixed precision is torch's autocast over float32 parameters; DeepSpeed itself computes in
 float32 then.
 
-The strategy rejects 0-d and complex parameters, and optimizers that are not elementwise. The config rejects float64,
-which DeepSpeed's partitions do not support.
+The strategy rejects 0-d and complex parameters, and optimizers that are not elementwise or make state before their
+first step. The config rejects float64, which DeepSpeed's partitions do not support.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from disttrain.model import build_model, says_how
 from disttrain.objective import Objective
 from disttrain.optim.combined import factories_of
 from disttrain.optim.named import MakeOptimizer
-from disttrain.optim.trials import is_elementwise, kind_of
+from disttrain.optim.trials import has_early_state, is_elementwise, kind_of
 from disttrain.runtime import Device, Mesh, MeshSizes
 from disttrain.strategy.call_order import CallOrder
 from disttrain.strategy.canonical_boxes import replicated_shards
@@ -57,10 +57,15 @@ from disttrain.strategy.deepspeed.construction import (
     with_global_shape,
 )
 from disttrain.strategy.deepspeed.gradient_order import BucketOrder
-from disttrain.strategy.deepspeed.optimizer import move_early_state, refuse_early_state, seen_as_any_other
 from disttrain.strategy.deepspeed.partitions import partition_shards
 from disttrain.strategy.deepspeed.reached_parameters import agree_on_reached
-from disttrain.strategy.deepspeed.requirements import import_deepspeed, refuse_nvme, refuse_parameters
+from disttrain.strategy.deepspeed.requirements import (
+    early_state_error,
+    import_deepspeed,
+    refuse_early_state,
+    refuse_nvme,
+    refuse_parameters,
+)
 from disttrain.strategy.step.arithmetic import refuse_non_finite, run_micro_batches
 from disttrain.torch_internals import version_of
 
@@ -94,14 +99,20 @@ class DeepSpeed(AbstractStrategy):
 
     @classmethod
     def check_optimizer(cls, make: MakeOptimizer, mesh: Mesh | None = None) -> None:
-        """Check that the optimizer treats every element by itself: DeepSpeed steps flat parts of parameters."""
+        """Check that the optimizer treats every element by itself, and makes no state before its first step.
+
+        DeepSpeed replaces its parameters by flat parts, and steps those.
+        """
         for one in factories_of(make):
+            kind = kind_of(one)
+            name = kind.__qualname__ if kind else "the optimizer"
+            if has_early_state(one):
+                raise early_state_error(name)
             if not is_elementwise(one):
-                kind = kind_of(one)
                 raise ConfigError(
                     explain(
                         "Cannot use this optimizer under strategy deepspeed, which steps flat parts of parameters.",
-                        f"{kind.__qualname__ if kind else 'the optimizer'} needs a complete parameter for its step",
+                        f"{name} needs a complete parameter for its step",
                         "use strategy ddp, or an elementwise optimizer such as AdamW or SGD",
                     )
                 )
@@ -132,7 +143,6 @@ class DeepSpeed(AbstractStrategy):
         zero, stage = engine.optimizer, self.options.stage
         internals.probe_optimizer(zero, prepared.parameters, stage=stage, version=self._deepspeed.__version__)
         internals.share_masters(zero)
-        move_early_state(prepared.optimizer, zero)
         prepared.wrapped = engine
         if self.world.group.size > 1:
             self._bucket_orders[prepared.name] = BucketOrder(zero, prepared.parameters)
@@ -176,7 +186,7 @@ class DeepSpeed(AbstractStrategy):
         config = self._config
         if self.options.stage == 3:
             config = bound_gathered(config, largest_module(prepared.model, prepared.objective))
-        with warnings.catch_warnings(), seen_as_any_other(optimizer):
+        with warnings.catch_warnings():
             # DeepSpeed 0.19 uses names that torch 2.13 deprecates. Users cannot change that.
             warnings.simplefilter("ignore", FutureWarning)
             engine, *_ = self._deepspeed.initialize(

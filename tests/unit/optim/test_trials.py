@@ -14,7 +14,7 @@ from disttrain.errors import ConfigError
 from disttrain.optim import optimizer_factory
 from disttrain.optim.combined import Part, SeveralFactory
 from disttrain.optim.named import MakeOptimizer
-from disttrain.optim.trials import is_elementwise, is_exact_on_shards, kind_of, refuse_closures
+from disttrain.optim.trials import has_early_state, is_elementwise, is_exact_on_shards, kind_of, refuse_closures
 
 
 def factory(make: Any, **args: Any) -> MakeOptimizer:
@@ -34,6 +34,11 @@ class NormedSGD(torch.optim.SGD):
 @pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "Adadelta", "NAdam", "RAdam", "Rprop"])
 def test_torchs_elementwise_optimizers_are_seen_as_such(name: str) -> None:
     assert is_elementwise(factory(getattr(torch.optim, name), lr=0.1))
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "Adadelta", "NAdam", "RAdam", "Rprop"])
+def test_adagrad_alone_makes_state_before_its_first_step(name: str) -> None:
+    assert has_early_state(factory(getattr(torch.optim, name), lr=0.1)) == (name == "Adagrad")
 
 
 @pytest.mark.parametrize("make", [torch.optim.Adafactor, torch.optim.Muon, NormedSGD])
