@@ -319,6 +319,7 @@ def main() -> None:
     parser.add_argument("--code", type=Path, default=PROJECT, help="folder with the package to run")
     parser.add_argument("--folder", type=Path, help="an empty folder, kept; a temporary one if left out")
     parser.add_argument("--show", action="store_true", help="print each command's real output instead of comparing it")
+    parser.add_argument("--timeout-s", type=float, default=PAGE_TIMEOUT_S, help="for all commands together")
     asked = parser.parse_args()
     folder = asked.folder or Path(tempfile.mkdtemp(prefix="tutorial-"))
     folder.mkdir(parents=True, exist_ok=True)
@@ -333,7 +334,7 @@ def main() -> None:
         except PageError as error:
             failed.append(str(error))
 
-    run_page(asked.page, folder.resolve(), on_ran=on_ran, code=asked.code.resolve())
+    run_page(asked.page, folder.resolve(), on_ran=on_ran, code=asked.code.resolve(), timeout_s=asked.timeout_s)
     print("\n\n".join(failed) or "The page is right.", f"{time.monotonic() - began:.1f} s in {folder}", sep="\n")
     sys.exit(bool(failed))
 
