@@ -63,7 +63,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 def dtype_of(name: str) -> torch.dtype:
     """Return the dtype of a name. Raises ValueError for an unknown name."""
     if name not in _NAMES:
-        raise ValueError(f"dtype {str(name)[:40]!r}; known are {', '.join(_NAMES)}")
+        raise ValueError(f"unknown dtype {str(name)[:40]!r}; known dtypes are {', '.join(_NAMES)}")
     return _NAMES[name]
 
 
@@ -143,7 +143,7 @@ class Header:
         begin, stop = entry["data_offsets"]
         found = {kind: entry[kind] for kind in ("dtype", "shape")}
         if found != _stored_form(dtype, box) or stop - begin != box.numel * dtype.itemsize:
-            raise ValueError(f"another {key}: {found['dtype']} {found['shape']}")
+            raise ValueError(f"{key} is stored as {found['dtype']} {found['shape']}")
         return self._first + int(begin)
 
 

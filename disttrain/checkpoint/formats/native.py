@@ -25,7 +25,7 @@ class NativeWeights:
         }
         if not self.tensors:
             owners = sorted({name.split("/")[1] for name in checkpoint.tensors if name.startswith("model/")})
-            problem = f"it contains models prepared as {', '.join(owners)}" if owners else "it contains no model"
+            problem = f"its models were prepared as {', '.join(owners)}" if owners else "it contains no model"
             raise CheckpointError(
                 explain(f"Cannot load the model {owner!r} of {checkpoint.path}.", problem, "name one of them")
             )
