@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,15 @@ def test_a_page_is_one_terminal(tmp_path: Path) -> None:
 def test_a_wrong_page_fails(tmp_path: Path, console: str, complaint: str) -> None:
     with pytest.raises(PageError, match=complaint):
         run(tmp_path, f"```console\n{console}\n```\n")
+
+
+def test_commands_accept_ctrl_c_where_the_tests_ignore_it(tmp_path: Path) -> None:
+    python = "import signal; print(signal.getsignal(signal.SIGINT) is signal.SIG_IGN)"
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        run(tmp_path, f"```console\n$ python -c '{python}'\nFalse\n```\n")
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_command_that_hangs_is_killed(tmp_path: Path) -> None:

@@ -182,6 +182,10 @@ def missing_line(shown: Sequence[str], output: str) -> str | None:
     return None
 
 
+def _accept_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Shell:
     """One bash in a folder, as a reader's terminal: runs commands one by one, each with what is left of the time."""
 
@@ -204,6 +208,8 @@ class Shell:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            # As in a terminal, also where the tests themselves run as a background job, which ignores Ctrl-C.
+            preexec_fn=_accept_interrupts,
         )
 
     def run(self, command: str) -> Ran:
