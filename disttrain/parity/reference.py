@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from disttrain.checkpoint import whole_shard
+from disttrain.checkpoint import full_shard
 from disttrain.checkpoint.formats import match_weights
 from disttrain.config import Config
 from disttrain.data import Batches, MicroBatch
@@ -120,7 +120,7 @@ def build_plain(config: Config, world: World) -> Plain:
 def _load_weights(model: nn.Module, path: str, *, strict: bool) -> None:
     ties = other_names(model)
     state = {key: value for key, value in model.state_dict().items() if key not in ties}
-    shards = [whole_shard(f"model/{NAME}/{key}", value.detach()) for key, value in state.items()]
+    shards = [full_shard(f"model/{NAME}/{key}", value.detach()) for key, value in state.items()]
     weights = open_any(path, NAME)
     weights.fill(match_weights(weights, shards, owner=NAME, aliases=ties, strict=strict)[1])
 
