@@ -1,4 +1,4 @@
-"""Models, and how any model comes by its first values. Enters: strategy, engine, cli."""
+"""Provides the built-in models, the initialization of any model, synchronized batch norm, and text generation."""
 
 from disttrain.model.batch_norm import synchronize_batch_norm
 from disttrain.model.gpt import GPT

@@ -1,8 +1,9 @@
-"""Batch norm whose statistics are those of all ranks' micro-batches together: `model.sync_batch_norm`.
+"""Computes batch norm statistics over the micro-batches of all ranks (`model.sync_batch_norm`).
 
-torch's own SyncBatchNorm runs on GPUs alone and counts what a rank only replays. This one runs anywhere, and equals
-plain batch norm over the ranks' micro-batches of one round, put together in one process, however uneven they are.
-Enters: strategy (building, replays), scripts with an own loop (`synchronize_batch_norm` in their `make_model`).
+torch.nn.SyncBatchNorm runs only on GPUs and counts replayed micro-batches. This module runs on any device. Its result
+equals plain batch norm in one process over the concatenated micro-batches of all ranks, even if their sizes differ.
+Strategies use it when they build models and replay batches. A custom training loop calls `synchronize_batch_norm` in
+its `make_model`.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from disttrain.errors import ConfigError, explain
 from disttrain.torch_internals.modules import batch_norm_classes
 
 
-class _Added(torch.autograd.Function):
-    """A tensor added up over ranks; so is its gradient, which every rank has a part of."""
+class _AllReduceSum(torch.autograd.Function):
+    """Sums a tensor over ranks, and sums its gradient, of which every rank has a part. Collective."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
@@ -37,7 +38,11 @@ class _Added(torch.autograd.Function):
 
 
 class _Synchronized(nn.Module):
-    """In training one collective in the forward and one in the backward, so every rank calls it equally often."""
+    """Batch norm with statistics over all ranks.
+
+    Collective in training: the forward and the backward run one all-reduce each, so every rank must call the module
+    equally often.
+    """
 
     group: Any = None
     counts = True
@@ -62,33 +67,34 @@ class _Synchronized(nn.Module):
         wide = input.to(torch.promote_types(input.dtype, torch.float32))
         number, mean, variance = self._statistics(wide)
         if self.track_running_stats:
-            self._follow(number, mean, variance)
+            self._update_running_statistics(number, mean, variance)
         shape = (1, -1) + (1,) * (input.dim() - 2)
-        found = (wide - mean.view(shape)) * torch.rsqrt(variance + self.eps).view(shape)
+        output = (wide - mean.view(shape)) * torch.rsqrt(variance + self.eps).view(shape)
         if self.affine:
-            found = found * self.weight.view(shape) + self.bias.view(shape)
-        return found.to(input.dtype)
+            output = output * self.weight.view(shape) + self.bias.view(shape)
+        return output.to(input.dtype)
 
     def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Number of values a channel, their mean and biased variance, over all ranks.
+        """Return the number of values per channel, their mean and their biased variance, over all ranks. Collective.
 
-        From every rank's own by Chan's formula (parallel variance, 1979): squares of large values lose no digits.
+        Chan's formula (parallel variance, 1979) combines the statistics of the ranks, so that squares of large values
+        lose no digits.
         """
         rank, size = dist.get_rank(self.group), dist.get_world_size(self.group)
-        axes = [0, *range(2, x.dim())]
-        own = x.mean(axes)
-        squares = (x - own.view(1, -1, *[1] * (x.dim() - 2))).square().sum(axes)
+        dims = [0, *range(2, x.dim())]
+        local_mean = x.mean(dims)
+        squares = (x - local_mean.view(1, -1, *[1] * (x.dim() - 2))).square().sum(dims)
         number = x.new_full((1,), x.numel() / x.shape[1] if self.counts else 0.0)
-        row = torch.cat([number, own * self.counts, squares * self.counts])
+        row = torch.cat([number, local_mean * self.counts, squares * self.counts])
         table = torch.cat([row.new_zeros(rank, len(row)), row[None], row.new_zeros(size - rank - 1, len(row))])
-        added: Tensor = _Added.apply(table, self.group)  # type: ignore[no-untyped-call]
-        numbers, means, squares = torch.split(added, [1, len(own), len(own)], dim=1)
+        summed: Tensor = _AllReduceSum.apply(table, self.group)  # type: ignore[no-untyped-call]
+        numbers, means, squares = torch.split(summed, [1, len(local_mean), len(local_mean)], dim=1)
         total = numbers.sum()
         mean = (numbers * means).sum(0) / total
         return total, mean, (squares + numbers * (means - mean).square()).sum(0) / total
 
     @torch.no_grad()
-    def _follow(self, number: Tensor, mean: Tensor, variance: Tensor) -> None:
+    def _update_running_statistics(self, number: Tensor, mean: Tensor, variance: Tensor) -> None:
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
         share = self.momentum if self.momentum is not None else 1.0 / self.num_batches_tracked.to(mean.dtype)
@@ -98,19 +104,19 @@ class _Synchronized(nn.Module):
 
 
 class SyncBatchNorm1d(_Synchronized, nn.BatchNorm1d):
-    """Over inputs of shape (batch, channels) or (batch, channels, length)."""
+    """Synchronized batch norm for inputs of shape (batch, channels) or (batch, channels, length)."""
 
     dims = (2, 3)
 
 
 class SyncBatchNorm2d(_Synchronized, nn.BatchNorm2d):
-    """Over inputs of shape (batch, channels, height, width)."""
+    """Synchronized batch norm for inputs of shape (batch, channels, height, width)."""
 
     dims = (4,)
 
 
 class SyncBatchNorm3d(_Synchronized, nn.BatchNorm3d):
-    """Over inputs of shape (batch, channels, depth, height, width)."""
+    """Synchronized batch norm for inputs of shape (batch, channels, depth, height, width)."""
 
     dims = (5,)
 
@@ -123,58 +129,59 @@ _SYNCHRONIZED: dict[type[nn.Module], type[_Synchronized]] = {
 
 
 def synchronize_batch_norm(model: nn.Module, group: Any = None) -> nn.Module:
-    """Let every batch norm of `model`, in place, take its statistics over `group` (None: over all ranks). Local.
+    """Make every batch norm of `model` compute its statistics over `group` (None: all ranks). In place. Local.
 
-    Names, weights and buffers stay what they are. Raises ConfigError where there is none, or one of a class of its own.
+    Names, weights and buffers do not change. Raises ConfigError if the model has no batch norm, or a batch norm of a
+    custom class.
     """
     norms = [(name, module) for name, module in model.named_modules() if isinstance(module, batch_norm_classes())]
-    asked = "model.sync_batch_norm is to let batch norms take their statistics over all ranks."
+    failed = "Cannot synchronize batch norms over all ranks (model.sync_batch_norm)."
     if not norms:
-        raise ConfigError(explain(asked, f"none in {type(model).__qualname__}", "take the key out"))
+        raise ConfigError(explain(failed, f"{type(model).__qualname__} has no batch norm", "remove the key"))
     for name, module in norms:
         kind = type(module)
         if not isinstance(module, _Synchronized) and kind not in _SYNCHRONIZED:
-            found = f"{name!r}, a {kind.__module__}.{kind.__qualname__}, whose forward is its own"
-            raise ConfigError(explain(asked, found, "use torch.nn.BatchNorm1d, 2d or 3d, or take the key out"))
+            problem = f"{name!r} is a {kind.__module__}.{kind.__qualname__}, which has a custom forward"
+            raise ConfigError(explain(failed, problem, "use torch.nn.BatchNorm1d, 2d or 3d, or remove the key"))
     for _, module in norms:
         if not isinstance(module, _Synchronized):
             module.__class__ = _SYNCHRONIZED[type(module)]
-        # A group of all ranks is left unsaid: a model that holds a group cannot be copied.
+        # The group of all ranks is stored as None, because a model that holds a process group cannot be copied.
         vars(module)["group"] = None if group is dist.group.WORLD else group
     return model
 
 
 def synchronized(make_model: Callable[[], nn.Module], group: Any = None) -> Callable[[], nn.Module]:
-    """The same factory, of models with synchronized batch norms."""
+    """Return a factory that makes the models of `make_model` with synchronized batch norms. Local."""
 
     def make() -> nn.Module:
         return synchronize_batch_norm(make_model(), group)
 
-    make.__wrapped__ = make_model  # type: ignore[attr-defined]  # a class that says how to fill it is still seen
+    make.__wrapped__ = make_model  # type: ignore[attr-defined]  # `says_how` looks for a class's `init_weights` here
     return make
 
 
 def explain_single_value(error: ValueError) -> None:
-    """Raise ConfigError where this is torch's about the batch norm of a single value: what a config can do. Local."""
+    """Raise ConfigError if `error` is torch's error about the batch norm of a single value. Local."""
     if "more than 1 value per channel" in str(error):
         raise ConfigError(
             explain(
-                "A batch norm needs more than one value a channel to have a variance.",
-                f"a micro-batch with one: {error}",
-                "set data.last=drop if it is an epoch's last, a data.micro_batch that leaves no sample alone, or "
-                "model.sync_batch_norm=true, which takes the statistics over all ranks",
+                "A batch norm needs more than one value per channel to compute a variance.",
+                f"a micro-batch has only one: {error}",
+                "set data.last=drop if it is the last of an epoch, or choose a data.micro_batch that leaves no single "
+                "sample over, or set model.sync_batch_norm=true to compute the statistics over all ranks",
             )
         ) from error
 
 
 def synchronized_norms(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    """The synchronized batch norms in `modules`: their buffers follow all ranks, not this one alone. Local."""
-    return [one for module in modules for one in module.modules() if isinstance(one, _Synchronized)]
+    """Return the synchronized batch norms in `modules`. Their running statistics cover all ranks. Local."""
+    return [norm for module in modules for norm in module.modules() if isinstance(norm, _Synchronized)]
 
 
 @contextmanager
 def left_out(norms: Sequence[nn.Module]) -> Iterator[None]:
-    """Meanwhile what this rank puts in counts nothing in the statistics of all: it only replays. Local."""
+    """Exclude this rank's values from the statistics of all ranks, for a replay. Local."""
     for norm in norms:
         vars(norm)["counts"] = False
     try:

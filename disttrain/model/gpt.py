@@ -1,9 +1,8 @@
-"""`gpt`: a modern decoder in one file, for reading and for speed.
+"""Implements `gpt` (`model.target: gpt`), a modern decoder in one readable file.
 
-RMSNorm (arXiv 1910.07467), rotary positions (2104.09864), grouped-query attention (2305.13245), SwiGLU (2002.05202),
-tied or untied head. Dropout, where asked for, is on the embedding and on each branch, so that attention keeps its fused
-kernels. Refuses shapes that do not fit; owns its initial values by `init_weights`.
-Enters: configs (`model.target: gpt`), strategy by way of `disttrain.model.initialize`.
+The model uses RMSNorm (arXiv 1910.07467), rotary positions (2104.09864), grouped-query attention (2305.13245), SwiGLU
+(2002.05202), and a tied or untied head. Dropout applies to the embedding and to each branch, so that attention keeps
+its fused kernels. `init_weights` defines the initial values.
 
 Shapes: b batch, t time, c width, v vocab, h query heads, g key-value heads, d width of a head, f hidden width.
 """
@@ -23,10 +22,25 @@ from disttrain.runtime.seeds import GeneratorFor
 
 
 class GPT(nn.Module):
-    """Tokens [b, t] of type int64 to logits [b, t, v].
+    """Maps tokens [b, t] of type int64 or int32 to logits [b, t, v].
 
-    Built under `torch.manual_seed(s)` it is bit-equal to its shapes filled by `init_weights(generators_for(s))`.
-    Raises ConfigError for sizes that do not fit together.
+    A model built under `torch.manual_seed(s)` is bit-equal to one built on the meta device and filled from
+    `init_weights(generators_for(s))`.
+
+    Args:
+        vocab: the number of token ids.
+        context: the largest number of tokens per item.
+        layers: the number of blocks.
+        heads: query heads per block.
+        width: the width of the residual stream.
+        kv_heads: key-value heads per block, which must divide `heads`. None means `heads`.
+        hidden: the hidden width of SwiGLU. None means two thirds of 4 * width, rounded up to a multiple of 64.
+        dropout: from 0 to below 1.
+        tied: whether the head shares the weight of the token table.
+        rope_base: the base of the rotary angles.
+
+    Raises:
+        ConfigError: a size is invalid, or the sizes do not fit together.
     """
 
     def __init__(
@@ -49,7 +63,8 @@ class GPT(nn.Module):
             vocab=vocab, context=context, layers=layers, heads=heads, width=width, kv_heads=kv_heads, hidden=hidden
         )
         _check_shares(dropout, rope_base)
-        # Two thirds of 4 * width keep the parameters of a two-matrix block (2002.05202); multiples of 64 suit kernels.
+        # Two thirds of 4 * width keep the parameter count of a two-matrix block (2002.05202). Kernels prefer
+        # multiples of 64.
         hidden = -(-8 * width // (3 * 64)) * 64 if hidden is None else hidden
         self.context, self.rope_base, self.heads, self.kv_heads = context, rope_base, heads, kv_heads
         self.tokens = TokenTable(vocab, width)
@@ -62,7 +77,7 @@ class GPT(nn.Module):
         fill_self(self)
 
     def forward(self, tokens_bt: Tensor) -> Tensor:
-        """Logits of the next token at each position. Raises DataError for tokens it cannot read."""
+        """Return the logits of the next token at each position. Raises DataError for invalid tokens."""
         _check_tokens(tokens_bt, self.context)
         rotary_td = self.rotary[: tokens_bt.shape[1]]
         x_btc = self.dropout(self.tokens(tokens_bt))
@@ -74,8 +89,11 @@ class GPT(nn.Module):
 
     @property
     def tp_plan(self) -> dict[str, str]:
-        """How tensor parallel cuts it, in Hugging Face's words: attention by heads, SwiGLU by hidden features, the
-        table and the head by vocabulary; what lies between along time where that is asked for."""
+        """The tensor parallel plan in Hugging Face's terms.
+
+        Attention is cut by heads, SwiGLU by hidden features, and the token table and the head by vocabulary. The
+        modules between them are cut along time if sequence parallel is on.
+        """
         block = {
             "attention_norm": "sequence_parallel",
             "attention.q": "colwise",
@@ -93,14 +111,14 @@ class GPT(nn.Module):
         return {**ends, **{f"blocks.*.{name}": style for name, style in block.items()}, **head}
 
     def check_tensor_parallel(self, degree: int) -> None:
-        """Raise ConfigError where `degree` ranks cannot each have whole heads of queries, keys and values."""
+        """Raise ConfigError if the heads of queries, keys and values cannot be divided evenly over `degree` ranks."""
         if self.heads % degree or self.kv_heads % degree:
-            found = f"heads={self.heads}, kv_heads={self.kv_heads}"
-            do = "choose a degree that divides both, or other model.args"
-            raise ConfigError(explain(f"mesh.tensor={degree} gives each rank its share of gpt's heads.", found, do))
+            problem = f"heads={self.heads}, kv_heads={self.kv_heads}"
+            fix = "choose a degree that divides both, or change model.args"
+            raise ConfigError(explain(f"Cannot divide the heads of gpt over mesh.tensor={degree} ranks.", problem, fix))
 
     def init_weights(self, generator_for: GeneratorFor) -> Iterator[tuple[str, Tensor]]:
-        """Each parameter's and buffer's name with its whole initial value on the CPU, from shapes alone."""
+        """Yield the name and the full initial value of each parameter and buffer, on the CPU, from shapes alone."""
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
                 yield name, torch.ones(parameter.shape, device="cpu")
@@ -112,7 +130,7 @@ class GPT(nn.Module):
 
 
 class Block(nn.Module):
-    """Two residual branches, each normed at its entrance: attention, then SwiGLU."""
+    """Two residual branches, attention and then SwiGLU, each with a norm before it."""
 
     def __init__(self, width: int, heads: int, kv_heads: int, hidden: int, dropout: float) -> None:
         super().__init__()
@@ -129,7 +147,7 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal attention; `kv_heads` heads of keys and values each serve `heads / kv_heads` heads of queries."""
+    """Causal attention. Each of the `kv_heads` key-value heads serves `heads / kv_heads` query heads."""
 
     def __init__(self, width: int, heads: int, kv_heads: int) -> None:
         super().__init__()
@@ -140,7 +158,7 @@ class Attention(nn.Module):
         self.out = Linear(width, width)
 
     def forward(self, x_btc: Tensor, rotary_td: Tensor) -> Tensor:
-        # However many heads there are: under tensor parallel a rank has its own alone.
+        # The number of heads is inferred, because under tensor parallel a rank has only some of them.
         q, k, v = (part(x_btc).unflatten(-1, (-1, self.head_width)) for part in (self.q, self.k, self.v))
         y_bhtd = F.scaled_dot_product_attention(
             rotate(q, rotary_td).transpose(1, 2),
@@ -154,7 +172,7 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """silu(gate) * up, then down."""
+    """Computes down(silu(gate(x)) * up(x))."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -168,9 +186,9 @@ class SwiGLU(nn.Module):
 
 
 class TokenTable(nn.Module):
-    """A vector for each token, read both ways: tokens to vectors, and as a tied head vectors to logits.
+    """Maps tokens to vectors, and as a tied head maps vectors to logits.
 
-    One module with both readings, because sharding wrappers gather a module's weight around its own forward.
+    Both uses are in one module, because sharding wrappers gather a module's weight only around its forward.
     """
 
     def __init__(self, vocab: int, width: int) -> None:
@@ -182,24 +200,24 @@ class TokenTable(nn.Module):
             return F.linear(x, self.weight)
         try:
             return F.embedding(x, self.weight)
-        except IndexError:  # told on the CPU only: a GPU would have to be waited for
-            found = f"ids from {int(x.min())} to {int(x.max())} for vocab={self.weight.shape[0]}"
-            do = "raise model.args.vocab, or mend the data"
-            raise DataError(explain("Token ids are from 0 to below vocab.", found, do)) from None
+        except IndexError:  # raised on the CPU only: on a GPU the check would have to wait for the device
+            problem = f"ids from {int(x.min())} to {int(x.max())} for vocab={self.weight.shape[0]}"
+            fix = "raise model.args.vocab, or correct the data"
+            raise DataError(explain("Token ids must be at least 0 and less than vocab.", problem, fix)) from None
 
 
 class Linear(nn.Linear):
-    """Without bias, and left as allocated: the model writes every value once, in `init_weights`."""
+    """A linear layer without bias and without initial values. The model writes all values once, in `init_weights`."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, bias=False)
 
     def reset_parameters(self) -> None:
-        """Nothing: torch's own draw would be overwritten."""
+        """Do nothing, because `init_weights` would overwrite torch's random values."""
 
 
 class RMSNorm(nn.Module):
-    """Each vector over its root mean square, times a learned scale."""
+    """Divides each vector by its root mean square and multiplies it by a learned scale."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -210,7 +228,7 @@ class RMSNorm(nn.Module):
 
 
 def rotate(x_bthd: Tensor, rotary_td: Tensor) -> Tensor:
-    """Turn each pair of neighbouring entries by its position's angle: a complex product, in float32 at least."""
+    """Rotate each pair of adjacent entries by the angle of its position, as a complex product in at least float32."""
     wide = x_bthd if x_bthd.dtype in (torch.float32, torch.float64) else x_bthd.float()
     pairs = torch.view_as_complex(wide.reshape(*wide.shape[:-1], -1, 2))
     turned = pairs * torch.view_as_complex(rotary_td.to(wide.dtype))[:, None]
@@ -218,14 +236,21 @@ def rotate(x_bthd: Tensor, rotary_td: Tensor) -> Tensor:
 
 
 def _rotary_table(context: int, pairs: int, base: float) -> Tensor:
-    """cos and sin of position * base^(-pair/pairs), [t, d/2, 2]; in float64 first: float32 loses far angles."""
+    """Return cos and sin of position * base^(-pair/pairs), float32 of shape [t, d/2, 2].
+
+    The angles are computed in float64, because float32 is inexact for large positions.
+    """
     speed = base ** (-torch.arange(pairs, dtype=torch.float64, device="cpu") / pairs)
     angle = torch.arange(context, dtype=torch.float64, device="cpu")[:, None] * speed
     return torch.stack([angle.cos(), angle.sin()], dim=-1).float()
 
 
 def _std(name: str, *, layers: int) -> float:
-    """GPT-2's: 0.02, and what feeds the residual stream over sqrt(2 * layers), so that its variance does not grow."""
+    """Return GPT-2's standard deviation for a weight.
+
+    It is 0.02, divided by sqrt(2 * layers) for weights that add to the residual stream, so that the variance of the
+    stream does not grow with depth.
+    """
     return 0.02 / (2 * layers) ** 0.5 if name.endswith(("out.weight", "down.weight")) else 0.02
 
 
@@ -233,17 +258,17 @@ def _check_tokens(tokens_bt: Tensor, context: int) -> None:
     if tokens_bt.dim() != 2 or tokens_bt.dtype not in (torch.int64, torch.int32):
         raise DataError(
             explain(
-                "The model reads token ids [batch, time] of type int64.",
-                f"{tuple(tokens_bt.shape)} of {tokens_bt.dtype}",
-                "let each item of the data be one row of token ids",
+                "gpt needs token ids [batch, time] of type int64.",
+                f"shape {tuple(tokens_bt.shape)} of type {tokens_bt.dtype}",
+                "make each item of the dataset one row of token ids",
             )
         )
     if tokens_bt.shape[1] > context:
         raise DataError(
             explain(
-                f"The model reads at most context={context} tokens at a time.",
-                f"items of {tokens_bt.shape[1]} tokens",
-                "shorten the data's items, or raise model.args.context",
+                f"gpt reads at most context={context} tokens at a time.",
+                f"the items have {tokens_bt.shape[1]} tokens",
+                "shorten the items of the dataset, or raise model.args.context",
             )
         )
 
@@ -252,21 +277,21 @@ def _check_sizes(*, heads: int, width: int, kv_heads: int, **others: int | None)
     sizes = {"heads": heads, "width": width, "kv_heads": kv_heads, **others}
     wrong = {n: s for n, s in sizes.items() if s is not None and not (isinstance(s, Integral) and s >= 1)}
     if wrong:
-        found = ", ".join(f"{name}={size!r}" for name, size in wrong.items())
-        do = "give positive whole numbers"
+        problem = ", ".join(f"{name}={size!r}" for name, size in wrong.items())
+        fix = "set positive integers"
     elif width % heads or (width // heads) % 2:
-        found, do = f"width={width} over heads={heads}", "choose a width that is an even multiple of heads"
+        problem, fix = f"width={width} for heads={heads}", "choose a width that is an even multiple of heads"
     elif heads % kv_heads:
-        found, do = f"heads={heads} over kv_heads={kv_heads}", "choose kv_heads that divides heads"
+        problem, fix = f"heads={heads} for kv_heads={kv_heads}", "choose kv_heads that divides heads"
     else:
         return
-    raise ConfigError(explain("The sizes of gpt are to fit together.", found, do))
+    raise ConfigError(explain("The sizes of gpt are invalid.", problem, fix))
 
 
 def _check_shares(dropout: float, rope_base: float) -> None:
     if not (isinstance(dropout, int | float) and 0.0 <= dropout < 1.0):
-        raise ConfigError(explain("dropout of gpt is a share.", f"dropout={dropout!r}", "choose one from 0 to below 1"))
+        fix = "set a number from 0 to below 1"
+        raise ConfigError(explain("The dropout of gpt is invalid.", f"dropout={dropout!r}", fix))
     if not (isinstance(rope_base, int | float) and 0.0 < rope_base < float("inf")):
-        raise ConfigError(
-            explain("rope_base of gpt is a positive number.", f"rope_base={rope_base!r}", "choose 10000.0, or larger")
-        )
+        fix = "set a positive number, 10000.0 or larger"
+        raise ConfigError(explain("The rope_base of gpt is invalid.", f"rope_base={rope_base!r}", fix))

@@ -1,6 +1,7 @@
-"""`mlp`: linear layers with an activation and dropout between them. Enters: configs (`model.target: mlp`).
+"""Implements `mlp` (`model.target: mlp`): linear layers with an activation and dropout between them.
 
-Initial values are torch's own (`nn.Linear`), from the default generator: it is built on the host, like most models.
+The initial values are those of `nn.Linear`, drawn from the default generator. The model has no `init_weights`, so it is
+built on the CPU like most models.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 
 
 class MLP(nn.Module):
-    """Vectors [..., inputs] to vectors [..., outputs]. Raises ConfigError for unknown activations and for widths or a
-    dropout that no layer can have."""
+    """Maps vectors [..., inputs] to vectors [..., outputs].
+
+    Raises ConfigError for an unknown activation, and for an invalid width or dropout.
+    """
 
     def __init__(
         self, *, inputs: int, hidden: Sequence[int], outputs: int, activation: str = "relu", dropout: float = 0.0
@@ -33,7 +36,7 @@ class MLP(nn.Module):
         if activation not in ACTIVATIONS:
             raise ConfigError(
                 explain(
-                    "mlp's activation is to be one it knows.",
+                    "The activation of mlp is unknown.",
                     repr(activation),
                     f"choose one of {', '.join(sorted(ACTIVATIONS))}",
                 )
@@ -42,14 +45,14 @@ class MLP(nn.Module):
         if not widths or not all(isinstance(width, Integral) and width > 0 for width in widths):
             raise ConfigError(
                 explain(
-                    "mlp's layers are to have at least one unit.",
+                    "The layer widths of mlp are invalid.",
                     f"inputs={inputs!r}, hidden={hidden!r}, outputs={outputs!r}",
-                    "give positive whole numbers, and a list of them for hidden: [64, 64]",
+                    "set positive integers, and a list of them for hidden, such as [64, 64]",
                 )
             )
         if not (isinstance(dropout, int | float) and 0.0 <= dropout < 1.0):
             raise ConfigError(
-                explain("mlp's dropout is a share.", f"dropout={dropout!r}", "choose one from 0 to below 1")
+                explain("The dropout of mlp is invalid.", f"dropout={dropout!r}", "set a number from 0 to below 1")
             )
         layers: list[nn.Module] = []
         for before, after in pairwise(widths[:-1]):

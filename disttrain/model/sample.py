@@ -1,8 +1,8 @@
-"""Text from a language model, one token at a time. Enters: cli (`disttrain sample`).
+"""Generates tokens from a language model, one at a time (`disttrain sample`).
 
-Owns the draw of a token. Refuses temperatures below zero and an empty prompt. Keeps no cache of keys and values: the
-window is read anew for each token, so any model of tokens [b, t] to logits [b, t, v] will do, also where they come as
-`logits` of its output or as the first of several.
+No keys or values are cached: the model reads the window again for each token. Therefore any model that maps tokens
+[b, t] to logits [b, t, v] works. Its output may be the logits, an object with `logits`, or a tuple that starts with
+them.
 """
 
 from __future__ import annotations
@@ -27,11 +27,23 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
 ) -> list[int]:
-    """The `length` tokens that follow the prompt (without it); each sees at most the last `context` tokens.
+    """Return the `length` tokens that follow the prompt, without the prompt. Local.
 
-    Temperature 0 takes the likeliest token. Draws are made on the CPU in float32, from `generator` (a CPU one), so that
-    equal logits give equal text on every device. The model's mode is put back afterwards. Local; raises ConfigError,
-    and TrainingError for a model without logits, or with logits that are not numbers.
+    Tokens are drawn on the CPU in float32, so that equal logits give equal text on every device. The training modes of
+    the modules are restored afterwards.
+
+    Args:
+        model: maps tokens [b, t] to logits [b, t, v].
+        prompt_tokens: at least one token.
+        length: the number of tokens to generate.
+        context: the number of last tokens that the model reads.
+        generator: a CPU generator. None means torch's default generator.
+        temperature: 0 always selects the most likely token.
+        top_k: if set, only the `top_k` most likely tokens are drawn.
+
+    Raises:
+        ConfigError: the prompt is empty or an argument is out of range.
+        TrainingError: the model returns no logits, or logits that are not finite.
     """
     tokens = [int(token) for token in _flat(prompt_tokens)]
     _check(tokens, length, context, temperature, top_k)
@@ -50,24 +62,32 @@ def generate(
 
 
 def draw(logits_v: Tensor, generator: torch.Generator | None, *, temperature: float, top_k: int | None) -> int:
-    """One token from logits over the vocabulary; among the `top_k` likeliest where that is given.
+    """Return one token drawn from logits [v], among the `top_k` most likely tokens if `top_k` is given.
 
-    A logit of -inf is a token ruled out. Raises TrainingError for nan and inf.
+    A logit of -inf excludes its token. Raises TrainingError for nan and inf.
     """
     if not logits_v.max().isfinite():
         raise TrainingError(
-            explain("A token is drawn from finite logits.", f"a largest of {logits_v.max()}", "sample an earlier state")
+            explain(
+                "Cannot draw a token from logits that are not finite.",
+                f"the largest logit is {logits_v.max()}",
+                "sample from an earlier checkpoint",
+            )
         )
     if temperature == 0.0:
         return int(logits_v.argmax())
     kept_k, tokens_k = logits_v.topk(min(top_k or len(logits_v), len(logits_v)))
-    # The largest is 0 before the division: a temperature near zero then makes -inf of the others, never inf - inf.
+    # Shift the largest logit to 0 before the division. A temperature near zero then turns the others into -inf, and
+    # never computes inf - inf.
     chosen = torch.multinomial(torch.softmax((kept_k - kept_k[0]) / temperature, dim=-1), 1, generator=generator)
     return int(tokens_k[chosen])
 
 
 def logits_of(output: Any) -> Tensor:
-    """Logits [b, t, v] of a model's output: itself, its `logits`, or the first of several. Raises TrainingError."""
+    """Return the logits [b, t, v] in a model's output: the output, its `logits`, or its first element.
+
+    Raises TrainingError if there are no logits of this shape.
+    """
     if isinstance(output, Mapping):
         output = output.get("logits")
     elif hasattr(output, "logits"):
@@ -79,9 +99,9 @@ def logits_of(output: Any) -> Tensor:
     shape = f" of shape {tuple(output.shape)}" if isinstance(output, Tensor) else ""
     raise TrainingError(
         explain(
-            "Text is drawn from a model of tokens [b, t] to logits [b, t, v].",
-            f"a {type(output).__qualname__}{shape}",
-            "sample a language model",
+            "Sampling needs a model that maps tokens [b, t] to logits [b, t, v].",
+            f"the model returned a {type(output).__qualname__}{shape}",
+            "sample from a language model",
         )
     )
 
@@ -92,7 +112,7 @@ def _flat(tokens: Sequence[int] | Tensor) -> Iterable[int]:
 
 def _check(tokens: list[int], length: int, context: int, temperature: float, top_k: int | None) -> None:
     if not tokens:
-        raise ConfigError(explain("Sampling starts from a prompt.", "an empty one", "give at least one token"))
+        raise ConfigError(explain("Cannot sample without a prompt.", "the prompt is empty", "pass at least one token"))
     for name, value, least in (
         ("length", length, 0),
         ("context", context, 1),
@@ -100,4 +120,4 @@ def _check(tokens: list[int], length: int, context: int, temperature: float, top
         ("top_k", 1 if top_k is None else top_k, 1),
     ):
         if not value >= least:
-            raise ConfigError(explain(f"{name} is to be at least {least}.", f"{value}", f"raise {name}"))
+            raise ConfigError(explain(f"{name} must be at least {least}.", f"{name}={value}", f"raise {name}"))

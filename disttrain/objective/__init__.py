@@ -1,4 +1,4 @@
-"""What a model is trained for: the adapter over users' forms, and the built-in objectives. Enters: strategy, engine."""
+"""Provides the built-in objectives, and the adapter that gives every user's objective the same interface."""
 
 from disttrain.objective.language import NextToken
 from disttrain.objective.objective import Context, Loss, Number, Objective

@@ -1,6 +1,6 @@
-"""`next_token`: cross entropy of each next token. Enters: configs (`objective.target: next_token`).
+"""Implements `next_token` (`objective.target: next_token`), the cross entropy of each next token.
 
-Per-token losses are added up, never averaged, so ragged items and padding weigh what they should.
+The losses of tokens are summed, not averaged, so that items of different length and padding get the correct weight.
 """
 
 from __future__ import annotations
@@ -21,29 +21,36 @@ _MODEL_READS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
 
 
 class NextToken:
-    """Weight: the targets that are not `ignore_index`. Logits are [b, t, v].
+    """Cross entropy of logits [b, t, v]. The weight is the number of targets that are not `ignore_index`.
 
-    Reads `(inputs, targets)`, or the keys `inputs` and `targets`: token ids [b, t], targets already shifted by one.
-    Or, as Hugging Face has it, `input_ids` and `labels`: labels are the tokens themselves and are shifted here; then
-    `attention_mask`, `position_ids` and `token_type_ids` go to the model too, by name.
-    Summarizes `perplexity`, `bits_per_byte` (for tokens of `bytes_per_token` bytes on average; None leaves it out) and,
-    where it is not training, `accuracy`: the share of tokens that were the likeliest.
+    A batch has one of two forms:
+
+    - `(inputs, targets)`, or the keys `inputs` and `targets`: token ids [b, t] with targets already shifted by one.
+    - The keys `input_ids` and `labels`, as in Hugging Face: the labels are the tokens, and the objective shifts them.
+      The model also receives `attention_mask`, `position_ids` and `token_type_ids`, by name.
+
+    The summary has `perplexity`, `bits_per_byte`, and in evaluation `accuracy`, the share of targets that were the most
+    likely token.
+
+    Args:
+        ignore_index: targets with this value do not count.
+        bytes_per_token: the average number of bytes per token. None leaves `bits_per_byte` out.
     """
 
     def __init__(self, *, ignore_index: int = -100, bytes_per_token: float | None = 1.0) -> None:
         if bytes_per_token is not None and not (isinstance(bytes_per_token, int | float) and bytes_per_token > 0):
             raise ConfigError(
                 explain(
-                    "next_token's bytes_per_token is what a token stands for on average.",
+                    "The bytes_per_token of next_token is invalid.",
                     repr(bytes_per_token),
-                    "give a positive number, or null to leave bits_per_byte out",
+                    "set a positive number of bytes, or null to leave bits_per_byte out",
                 )
             )
         self.ignore_index = ignore_index
         self.bytes_per_token = bytes_per_token
 
     def weigh(self, batch: Any) -> Tensor:
-        """The number of targets that count, a 0-d tensor on the batch's device."""
+        """Return the number of targets that count, as a 0-d tensor on the batch's device."""
         return self._count(self._targets(batch))
 
     def forward(self, model: Any, batch: Any) -> Any:
@@ -61,12 +68,12 @@ class NextToken:
                 explain(
                     "next_token needs one row of logits for each target.",
                     f"logits {tuple(logits.shape)} for targets {tuple(targets.shape)} of {targets.dtype}",
-                    "let the model return logits [batch, time, vocab] for targets [batch, time] of type int64",
+                    "return logits [batch, time, vocab] from the model, for targets [batch, time] of type int64",
                 )
             )
         logits, targets = logits.flatten(0, -2), targets.flatten().long()
         total = F.cross_entropy(logits, targets, ignore_index=self.ignore_index, reduction="sum")
-        # Another pass over all logits: paid where it is read, in evaluation.
+        # The accuracy costs another pass over all logits, so it is computed only in evaluation.
         sums = {} if context.training else {"correct": ((logits.argmax(-1) == targets) & self._counts(targets)).sum()}
         return total, self._count(targets), sums
 
@@ -75,12 +82,12 @@ class NextToken:
         if not weight:
             return {}
         nats = float(sums["total/loss"]) / weight
-        found = {"perplexity": math.inf if nats > 700.0 else math.exp(nats)}
+        summary = {"perplexity": math.inf if nats > 700.0 else math.exp(nats)}
         if self.bytes_per_token is not None:
-            found["bits_per_byte"] = nats / math.log(2.0) / self.bytes_per_token
+            summary["bits_per_byte"] = nats / math.log(2.0) / self.bytes_per_token
         if "correct" in sums:
-            found["accuracy"] = float(sums["correct"]) / weight
-        return found
+            summary["accuracy"] = float(sums["correct"]) / weight
+        return summary
 
     def _targets(self, batch: Any) -> Tensor:
         targets: Tensor = batch["labels"][:, 1:] if _shifts(batch) else read_pair(batch, "next_token", _FORMS)[1]

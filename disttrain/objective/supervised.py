@@ -1,7 +1,8 @@
-"""`cross_entropy` and `mse`: classification and regression. Enters: configs (`objective.target`).
+"""Implements the objectives `cross_entropy` (classification) and `mse` (regression) (`objective.target`).
 
-Both read `(inputs, targets)`, or a mapping with the keys `inputs` and `targets`; inputs that are themselves a mapping
-go to the model as keyword arguments. Both add up; their weights make them equal torch's own `reduction="mean"`.
+Both read `(inputs, targets)`, or a mapping with the keys `inputs` and `targets`. If the inputs are a mapping, the model
+receives them as keyword arguments. Both sum the losses, and divided by their weights they equal torch's
+`reduction="mean"`.
 """
 
 from __future__ import annotations
@@ -19,21 +20,30 @@ from disttrain.objective.batch import call_model, read_output, read_pair
 
 
 class CrossEntropy:
-    """Logits [b, classes, ...] against classes [b, ...] (int64) or class probabilities [b, classes, ...].
+    """Cross entropy of logits [b, classes, ...] for targets [b, ...] (int64) or probabilities [b, classes, ...].
 
-    Weight: the targets that are not `ignore_index` (with probabilities: all of them). Summarizes `accuracy`.
+    The weight is the number of targets that are not `ignore_index`, or with probabilities the number of all targets.
+    The summary has `accuracy`.
+
+    Args:
+        ignore_index: targets with this value do not count.
+        label_smoothing: from 0 to 1.
     """
 
     def __init__(self, *, ignore_index: int = -100, label_smoothing: float = 0.0) -> None:
         if not (isinstance(label_smoothing, int | float) and 0.0 <= label_smoothing <= 1.0):
             raise ConfigError(
-                explain("cross_entropy's label_smoothing is a share.", repr(label_smoothing), "choose one from 0 to 1")
+                explain(
+                    "The label_smoothing of cross_entropy is invalid.",
+                    repr(label_smoothing),
+                    "set a number from 0 to 1",
+                )
             )
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
 
     def weigh(self, batch: Any) -> Tensor | float:
-        """The number of targets that count."""
+        """Return the number of targets that count."""
         return self._count(read_pair(batch, "cross_entropy")[1])
 
     def forward(self, model: Any, batch: Any) -> Any:
@@ -46,9 +56,9 @@ class CrossEntropy:
         if logits.dim() < 2 or targets.shape != (logits.shape if soft else logits.shape[:1] + logits.shape[2:]):
             raise TrainingError(
                 explain(
-                    "cross_entropy needs a row of logits for each target.",
+                    "cross_entropy needs one row of logits for each target.",
                     f"logits {tuple(logits.shape)} for targets {tuple(targets.shape)} of {targets.dtype}",
-                    "let the model return [batch, classes, ...] for classes [batch, ...] of type int64",
+                    "return logits [batch, classes, ...] from the model, for targets [batch, ...] of type int64",
                 )
             )
         if soft:
@@ -77,13 +87,13 @@ class CrossEntropy:
 
 
 class MSE:
-    """Squared error over outputs and targets of one shape: the sum over all elements, weight their number.
+    """Squared error of outputs and targets of equal shape. The weight is the number of elements.
 
-    So the loss is that of `nn.MSELoss()` over the whole global batch. Summarizes `rmse`.
+    The loss equals `nn.MSELoss()` over the complete global batch. The summary has `rmse`.
     """
 
     def weigh(self, batch: Any) -> float:
-        """The number of target elements."""
+        """Return the number of elements of the targets."""
         return float(read_pair(batch, "mse")[1].numel())
 
     def forward(self, model: Any, batch: Any) -> Any:
@@ -93,12 +103,12 @@ class MSE:
         targets: Tensor = read_pair(batch, "mse")[1]
         outputs = read_output(output, "mse")
         if outputs.shape != targets.shape:
-            # torch would broadcast [b, 1] against [b] to [b, b], and train on it with no more than a warning.
+            # torch would broadcast [b, 1] against [b] to [b, b], and would train on that with only a warning.
             raise TrainingError(
                 explain(
-                    "mse compares outputs and targets element by element.",
+                    "mse needs outputs and targets of the same shape.",
                     f"outputs {tuple(outputs.shape)} and targets {tuple(targets.shape)}",
-                    "give both the same shape, for instance targets [batch, 1] for outputs [batch, 1]",
+                    "give both the same shape, for example targets [batch, 1] for outputs [batch, 1]",
                 )
             )
         return F.mse_loss(outputs, targets.to(outputs.dtype), reduction="sum"), float(targets.numel())
