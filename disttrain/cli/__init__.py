@@ -1,4 +1,4 @@
-"""`disttrain`: the commands around a run. Imports no torch until a command needs it. Enters: the shell."""
+"""Defines the commands of `disttrain`. torch is imported only when a command needs it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Check a config, read what a run came to, look after its checkpoints. "
+    help="Train, check a config, report on a run, and manage its checkpoints. "
     "To train in several processes: torchrun --nproc_per_node=N -m disttrain.run CONFIG",
 )
 app.add_typer(ckpt, name="ckpt")
@@ -44,12 +44,12 @@ def check(
     config: str,
     overrides: _Overrides = None,
     as_json: _Json = False,
-    imports: Annotated[bool, typer.Option("--import", help="Import the targets too, which runs their code.")] = False,
+    imports: Annotated[bool, typer.Option("--import", help="Also import the targets, which runs their code.")] = False,
     accelerate: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Show what strategy.name=accelerate makes of accelerate's FILE.")
+        str | None, typer.Option(metavar="FILE", help="Translate accelerate's FILE, as strategy.name=accelerate does.")
     ] = None,
 ) -> None:
-    """Validate a config; print every value and where it came from."""
+    """Validate a config, and print every value and its source."""
     from disttrain.cli.check import check_config
 
     raise typer.Exit(check_config(config, overrides or [], as_json=as_json, imports=imports, accelerate=accelerate))
@@ -60,18 +60,23 @@ def parity(
     config: str,
     overrides: _Overrides = None,
     as_json: _Json = False,
-    strategies: Annotated[str | None, typer.Option(metavar="NAME,...", help="As ddp,fsdp,deepspeed:3; all.")] = None,
+    strategies: Annotated[
+        str | None, typer.Option(metavar="NAME,...", help="Such as ddp,fsdp,deepspeed:3. Default: all.")
+    ] = None,
     case: Annotated[
-        list[str] | None, typer.Option(metavar='"KEY=VALUE ..."', help="One more case, by its overrides; repeatable.")
+        list[str] | None,
+        typer.Option(metavar='"KEY=VALUE ..."', help="An additional case by its overrides. Repeatable."),
     ] = None,
     world_sizes: Annotated[str, typer.Option(metavar="N,...", help="Numbers of processes.")] = "1,2",
     micro_batches: Annotated[
-        str | None, typer.Option(metavar="N,...", help="For every case; the config's own.")
+        str | None, typer.Option(metavar="N,...", help="For every case. Default: the config's.")
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each case.")] = 5,
-    limit_s: Annotated[float, typer.Option("--limit-s", min=1.0, help="Time for each case, in seconds.")] = 300.0,
+    limit_s: Annotated[
+        float, typer.Option("--limit-s", min=1.0, help="The time limit of each case in seconds.")
+    ] = 300.0,
 ) -> None:
-    """Prove that a config trains the same under every strategy and world size, or say what does not and why."""
+    """Check that a config trains the same under every strategy and world size, and explain differences."""
     from disttrain.cli.parity import check_parity
 
     code = check_parity(
@@ -90,8 +95,8 @@ def parity(
 
 @app.command()
 def report(run: str, as_json: _Json = False) -> None:
-    """Curves and tables of a run's folder."""
-    from disttrain.cli.inspect_run import report_run
+    """Print the curves and tables of a run's folder."""
+    from disttrain.cli.report import report_run
 
     report_run(run=run, as_json=as_json)
 
@@ -99,13 +104,13 @@ def report(run: str, as_json: _Json = False) -> None:
 @app.command()
 def sample(
     path: Annotated[str, typer.Argument(metavar="RUN_OR_CHECKPOINT")],
-    prompt: Annotated[str, typer.Option(help="What the text begins with.")] = "",
-    length: Annotated[int, typer.Option("--bytes", min=1, help="How many bytes to write.")] = 400,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="What the draws are keyed by.")] = 0,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest byte.")] = 0.8,
+    prompt: Annotated[str, typer.Option(help="The beginning of the text.")] = "",
+    length: Annotated[int, typer.Option("--bytes", min=1, help="The number of bytes to generate.")] = 400,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="The seed of the random numbers.")] = 0,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 always selects the most likely byte.")] = 0.8,
 ) -> None:
-    """Write text with a language model over bytes."""
-    from disttrain.cli.inspect_run import sample_text
+    """Generate text with a language model over bytes."""
+    from disttrain.cli.sample import sample_text
 
     sample_text(path=path, prompt=prompt, length=length, seed=seed, temperature=temperature)
 
@@ -116,14 +121,14 @@ def evaluate(
     overrides: _Overrides = None,
     as_json: _Json = False,
 ) -> None:
-    """Evaluate on the config's evaluation sets."""
-    from disttrain.cli.inspect_run import evaluate_run
+    """Evaluate a run or checkpoint on the evaluation sets of its config."""
+    from disttrain.cli.evaluate import evaluate_run
 
     evaluate_run(path=path, overrides=overrides or [], as_json=as_json)
 
 
 def main() -> None:
-    """The console script: errors to stderr, their exit codes to the shell."""
+    """Run the console script. Errors go to stderr, and their exit codes to the shell."""
     start_logs()
     try:
         app(prog_name="disttrain")

@@ -1,4 +1,4 @@
-"""`python -m disttrain.cli`."""
+"""Runs the commands by `python -m disttrain.cli`."""
 
 from disttrain.cli import main
 

@@ -1,4 +1,4 @@
-"""`disttrain check`: a config's problems, or its resolved form with every value's source. Imports no torch."""
+"""Implements `disttrain check`, which prints a config's problems, or its values with their sources, without torch."""
 
 from __future__ import annotations
 
@@ -29,16 +29,21 @@ from disttrain.errors import FINISHED, ConfigError
 def check_config(
     source: str, overrides: Sequence[str], *, as_json: bool, imports: bool, accelerate: str | None = None
 ) -> int:
-    """Print what was found; returns the exit code, 0 or ConfigError's.
+    """Print the result, and return the exit code: 0, or that of ConfigError.
 
-    `imports` runs the targets' modules; `accelerate` is the file that strategy.name=accelerate is translated from.
+    Args:
+        source: the config's file.
+        overrides: `section.key=value` each.
+        as_json: whether to print JSON.
+        imports: whether to import the targets' modules, which runs their code.
+        accelerate: the file of accelerate that strategy.name=accelerate translates.
     """
     config, problems = _problems_of(source, overrides, imports=imports, accelerate=accelerate)
     if as_json:
-        found: dict[str, Any] = {"ok": not problems, "problems": [vars(problem) for problem in problems]}
+        result: dict[str, Any] = {"ok": not problems, "problems": [vars(problem) for problem in problems]}
         if config is not None:
-            found |= {"config": config.to_dict(), "sources": every_source(config)}
-        print(json_text(found))
+            result |= {"config": config.to_dict(), "sources": every_source(config)}
+        print(json_text(result))
     elif problems:
         print(f"error (exit {ConfigError.exit_code}): {ConfigProblemsError(problems)}", file=sys.stderr)
     elif config is not None:
@@ -46,13 +51,14 @@ def check_config(
         missing = [name for name in TRAINED_FROM if getattr(config, name) is None]
         if missing:
             print(
-                f"note: no section {', '.join(missing)}: enough for an own loop over Engine; disttrain.run needs it",
+                f"note: no section {', '.join(missing)}: enough for a custom training loop over Engine, but not for "
+                "disttrain.run",
                 file=sys.stderr,
             )
         if config.strategy.name == TRANSLATED:
             print(
-                "note: strategy.name=accelerate is translated under `accelerate launch`, from what its file says; "
-                "--accelerate FILE shows it",
+                "note: `accelerate launch` translates strategy.name=accelerate from its file. "
+                "--accelerate FILE shows the result.",
                 file=sys.stderr,
             )
     return ConfigError.exit_code if problems else FINISHED
@@ -68,26 +74,26 @@ def _problems_of(
         return None, error.problems
     problems = find_target_problems(config.values(), config.sources, config.folder)
     if imports and not problems:
-        with redirect_stdout(sys.stderr):  # what a user's module prints is no result
+        with redirect_stdout(sys.stderr):  # a user's module may print, and stdout has only the result
             problems = _import_all(config)
     return config, ConfigProblemsError(problems).problems
 
 
 def _translated(config: Config, file: str) -> Config:
-    """Raises ConfigProblemsError."""
+    """Return the config with the settings of accelerate's file. Raises ConfigProblemsError."""
     from disttrain.config.foreign.accelerate import translate
     from disttrain.config.foreign.accelerate_settings import read_file
 
     if config.strategy.name != TRANSLATED:
         where = source_of(("strategy", "name"), config.sources)
-        do = "add strategy.name=accelerate: otherwise accelerate only starts the processes"
-        found = f"{config.strategy.name!r}, which takes nothing from {file}"
-        raise ConfigProblemsError([ConfigProblem("strategy.name", where, found, do)])
+        problem = f"{config.strategy.name!r} uses nothing from {file}"
+        fix = "add strategy.name=accelerate; otherwise accelerate only starts the processes"
+        raise ConfigProblemsError([ConfigProblem("strategy.name", where, problem, fix)])
     return translate(read_file(file), config)
 
 
 def _import_all(config: Config) -> list[ConfigProblem]:
-    """What the source alone did not show: every target imported, its arguments' names against its signature."""
+    """Import every target, and check the names of its arguments against its signature."""
     problems = []
     for path, target, args in targets_in(config.values()):
         key = ".".join(map(str, path))
@@ -103,7 +109,7 @@ def _import_all(config: Config) -> list[ConfigProblem]:
             wrong = _unbindable(call, args)
             if wrong:
                 problems.append(
-                    ConfigProblem(key, where, f"{target!r}: {wrong}", f"it takes {inspect.signature(call)}")
+                    ConfigProblem(key, where, f"{target!r}: {wrong}", f"it accepts {inspect.signature(call)}")
                 )
     return problems
 
@@ -111,7 +117,7 @@ def _import_all(config: Config) -> list[ConfigProblem]:
 def _unbindable(call: Any, args: Mapping[str, Any]) -> str:
     try:
         inspect.signature(call).bind_partial(**args)
-    except ValueError:  # written in C: Python cannot know its arguments before the call
+    except ValueError:  # a callable written in C has no signature to check
         return ""
     except TypeError as error:
         return str(error)

@@ -1,4 +1,4 @@
-"""What a command prints for programs under `--json`: strict JSON on one line."""
+"""Formats the output of a command under `--json`: strict JSON on one line."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def json_text(value: Any) -> str:
-    """`value` as JSON; a number that is not finite, which JSON has no form for, as text. Pure."""
+    """Return `value` as JSON. A number that is not finite becomes text, because JSON cannot represent it. Pure."""
     return json.dumps(_finite(value), allow_nan=False)
 
 

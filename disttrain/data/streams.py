@@ -65,7 +65,7 @@ class Stream:
         failed = f"Cannot continue {self._name} at sample {position}."
         if position and then != now:
             problem = f"shard cut it over {then} data-parallel rank(s) at the time of saving, and over {now} now"
-            fix = f"continue on {then}: the position is valid only for that number of ranks"
+            fix = f"continue on {then} rank(s): the position is valid only for that number"
             raise DataError(explain(failed, problem, fix))
         if "stream" in state and self._stateful and not self.sharded:
             self._set_epoch(state["epoch"])

@@ -1,1 +1,1 @@
-"""The `disttrain ckpt` commands."""
+"""Implements the `disttrain ckpt` commands, one module per command."""

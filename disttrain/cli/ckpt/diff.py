@@ -1,8 +1,9 @@
-"""`disttrain ckpt diff`: what differs between two checkpoints as one JSON object, and that object as text.
+"""Implements `disttrain ckpt diff`, which compares the state and the metadata of two checkpoints.
 
-State is what a resumed run goes on from: tensors, step, progress, optimizers, user state. What lies beside it (config,
-who wrote it where, how it evaluated) is told apart: the same state may well be saved by other settings. Of worlds of
-different sizes, what belongs to a rank (its generators, what is tracked per rank) cannot be compared, and is only told.
+The state is everything that a resumed run continues from: tensors, step, progress, optimizers and user state. The
+metadata (config, folder, writer, evaluation) is reported separately and does not decide whether the checkpoints are
+equal, because other settings can save the same state. If the world sizes differ, the state of single ranks (their
+generators, objects tracked per rank) is reported but not compared.
 """
 
 from __future__ import annotations
@@ -16,51 +17,53 @@ import torch
 
 from disttrain.checkpoint import Checkpoint
 from disttrain.checkpoint.keep.compare import LargestDifference, StoredTensorDifference, compare_tensors
-from disttrain.cli.ckpt.pages import named, table
+from disttrain.cli.ckpt.find import select_names
+from disttrain.cli.ckpt.formatting import shape_text, table
 from disttrain.errors import ConfigError, explain
 
-_BESIDE = ("config", "folder", "writer", "evaluation")
-_OF_A_RANK = re.compile(r"user/disttrain/random/|user/.+/rank-\d{5}/|user\..+\.\$ranks(\[|$)")  # as the engine names it
+_METADATA = ("config", "folder", "writer", "evaluation")
+_PER_RANK = re.compile(r"user/disttrain/random/|user/.+/rank-\d{5}/|user\..+\.\$ranks(\[|$)")  # the engine's names
 _SHOWN = 20
 _LEAVES_SHOWN = 8
 
 
 def diff_checkpoints(a: Checkpoint, b: Checkpoint, pattern: str | None = None) -> dict[str, Any]:
-    """All differences; with `pattern` those of the tensors so named alone. Local.
+    """Return all differences, or with `pattern` only those of the tensors whose names match. Local.
 
-    Raises CheckpointError for damaged bytes, ConfigError for a pattern that fits no name.
+    Raises CheckpointError for damaged bytes, and ConfigError for a pattern that matches no name.
     """
     ranks_a, ranks_b = (one.manifest.writer.get("ranks") for one in (a, b))
-    unlike = ranks_a != ranks_b
-    asked_for = named({**a.tensors, **b.tensors}, pattern)
-    lone = sorted(name for name in asked_for if unlike and _OF_A_RANK.match(name))
-    wanted = set(asked_for).difference(lone)
+    sizes_differ = ranks_a != ranks_b
+    selected = select_names({**a.tensors, **b.tensors}, pattern)
+    per_rank = sorted(name for name in selected if sizes_differ and _PER_RANK.match(name))
+    wanted = set(selected).difference(per_rank)
     if pattern is not None and not wanted:
-        found_lone = f"state of single ranks alone, of {ranks_a} ranks and of {ranks_b}"
-        raise ConfigError(explain(f"--name {pattern} is to pick tensors.", found_lone, "compare worlds of one size"))
-    found = compare_tensors(a, b, wanted=wanted.__contains__)
-    leaves = [] if pattern is not None else list(_leaves_that_differ(_document(a), _document(b)))
-    if unlike:
-        leaves = [leaf for leaf in leaves if not _OF_A_RANK.match(leaf["key"])]
-    state = [leaf for leaf in leaves if not _is_beside(leaf["key"])]
+        problem = f"it matches only state of single ranks, and A has {ranks_a} ranks and B {ranks_b}"
+        fix = "compare checkpoints of equal world size"
+        raise ConfigError(explain(f"Cannot compare tensors by --name {pattern}.", problem, fix))
+    compared = compare_tensors(a, b, wanted=wanted.__contains__)
+    leaves = [] if pattern is not None else list(_differing_leaves(_document(a), _document(b)))
+    if sizes_differ:
+        leaves = [leaf for leaf in leaves if not _PER_RANK.match(leaf["key"])]
+    state = [leaf for leaf in leaves if not _is_metadata(leaf["key"])]
     return {
         "a": str(a.path),
         "b": str(b.path),
         "name": pattern,
-        "same": found.same and not state,
-        "only_a": list(found.only_a),
-        "only_b": list(found.only_b),
-        "misfits": [{"name": one.name, "a": _kind(*one.a), "b": _kind(*one.b)} for one in found.misfits],
-        "differences": [_difference(one) for one in found.differences],
-        "equal": found.equal,
+        "same": compared.same and not state,
+        "only_a": list(compared.only_a),
+        "only_b": list(compared.only_b),
+        "misfits": [{"name": one.name, "a": _kind(*one.a), "b": _kind(*one.b)} for one in compared.misfits],
+        "differences": [_difference(one) for one in compared.differences],
+        "equal": compared.equal,
         "state": state,
-        "beside": [leaf for leaf in leaves if _is_beside(leaf["key"])],
-        "of_ranks": lone,
+        "metadata": [leaf for leaf in leaves if _is_metadata(leaf["key"])],
+        "per_rank": per_rank,
     }
 
 
-def _is_beside(key: str) -> bool:
-    return re.split(r"[.\[]", key, maxsplit=1)[0] in _BESIDE
+def _is_metadata(key: str) -> bool:
+    return re.split(r"[.\[]", key, maxsplit=1)[0] in _METADATA
 
 
 def _document(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -92,18 +95,18 @@ def _largest(one: LargestDifference | None) -> dict[str, Any] | None:
     return {**value, "at": list(one.at), "a": a, "b": b}
 
 
-def _leaves_that_differ(a: Any, b: Any, key: str = "") -> Iterator[dict[str, Any]]:
-    """`{key, a, b}` of each value that is not the same; one that is missing on a side has no entry for it. Pure."""
+def _differing_leaves(a: Any, b: Any, key: str = "") -> Iterator[dict[str, Any]]:
+    """Yield `{key, a, b}` for each value that differs. A side without the key has no entry. Pure."""
     if isinstance(a, dict) and isinstance(b, dict):
         for name in dict.fromkeys([*a, *b]):
             inner = f"{key}.{name}" if key else name
             if name in a and name in b:
-                yield from _leaves_that_differ(a[name], b[name], inner)
+                yield from _differing_leaves(a[name], b[name], inner)
             else:
                 yield {"key": inner, **({"a": a[name]} if name in a else {"b": b[name]})}
     elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-        for place, (left, right) in enumerate(zip(a, b, strict=True)):
-            yield from _leaves_that_differ(left, right, f"{key}[{place}]")
+        for index, (left, right) in enumerate(zip(a, b, strict=True)):
+            yield from _differing_leaves(left, right, f"{key}[{index}]")
     elif not _same(a, b):
         yield {"key": key, "a": a, "b": b}
 
@@ -116,39 +119,39 @@ def _same(a: Any, b: Any) -> bool:
 # ---------------------------------------------------------------------- text
 
 
-def render_diff(found: Mapping[str, Any], *, every: bool) -> str:
-    """Names, a table with the largest difference first, the rest of the state, what lies beside. Pure."""
+def render_diff(compared: Mapping[str, Any], *, every: bool) -> str:
+    """Return names, a table with the largest difference first, the other state, and the metadata, as text. Pure."""
     most = None if every else _SHOWN
-    lines = [f"A {found['a']}", f"B {found['b']}", ""]
-    for side, names in (("A", found["only_a"]), ("B", found["only_b"])):
+    lines = [f"A {compared['a']}", f"B {compared['b']}", ""]
+    for side, names in (("A", compared["only_a"]), ("B", compared["only_b"])):
         lines += [f"only in {side}: {name}" for name in names[:most]] + _more(names, most)
-    lines += [f"{one['name']}: {_kind_text(one['a'])} in A, {_kind_text(one['b'])} in B" for one in found["misfits"]]
-    shown = found["differences"][:most]
+    lines += [f"{one['name']}: {_kind_text(one['a'])} in A, {_kind_text(one['b'])} in B" for one in compared["misfits"]]
+    shown = compared["differences"][:most]
     if shown:
         head = ("tensor", "shape", "dtype", "differ", "largest", "at", "A", "B", "relative", "at")
         notes = [_nan_lines(one) for one in shown]
-        lines += table(head, [_row(one) for one in shown], below=notes) + _more(found["differences"], most)
-    lines += _leaf_lines(found["state"], most=None if every else _LEAVES_SHOWN)
-    if found["beside"]:
-        lines.append("beside the state, which counts for nothing here:")
-        lines += [f"  {line}" for line in _leaf_lines(found["beside"], most=None if every else _LEAVES_SHOWN)]
-    if found["of_ranks"]:
-        lines.append(f"{len(found['of_ranks'])} tensors of single ranks are not compared: the worlds' sizes differ")
-    return "\n".join([*lines, *([""] if lines[-1] else []), _verdict(found)])
+        lines += table(head, [_row(one) for one in shown], below=notes) + _more(compared["differences"], most)
+    lines += _leaf_lines(compared["state"], most=None if every else _LEAVES_SHOWN)
+    if compared["metadata"]:
+        lines.append("metadata, which does not count as a difference:")
+        lines += [f"  {line}" for line in _leaf_lines(compared["metadata"], most=None if every else _LEAVES_SHOWN)]
+    if compared["per_rank"]:
+        lines.append(f"{len(compared['per_rank'])} tensors of single ranks are not compared: the world sizes differ")
+    return "\n".join([*lines, *([""] if lines[-1] else []), _verdict(compared)])
 
 
-def _verdict(found: Mapping[str, Any]) -> str:
-    differ = len(found["differences"]) + len(found["misfits"]) + len(found["only_a"]) + len(found["only_b"])
-    state = "" if found["name"] is not None else ", and the state beside them"
-    if found["same"]:
-        return f"Equal: {found['equal']} tensors bit for bit{state}."
-    state = "" if found["name"] is not None else f"; {len(found['state'])} other values of the state differ"
-    return f"{differ} tensors differ, {found['equal']} are equal{state}."
+def _verdict(compared: Mapping[str, Any]) -> str:
+    differ = len(compared["differences"]) + len(compared["misfits"]) + len(compared["only_a"]) + len(compared["only_b"])
+    state = "" if compared["name"] is not None else ", and all other state"
+    if compared["same"]:
+        return f"Equal: {compared['equal']} tensors are bit-equal{state}."
+    state = "" if compared["name"] is not None else f"; {len(compared['state'])} other values of the state differ"
+    return f"{differ} tensors differ, {compared['equal']} are equal{state}."
 
 
 def _row(one: Mapping[str, Any]) -> tuple[str, ...]:
     share = f"{one['differing']}/{one['elements']}"
-    shape = "x".join(map(str, one["shape"])) or "scalar"
+    shape = shape_text(one["shape"])
     largest, relative = one["absolute"], one["relative"]
     if largest is None:
         return (one["name"], shape, one["dtype"], share, "-", "-", "-", "-", "-", "-")
@@ -158,11 +161,11 @@ def _row(one: Mapping[str, Any]) -> tuple[str, ...]:
         one["dtype"],
         share,
         _number(largest["value"], 3),
-        _place(largest["at"]),
+        _index_text(largest["at"]),
         _number(largest["a"]),
         _number(largest["b"]),
         _number(relative["value"], 3),
-        _place(relative["at"]),
+        _index_text(relative["at"]),
     )
 
 
@@ -170,8 +173,8 @@ def _nan_lines(one: Mapping[str, Any]) -> list[str]:
     first = one["nan"]
     if first is None:
         return []
-    told = f"first at {_place(first['at'])}: {_number(first['a'])} in A, {_number(first['b'])} in B"
-    return [f"  NaN on one side in {one['nans']}, {told}"]
+    values = f"first at {_index_text(first['at'])}: {_number(first['a'])} in A, {_number(first['b'])} in B"
+    return [f"  NaN on one side in {one['nans']}, {values}"]
 
 
 def _leaf_lines(leaves: Sequence[Mapping[str, Any]], *, most: int | None) -> list[str]:
@@ -192,10 +195,10 @@ def _more(every: Sequence[Any], most: int | None) -> list[str]:
 
 
 def _kind_text(kind: Mapping[str, Any]) -> str:
-    return f"{kind['dtype']} {'x'.join(map(str, kind['shape'])) or 'scalar'}"
+    return f"{kind['dtype']} {shape_text(kind['shape'])}"
 
 
-def _place(at: Sequence[int]) -> str:
+def _index_text(at: Sequence[int]) -> str:
     return f"[{','.join(map(str, at))}]"
 
 

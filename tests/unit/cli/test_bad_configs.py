@@ -306,7 +306,7 @@ def test_sections_that_only_a_run_needs_are_noted_by_check_and_refused_by_a_run(
 ) -> None:
     before = lay_out(folder, Bad("version: 1\nrun: {steps: 3}\nobjective: {target: mse}\n", ()))
     assert disttrain("check", "project/c.yaml") == 0
-    assert "no section model, data, optim: enough for an own loop" in capsys.readouterr().err
+    assert "no section model, data, optim: enough for a custom training loop" in capsys.readouterr().err
     assert run_main(["project/c.yaml"]) == 2
     says = tuple(
         (name, 1, "the section is missing", f"add the section '{name}'") for name in ("model", "data", "optim")

@@ -471,7 +471,7 @@ def test_prune_is_refused_while_a_run_holds_the_folder(tmp_path: Path, ckpt: Cal
         before = contents(run)
         for place in (run, run / "checkpoints", tmp_path / "link"):
             done = ckpt("prune", place, "--keep-last", "1")
-            assert done.code == 5 and "another process that holds .lock" in done.err
+            assert done.code == 5 and "another process still holds .lock" in done.err
         assert contents(run) == before
         assert ckpt("prune", run, "--keep-last", "1", "--dry-run").code == 0, "reading is no harm"
         assert ckpt("ls", run).code == ckpt("verify", run).code == 0
@@ -562,7 +562,7 @@ def test_a_run_is_found_in_the_storage_that_its_config_names(
     own.lock()
     try:
         with subprocess.Popen([sys.executable, "-c", PRUNE, folder], stderr=subprocess.PIPE, text=True) as other:
-            assert "another process that holds .lock" in other.communicate()[1]  # asked before the store is reached
+            assert "another process still holds .lock" in other.communicate()[1]  # asked before the store is reached
     finally:
         own.unlock()
     done = ckpt("prune", folder, "--keep-last", "1", "--json")
@@ -598,7 +598,7 @@ def test_a_storage_that_is_a_folder_is_not_pruned_while_a_run_writes_to_it(
         try:
             assert process.stdout.readline() == "held\n"
             done = ckpt("prune", storage, "--keep-last", "1")
-            assert done.code == 5 and "another process that holds .lock" in done.err
+            assert done.code == 5 and "another process still holds .lock" in done.err
         finally:
             process.communicate("\n")
     assert {path: held for path, held in contents(tmp_path).items() if not path.endswith(".lock")} == before

@@ -208,7 +208,7 @@ def test_eval_without_sets_says_what_to_add(
     project: Path, disttrain: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert disttrain("eval", "runs/text") == 2
-    assert "no eval.sets in its config" in capsys.readouterr().err
+    assert "its config has no eval.sets" in capsys.readouterr().err
 
 
 def test_report_tells_what_the_metrics_say(
@@ -262,7 +262,7 @@ def test_a_sample_is_a_function_of_its_seed(
 
 @pytest.mark.parametrize(
     ("run", "found"),
-    [("line", "a Line, which does not say its context"), ("words", "a GPT over 300 tokens")],
+    [("line", "a Line without an attribute `context`"), ("words", "a GPT over 300 tokens")],
 )
 def test_sample_refuses_a_model_that_is_none_over_bytes(
     project: Path, disttrain: Callable[..., int], run: str, found: str, capsys: pytest.CaptureFixture[str]

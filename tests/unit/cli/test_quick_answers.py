@@ -103,6 +103,6 @@ def test_import_tells_what_the_source_alone_does_not_show(
         assert check_config(path, [], as_json=True, imports=True) == 2
     finally:
         sys.modules.pop("hidden_parts", None)
-    (fault,) = json.loads(capsys.readouterr().out)["faults"]
+    (fault,) = json.loads(capsys.readouterr().out)["problems"]
     assert (fault["key"], fault["where"]) == ("model.target", f"{path}:2")
-    assert found in fault["found"]
+    assert found in fault["problem"]

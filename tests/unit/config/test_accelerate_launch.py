@@ -174,4 +174,4 @@ def test_check_says_when_the_translation_happens() -> None:
     done = check("configs/quickstart.yaml", "strategy.name=accelerate")
     assert done.returncode == 0
     assert "  name: accelerate  # override\n" in done.stdout
-    assert "--accelerate FILE shows it" in done.stderr
+    assert "--accelerate FILE shows the result" in done.stderr

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import disttrain
-from disttrain.cli.inspect_run import evaluate_run
+from disttrain.cli.evaluate import evaluate_run
 from disttrain.errors import CheckpointError
 
 QUIET = ["report.progress=false", "report.plot=false", "report.trackers=[]"]
