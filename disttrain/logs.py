@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import sys
 
 ROOT = "disttrain"
@@ -92,6 +93,8 @@ def _application_configured(logger: logging.Logger) -> bool:
 
 
 def _is_hidden(handler: logging.Handler) -> bool:
-    """Return whether a handler shows nothing: it drops messages or collects them in memory, as pytest's does."""
+    """Return whether a handler shows nothing: it drops messages or collects them in memory, as pytest's handlers do."""
+    if isinstance(handler, logging.FileHandler):
+        return handler.baseFilename == os.devnull
     in_memory = isinstance(handler, logging.StreamHandler) and isinstance(handler.stream, io.StringIO)
     return in_memory or isinstance(handler, logging.NullHandler)

@@ -289,7 +289,7 @@ def seen_batches(folder: Path, name: str, save_at: int | None, stop_at: int) -> 
             seen.append([float(micro.batch[0].sum()) for micro in micro_batches])
             engine.accumulate("model", micro_batches, objective)
             engine.step()
-            with pytest.raises(ConfigError, match=r"no engine\.log"):
+            with pytest.raises(ConfigError, match=r"without engine\.log"):
                 engine.save()
             engine.log()
             if engine.progress.steps == stop_at or engine.should_stop():

@@ -71,7 +71,7 @@ def test_what_is_no_list_of_micro_batches_is_refused(wrong: list[Any], tmp_path:
 
 def test_a_loop_that_forgets_to_log_is_told(tmp_path: Path) -> None:
     engine, batches, objective = prepared_in(tmp_path, steps=4)
-    with engine, pytest.raises(ConfigError, match=r"no engine\.log"):
+    with engine, pytest.raises(ConfigError, match=r"without engine\.log"):
         for step in batches:
             engine.accumulate("model", step, objective)
             engine.step("model")
@@ -87,7 +87,7 @@ def test_nothing_is_saved_between_a_step_and_its_log(background: str, tmp_path: 
             engine.accumulate("model", next(batches), objective)
             engine.step("model")
             for act in (engine.save, engine.should_stop) if number else ():
-                with pytest.raises(ConfigError, match=r"no engine\.log"):
+                with pytest.raises(ConfigError, match=r"without engine\.log"):
                     act()
             engine.log()
         assert not list(tmp_path.rglob("step-*"))

@@ -108,5 +108,5 @@ def test_two_datasets_need_two_names(tmp_path: Path) -> None:
     config = {"run": {"name": "own", "dir": str(tmp_path), "steps": 2}, "strategy": {"name": "none"}}
     with disttrain.Engine(config, QUIET) as engine:
         engine.batches(user.Augmented(20), global_batch=6)
-        with pytest.raises(ConfigError, match="pass name="):
+        with pytest.raises(ConfigError, match="pass a different name="):
             engine.batches(user.Augmented(9), global_batch=4)

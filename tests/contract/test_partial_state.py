@@ -231,5 +231,5 @@ def track_a_reserved_name(folder: Path) -> None:
 
 
 def test_the_engines_own_name_is_taken(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="uses itself"):
+    with pytest.raises(ConfigError, match="engine uses that name"):
         track_a_reserved_name(tmp_path)

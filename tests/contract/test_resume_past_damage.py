@@ -132,7 +132,7 @@ def test_where_none_is_whole_the_run_ends_and_names_them(tmp_path: Path) -> None
     run_world(2, go, tmp_path, "run", STRATEGIES["ddp"], "adam", 5)
     names = [damage(path) for path in list_checkpoints(tmp_path / "run" / "checkpoints")]
     for text in run_world(2, go, tmp_path, "run", STRATEGIES["ddp"], "adam", STEPS):
-        assert "no checkpoint of it is whole" in text
+        assert "none of its checkpoints is intact" in text
         assert all(name in text for name in names)
 
 
@@ -143,7 +143,7 @@ def insist(folder: Path, good: Path) -> list[str]:
     engine = disttrain.Engine(config, [*QUIET, *STRATEGIES["ddp"], "checkpoint.at_end=false"])
     engine.prepare("model", Late, OPTIMIZERS["adam"])
     engine.load(good)
-    with pytest.raises(CheckpointError, match="no checkpoint of it is whole"):
+    with pytest.raises(CheckpointError, match="none of its checkpoints is intact"):
         engine.resume()
     if engine.rank == 0:
         for path in list_checkpoints(folder / "run" / "checkpoints"):

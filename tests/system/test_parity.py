@@ -108,7 +108,7 @@ def test_a_case_that_dies_or_hangs_hides_no_other(folder: Path) -> None:
     assert by_name["none"]["verdict"] == "equal"
     assert [by_name[kind]["verdict"] for kind in kinds] == ["failed"] * 3
     assert [by_name[kind]["error"]["exit_code"] for kind in kinds] == [1, 7, 1]
-    assert "without a word" in by_name["ends"]["error"]["text"]
+    assert "without an error message" in by_name["ends"]["error"]["text"]
     assert "the user's own words" in by_name["raises"]["error"]["text"]
 
 

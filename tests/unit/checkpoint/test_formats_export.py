@@ -117,7 +117,7 @@ def test_another_name_and_another_format_are_named(checkpoint: Path, tmp_path: P
         convert(checkpoint, tmp_path / "x.pt", name="critic")
     with pytest.raises(ConfigError, match="huggingface, safetensors, torch, disttrain"):
         convert(checkpoint, tmp_path / "x", to="onnx")
-    with pytest.raises(CheckpointError, match="one already"):
+    with pytest.raises(CheckpointError, match="it is one"):
         convert(checkpoint, tmp_path / "x", to="disttrain")
 
 
