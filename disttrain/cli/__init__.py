@@ -33,7 +33,7 @@ def train(
         typer.Option("--processes", min=1, metavar="N", help="For N > 1, print the torchrun command and do not train."),
     ] = None,
 ) -> None:
-    """Train in one process, or print the torchrun command for several processes."""
+    """Train in one process, or print the torchrun command for several."""
     from disttrain.cli.train import train_config
 
     train_config(config, overrides or [], processes=processes)
@@ -76,7 +76,7 @@ def parity(
         float, typer.Option("--limit-s", min=1.0, help="The time limit of each case in seconds.")
     ] = 300.0,
 ) -> None:
-    """Check that a config trains the same under every strategy and world size, and explain differences."""
+    """Compare training under every strategy and world size, and explain each difference."""
     from disttrain.cli.parity import check_parity
 
     code = check_parity(

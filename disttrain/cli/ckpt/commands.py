@@ -18,7 +18,7 @@ from disttrain.runtime.environment import quiet_torch
 ckpt = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="List, inspect, verify, compare, prune and convert checkpoints, in one process and without a GPU.",
+    help="List, inspect, verify, compare, prune and convert checkpoints. Needs one process and no GPU.",
 )
 DIFFER = 1
 """The exit code of `diff` for checkpoints that differ, as in diff(1)."""
@@ -32,7 +32,7 @@ _Name = Annotated[
 
 @ckpt.command("ls")
 def list_all(path: _Path, as_json: _Json = False) -> None:
-    """List checkpoints, their writers, and whether their files are complete. Exit code 5 if no checkpoint is intact."""
+    """List checkpoints, with their writers and faults. Exit code 5 if no checkpoint is intact."""
     quiet_torch()
     from disttrain.cli.ckpt.find import find_checkpoints
     from disttrain.cli.ckpt.ls import list_checkpoints, render_list
@@ -50,7 +50,7 @@ def inspect(
     name: _Name = None,
     boxes: Annotated[bool, typer.Option("--boxes", help="Also show a line for each stored box.")] = False,
 ) -> None:
-    """Show the progress, optimizers and tensors of a checkpoint (of a run: the newest), and which ranks wrote them."""
+    """Show the progress, optimizers and tensors of a checkpoint. Of a run, the newest is shown."""
     quiet_torch()
     from disttrain.cli.ckpt.find import find_one
     from disttrain.cli.ckpt.inspect import inspect_checkpoint, render_inspection
@@ -120,7 +120,7 @@ def prune(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be removed.")] = False,
     as_json: _Json = False,
 ) -> None:
-    """Remove the older checkpoints of a run that is not active, after verifying every checkpoint to keep."""
+    """Remove the older checkpoints of a run. Verifies what it keeps, and rejects a run that is active."""
     quiet_torch()
     from disttrain.checkpoint import Best
     from disttrain.cli.ckpt.prune import RetentionRule, prune_run, render_pruning

@@ -20,7 +20,7 @@ def convert(
     ],
     target: Annotated[str, typer.Argument(help="A new file or folder. Nothing is overwritten.")],
     to: Annotated[
-        str | None, typer.Option(metavar="FORMAT", help=f"{_FORMATS}; chosen by the names by default.")
+        str | None, typer.Option(metavar="FORMAT", help=f"{_FORMATS}. Default: chosen by the file names.")
     ] = None,
     name: Annotated[str, typer.Option(help="The name of the prepared model to export or import.")] = "model",
     build: Annotated[
