@@ -14,25 +14,25 @@ from disttrain.engine.datasets import to_device
 from disttrain.objective import Objective
 from disttrain.strategy import Prepared, World
 from disttrain.strategy.step.arithmetic import seed_micro_batch
-from disttrain.strategy.step.step_sums import Ledger
+from disttrain.strategy.step.step_sums import SumCollector
 
 
 def evaluate_set(
     world: World, prepared: Prepared, objective: Objective, dataset: Any, *, micro_batch: int, collate: Any
 ) -> dict[str, float]:
     """Return `loss` and the values that the objective summarizes. Collective: one all-reduce for the complete set."""
-    ledger = Ledger(world)
+    collector = SumCollector(world)
     batches = EvaluationBatches(
         dataset, seed=world.seed, micro_batch=micro_batch, part=world.mesh.part, collate=collate
     )
-    prepared.trail.begin()
+    prepared.calls.restart()
     with torch.no_grad(), evaluating(prepared.model, prepared.objective):
         for micro in batches:
             context = seed_micro_batch(world, prepared, micro, training=False)
             with world.computing():
                 loss = objective(prepared.model, to_device(micro, world.device).batch, context)
-            ledger.add(loss, real=micro.real)
-    sums = ledger.reduce(trail=prepared.trail)
+            collector.add(loss, real=micro.real)
+    sums = collector.reduce(calls=prepared.calls)
     return {"loss": sums.loss} | objective.summarize(sums.sums, sums.totals, sums.weights)
 
 

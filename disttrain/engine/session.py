@@ -189,7 +189,7 @@ class Session:
 
     def full_weights(self, name: str = "model") -> dict[str, Tensor]:
         """Return every parameter and persistent buffer, unsharded, on the CPU of every rank. Collective."""
-        return dict(self.strategy.whole(self._find(name)))
+        return dict(self.strategy.full_weights(self._find(name)))
 
     # ------------------------------------------------------------------ the end
 

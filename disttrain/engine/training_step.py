@@ -17,7 +17,7 @@ from disttrain.model.batch_norm import explain_single_value
 from disttrain.objective import Objective
 from disttrain.resilience import Interrupts
 from disttrain.strategy import AbstractStrategy, StepOutcome, StepSums
-from disttrain.strategy.construction import refuse_unfrozen
+from disttrain.strategy.construction import reject_unfrozen
 
 
 class TrainingStep:
@@ -91,7 +91,7 @@ class TrainingStep:
         want_norm = due("checkpoint", upcoming) or self._log.due(upcoming, total_steps)
         outcome = self._strategy.step(prepared, sums, clip_norm=self._clip_norm, want_norm=want_norm)
         if want_norm:
-            refuse_unfrozen(prepared)
+            reject_unfrozen(prepared)
         if not outcome.applied:
             self._state.progress.skipped += 1
         self._log.stepped(name, sums, outcome, prepared, self._used[name])

@@ -11,20 +11,20 @@ from disttrain.data import MicroBatch
 from disttrain.objective import Context, Objective
 from disttrain.optim.named import NamedParameter
 from disttrain.runtime import Device, Group, Mesh, MeshSizes
-from disttrain.strategy.canonical_boxes import copy_part, local_shard, replicated_shards, sharded_shards, whole_tensors
+from disttrain.strategy.canonical_boxes import copy_part, full_tensors, local_shard, replicated_shards, sharded_shards
 from disttrain.strategy.construction import build_on_host, check_same_everywhere, equip, name_parameters
 from disttrain.strategy.contract import (
     AbstractStrategy,
     Ingredients,
+    ObjectiveCall,
     Prepared,
     StepOutcome,
     StepSums,
     World,
-    refuse_axes,
+    reject_axes,
 )
-from disttrain.strategy.objective_call import ObjectiveCall
 from disttrain.strategy.registry import strategy_class
-from disttrain.strategy.step.arithmetic import Gradients, refuse_non_finite, run_micro_batches
+from disttrain.strategy.step.arithmetic import Gradients, reject_non_finite, run_micro_batches
 from disttrain.strategy.step.update import torch_step
 
 __all__ = [
@@ -53,14 +53,14 @@ __all__ = [
     "copy_part",
     "equip",
     "full_shard",
+    "full_tensors",
     "local_shard",
     "name_parameters",
-    "refuse_axes",
-    "refuse_non_finite",
+    "reject_axes",
+    "reject_non_finite",
     "replicated_shards",
     "run_micro_batches",
     "sharded_shards",
     "strategy_class",
     "torch_step",
-    "whole_tensors",
 ]

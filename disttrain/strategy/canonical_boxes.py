@@ -76,7 +76,7 @@ def copy_part(place: Tensor, value: Tensor) -> None:
         place.to_local().copy_(part)
 
 
-def whole_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def full_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Name and full CPU value of each entry of the state dict; gathers DTensors, so all ranks call it."""
     for name, tensor in model.state_dict().items():
         if isinstance(tensor, Tensor):
@@ -108,7 +108,7 @@ def _tensors(prepared: Prepared, stored: Mapping[str, Any] | None) -> Iterator[t
         for key, value in state.items():
             if isinstance(value, Tensor):
                 if isinstance(named.parameter, DTensor) and not isinstance(value, DTensor) and value.dim() > 0:
-                    refuse_opaque(prefix + key, value)
+                    reject_opaque(prefix + key, value)
                 yield prefix + key, value
 
 
@@ -132,7 +132,7 @@ def _create_state(optimizer: Optimizer, parameter: nn.Parameter, prefix: str, st
             groups = (one for one in optimizer.param_groups if any(own is parameter for own in one["params"]))
             state[key] = torch.zeros((), dtype=info.dtype, device=home_of_scalar(next(groups, {}), parameter, key))
         elif isinstance(parameter, DTensor):
-            refuse_opaque(name, torch.empty(info.shape, device="meta"))
+            reject_opaque(name, torch.empty(info.shape, device="meta"))
         else:
             state[key] = torch.zeros(info.shape, dtype=info.dtype, device=parameter.device)
 
@@ -169,7 +169,7 @@ def number_tensors(
         yield prefix + key + NUMBER, torch.tensor(value, dtype=_DTYPES[type(value)])
 
 
-def refuse_opaque(name: str, tensor: Tensor) -> None:
+def reject_opaque(name: str, tensor: Tensor) -> None:
     """Raise CheckpointError: optimizer state of its own shape cannot follow a parameter that is cut."""
     raise CheckpointError(
         explain(

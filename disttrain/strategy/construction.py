@@ -33,12 +33,12 @@ def build_on_host(world: World, ingredients: Ingredients) -> nn.Module:
 def settle(world: World, model: nn.Module) -> None:
     """What every strategy does to a model that was just built, on the host or the meta device, before it wraps or cuts:
     the world's dtype, and its memory savers. Local; raises ConfigError."""
-    _refuse_unready(world, model)
+    _reject_unready(world, model)
     cast(model, world.dtype)
     save_memory(model, world.memory)
 
 
-def _refuse_unready(world: World, model: nn.Module) -> None:
+def _reject_unready(world: World, model: nn.Module) -> None:
     """Raise ConfigError for parameters without a shape, and for tables whose rows a forward changes: each rank would
     change those that it looks up, and ranks come to hold other tables."""
     lazy = [name for name, parameter in model.named_parameters() if isinstance(parameter, UninitializedParameter)]
@@ -119,7 +119,7 @@ def name_parameters(model: nn.Module, objective: nn.Module | None) -> tuple[Name
     return tuple(NamedParameter(name, parameter, parameter.shape) for name, parameter in named)
 
 
-def refuse_unfrozen(prepared: Prepared) -> None:
+def reject_unfrozen(prepared: Prepared) -> None:
     """Raise ConfigError for parameters that were frozen when the optimizer was made: nothing would train them. Local.
 
     Asked after a step, when every strategy has its own parameters in place again.
@@ -136,7 +136,7 @@ def refuse_unfrozen(prepared: Prepared) -> None:
         )
 
 
-def refuse_changed(names: Sequence[str], when: str, strategy: str) -> None:
+def reject_changed(names: Sequence[str], when: str, strategy: str) -> None:
     """Raise TrainingError for weights that user code changed where no rank's part of them learns of it."""
     raise TrainingError(
         explain(

@@ -1,9 +1,10 @@
-"""What a strategy is: five acts on a model that it builds itself, and nothing more.
+"""Defines the contract of strategies: the methods that a strategy implements, and the types that they exchange.
 
-Shaped by its hardest guests. ZeRO owns construction and FSDP2 must shard before the optimizer exists, so `prepare`
-takes factories. Pipelines own a step's whole forward and backward, so `accumulate` takes the step's whole list of
-micro-batches. DeepSpeed fuses clip, step, schedule and zero, so `step` is one act.
-Enters: the engine. Above this contract no strategy's name and no `isinstance(strategy, ...)` appears.
+The contract is shaped by its most demanding implementations. ZeRO controls how a model is built, and FSDP2 shards
+before the optimizer exists, so `prepare` takes factories. Pipelines control a step's complete forward and backward, so
+`accumulate` takes all micro-batches of the step. DeepSpeed fuses clip, step, schedule and zero, so `step` does too.
+
+The engine calls strategies through this contract only. It knows no strategy's name.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from disttrain.checkpoint import Shard
 from disttrain.config.schema import MemoryConfig, PrecisionConfig
 from disttrain.data import MicroBatch
 from disttrain.errors import ConfigError, explain
-from disttrain.objective import Objective
+from disttrain.objective import Context, Objective
 from disttrain.optim.named import MakeOptimizer, MakeSchedule, NamedParameter
 from disttrain.runtime import Device, Group, Mesh, MeshSizes
-from disttrain.strategy.call_agreement import Trail
+from disttrain.strategy.call_order import CallSequence
 from disttrain.strategy.step.fused_adam import FusedAdam
 from disttrain.strategy.step.loss_scale import LossScale
 
@@ -39,7 +40,10 @@ DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, 
 
 @dataclass(frozen=True)
 class World:
-    """What every strategy stands on; `precision` and `memory` are the config's sections."""
+    """The ranks, the device and the settings that every strategy works with.
+
+    `precision` and `memory` are sections of the config.
+    """
 
     group: Group
     mesh: Mesh
@@ -50,21 +54,21 @@ class World:
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of parameters and optimizer state."""
+        """The dtype of parameters and optimizer state."""
         return DTYPES[self.precision.master]
 
     @property
     def autocast(self) -> torch.dtype | None:
-        """That of matrix products, None where it is the parameters' own."""
+        """The dtype of matrix products, or None where it is that of the parameters."""
         return DTYPES[self.precision.compute] if self.precision.compute != self.precision.master else None
 
     @property
     def scaled(self) -> bool:
-        """Whether losses are scaled: fp16's gradients would vanish."""
+        """Whether losses are scaled, because gradients in fp16 would vanish."""
         return self.precision.compute == "fp16"
 
     def computing(self) -> AbstractContextManager[Any]:
-        """The context in which forwards run."""
+        """Return the context in which forwards run."""
         if self.autocast is None:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.autocast)
@@ -72,7 +76,7 @@ class World:
 
 @dataclass(frozen=True)
 class LoadingNumber:
-    """`tensor` becomes the Python number `state[key]` once it was written into."""
+    """A Python number of optimizer state while it is loaded: `tensor` receives it, then it becomes `state[key]`."""
 
     state: dict[str, Any]
     key: str
@@ -83,13 +87,22 @@ class LoadingNumber:
 class Prepared:
     """One named model, ready to train.
 
-    `model` is what users call: their own module, changed in place at most. `named` lists the trainable parameters,
-    each tensor once, those of a trainable objective under `objective.`. `wrapped` is the strategy's own.
-    `members` names the parameters of each of the optimizer's groups, in the order of both. `updates` counts calls of
-    `step`, skipped ones too, and `accumulations` those of `accumulate` since the last: they key the randomness of
-    micro-batches. `loss_scale` is moved under fp16 alone. `loading` holds optimizer state that is a Python number while
-    a checkpoint is written into tensors. `trail` is this rank's way through an accumulation or an evaluation. `fused`
-    is the shorter way to step, for torch's own steps.
+    Attributes:
+        name: the model's name in the engine.
+        model: the user's module, which users call. It is changed in place at most.
+        objective: the trainable objective, if it is a module.
+        named: the trainable parameters, each tensor once. Those of a trainable objective start with `objective.`.
+        optimizer: None for a frozen model.
+        members: the names of the parameters of each of the optimizer's groups, in the order of both.
+        schedule: None where the rate is constant.
+        wrapped: whatever the strategy keeps.
+        updates: the number of calls of `step`, including steps that were skipped.
+        accumulations: the number of calls of `accumulate` since the last `step`. With `updates` it determines the
+            random numbers of micro-batches.
+        loss_scale: changes under fp16 only.
+        loading: optimizer state that is a Python number, while a checkpoint is loaded.
+        calls: this rank's calls of the model's parts, in an accumulation or an evaluation.
+        fused: takes the optimizer's step by torch's fused kernel, where that gives the same result.
     """
 
     name: str
@@ -104,22 +117,27 @@ class Prepared:
     accumulations: int = 0
     loss_scale: LossScale = field(default_factory=LossScale)
     loading: list[LoadingNumber] = field(default_factory=list)
-    trail: Trail = field(default_factory=Trail)
+    calls: CallSequence = field(default_factory=CallSequence)
     fused: FusedAdam | None = None
 
     @cached_property
     def parameters(self) -> tuple[nn.Parameter, ...]:
-        """The tensors of `named`; asked once there are some."""
+        """The tensors of `named`. Read it only after `named` is set: the result is cached."""
         return tuple(one.parameter for one in self.named)
 
 
 @dataclass(frozen=True)
 class StepSums:
-    """What a step's micro-batches add up to over all ranks, read from the step's one all-reduce.
+    """The sums of a step's micro-batches over all ranks, read from the step's one all-reduce.
 
-    `totals` and `weights` are per term; `sums` are the objective's own; `flags` are the engine's, added over ranks.
-    `denominator` is what gradients are still to be divided by (1.0 where the loss was divided at once); the loss scale
-    is in it, where they are `scaled`.
+    Attributes:
+        totals: summed losses by term.
+        weights: numbers of samples or tokens by term.
+        sums: the objective's further sums.
+        flags: the engine's numbers, added up over ranks.
+        denominator: what gradients must still be divided by. It contains the loss scale. It is 1.0 where the loss was
+            divided at once.
+        scaled: whether the losses were scaled.
     """
 
     totals: Mapping[str, float]
@@ -131,25 +149,25 @@ class StepSums:
 
     @property
     def loss(self) -> float:
-        """Sum over the terms of total / weight; terms of weight zero count nothing."""
+        """The sum over terms of total / weight. A term of weight zero counts as zero."""
         return sum(self.totals[term] / weight for term, weight in self.weights.items() if weight)
 
     @property
     def weight(self) -> float:
-        """Sum of all terms' weights: zero means that the step has nothing to learn from."""
+        """The sum of all terms' weights. Zero means that the step has no gradient."""
         return sum(abs(weight) for weight in self.weights.values())
 
     def plus(self, more: StepSums) -> StepSums:
-        """The sums of two accumulations before one step; `sums` that only one of them brings stay as they are.
+        """Return the sums of two accumulations before one step. An entry of `sums` may be in only one of them.
 
-        Raises ConfigError for a loss of several terms: each was divided by one accumulation's weight already.
+        Raises ConfigError for a loss of several terms, which was already divided by one accumulation's weights.
         """
         if set(self.totals) != set(more.totals) or len(self.totals) > 1:
             raise ConfigError(
                 explain(
-                    "Two accumulations before one step share one weight, that of their one term.",
+                    "Cannot accumulate twice before one step: the loss has several terms, or other ones.",
                     f"the terms {', '.join(self.totals)}, then {', '.join(more.totals)}",
-                    "accumulate a loss of several terms once a step, or return one total and one weight",
+                    "accumulate a loss of several terms once per step, or return one total and one weight",
                 )
             )
         shared = set(self.sums) & set(more.sums)
@@ -165,9 +183,14 @@ class StepSums:
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """`grad_norm` is the global 2-norm before clipping, None where nobody asked for or needed it; `lr` is the rate of
-    this step's first group; `loss_scale` is that of this step, None where losses are not scaled. A step that was not
-    `applied` left weights, optimizer state and schedule as they were."""
+    """What happened in a step.
+
+    Attributes:
+        grad_norm: the global 2-norm before clipping, or None where it was neither requested nor needed.
+        applied: False where weights, optimizer state and schedule stayed as they were.
+        lr: the learning rate of the first group in this step.
+        loss_scale: the loss scale of this step, or None where losses are not scaled.
+    """
 
     grad_norm: float | None
     applied: bool
@@ -177,7 +200,7 @@ class StepOutcome:
 
 @dataclass(frozen=True)
 class Ingredients:
-    """What `prepare` builds from. Without `make_optimizer` the model is frozen (a teacher)."""
+    """The factories that `prepare` calls. Without `make_optimizer` the model is frozen, as a teacher is."""
 
     name: str
     make_model: MakeModel
@@ -186,8 +209,28 @@ class Ingredients:
     objective: nn.Module | None = None
 
 
+class ObjectiveCall(nn.Module):
+    """The call of an objective on a model, as a module, for libraries that hook a module's `forward`.
+
+    It returns the totals, weights and sums of the loss as a tuple of mappings, in which such libraries find tensors.
+    """
+
+    def __init__(self, model: nn.Module, objective: nn.Module | None) -> None:
+        super().__init__()
+        self.model = model
+        self.objective = objective
+
+    def forward(self, objective: Objective, batch: Any, context: Context) -> tuple[Any, Any, Any]:
+        loss = objective(self.model, batch, context)
+        return loss.totals, loss.weights, loss.sums
+
+
 class AbstractStrategy(ABC):
-    """Built as `Strategy(options, world)` once `check` let it pass. Methods are collective unless they say local."""
+    """The base class of strategies.
+
+    The engine calls `check` on the class, then `Strategy(options, world)`. Methods are collective unless their
+    docstring says "Local".
+    """
 
     def __init__(self, options: Any, world: World) -> None:
         self.options = options
@@ -195,23 +238,24 @@ class AbstractStrategy(ABC):
 
     @classmethod
     def check(cls, options: Any, sizes: MeshSizes, device: Device, precision: PrecisionConfig) -> None:
-        """Refuse what this strategy cannot do in such a world, before any process group exists. Local.
+        """Reject settings that this strategy does not support, before any process group exists. Local.
 
-        Raises ConfigError, or LaunchError where it is the environment that lacks something.
+        Raises ConfigError, or LaunchError where the environment lacks something.
         """
         return
 
     @classmethod
     def check_optimizer(cls, make: MakeOptimizer, mesh: Mesh | None = None) -> None:
-        """Refuse an optimizer that would step otherwise, or not at all, on what this strategy makes of parameters.
+        """Reject an optimizer whose steps differ or fail on the parameters that this strategy shards.
 
-        Local, before any process group exists; with a mesh it may go further, and is collective. Raises ConfigError.
+        Local and before any process group exists. With a mesh the check may try a step, and is collective. Raises
+        ConfigError.
         """
         return
 
     @classmethod
     def check_model(cls, options: Any, sizes: MeshSizes, make_model: MakeModel) -> None:
-        """Refuse a model that cannot be cut so, before any process group exists. Local; builds shapes at most.
+        """Reject a model that cannot be sharded, before any process group exists. Local; builds shapes at most.
 
         Raises ConfigError.
         """
@@ -219,29 +263,32 @@ class AbstractStrategy(ABC):
 
     @abstractmethod
     def prepare(self, ingredients: Ingredients) -> Prepared:
-        """Build the model under the seed, wrap or shard it, then build optimizer and schedule over what came of it."""
+        """Build the model under the seed, wrap or shard it, then build its optimizer and schedule."""
 
     @abstractmethod
     def accumulate(
         self, prepared: Prepared, micro_batches: Sequence[MicroBatch], objective: Objective, flags: Sequence[float] = ()
     ) -> StepSums:
-        """Forward and backward of the step's micro-batches; every rank brings equally many."""
+        """Run forward and backward of the step's micro-batches. Every rank passes the same number."""
 
     @abstractmethod
     def step(self, prepared: Prepared, sums: StepSums, *, clip_norm: float | None, want_norm: bool) -> StepOutcome:
-        """Scale, clip, step, schedule and zero as one act. A step of weight zero changes nothing."""
+        """Scale and clip gradients, step the optimizer and the schedule, and zero gradients.
+
+        A step of weight zero changes nothing.
+        """
 
     @abstractmethod
     def shards(self, prepared: Prepared, stored: Mapping[str, Any] | None = None) -> list[Shard]:
-        """The canonical boxes this rank holds of parameters, buffers and optimizer state. Local.
+        """Return the canonical boxes that this rank holds of parameters, buffers and optimizer state. Local.
 
         With `stored` (names to shapes and dtypes of a checkpoint) missing optimizer state is created first, to be
-        filled. Raises CheckpointError for state that this strategy cannot hold.
+        loaded. Raises CheckpointError for state that this strategy cannot hold.
         """
 
     @contextmanager
     def frozen(self, prepared: Prepared) -> Iterator[None]:
-        """Meanwhile gradients flow through this model and none is collected in it."""
+        """In this context gradients flow through the model, and its parameters collect none."""
         trainable = [named.parameter for named in prepared.named if named.parameter.requires_grad]
         for parameter in trainable:
             parameter.requires_grad_(False)
@@ -252,26 +299,26 @@ class AbstractStrategy(ABC):
                 parameter.requires_grad_(True)
 
     def loaded(self, prepared: Prepared) -> None:
-        """After this rank's shards were written into: bring up to date whatever is derived from them."""
+        """Update whatever is derived from this rank's shards, after a checkpoint was loaded into them."""
         for number in prepared.loading:
             number.state[number.key] = number.tensor.item()
         prepared.loading.clear()
 
     @abstractmethod
-    def whole(self, prepared: Prepared) -> Iterator[tuple[str, Tensor]]:
-        """Name and full value, on the CPU, of every parameter and persistent buffer of the model, one at a time."""
+    def full_weights(self, prepared: Prepared) -> Iterator[tuple[str, Tensor]]:
+        """Yield name and full value on the CPU of each parameter and persistent buffer of the model, one at a time."""
 
     def close(self) -> None:  # noqa: B027 - most strategies hold nothing that outlives the process group
-        """Let go of what outlives the process group."""
+        """Release whatever outlives the process group."""
 
 
-def refuse_axes(strategy: str, sizes: MeshSizes, *axes: str) -> None:
-    """Raise ConfigError where the mesh has more than one rank along an axis that a strategy does not know. Local."""
+def reject_axes(strategy: str, sizes: MeshSizes, *axes: str) -> None:
+    """Raise ConfigError where the mesh has several ranks along an axis that a strategy does not support. Local."""
     for axis in axes:
         if getattr(sizes, axis) > 1:
             raise ConfigError(
                 explain(
-                    f"strategy.name={strategy} spreads over ranks that each have their own part of the data.",
+                    f"Cannot use strategy {strategy} with this mesh: each of its ranks needs a part of the data.",
                     f"mesh.{axis}={getattr(sizes, axis)}",
                     f"leave mesh.{axis} at 1, or use strategy.name=fsdp",
                 )

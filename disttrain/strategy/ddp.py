@@ -23,19 +23,19 @@ from disttrain.config.schema import PrecisionConfig
 from disttrain.data import MicroBatch
 from disttrain.objective import Objective
 from disttrain.runtime import Device, MeshSizes
-from disttrain.strategy.canonical_boxes import replicated_shards, whole_tensors
+from disttrain.strategy.canonical_boxes import full_tensors, replicated_shards
 from disttrain.strategy.construction import build_on_host, equip, name_parameters
 from disttrain.strategy.contract import (
     DTYPES,
     AbstractStrategy,
     Ingredients,
+    ObjectiveCall,
     Prepared,
     StepOutcome,
     StepSums,
     World,
-    refuse_axes,
+    reject_axes,
 )
-from disttrain.strategy.objective_call import ObjectiveCall
 from disttrain.strategy.step.arithmetic import Gradients, add_up_together, earlier_apart, run_micro_batches
 from disttrain.strategy.step.update import torch_step
 
@@ -57,7 +57,7 @@ class DDP(AbstractStrategy):
     @classmethod
     def check(cls, options: Any, sizes: MeshSizes, device: Device, precision: PrecisionConfig) -> None:
         """Every rank is a replica, whichever axis it is on."""
-        refuse_axes("ddp", sizes, "tensor")
+        reject_axes("ddp", sizes, "tensor")
 
     def __init__(self, options: Any, world: World) -> None:
         super().__init__(options, world)
@@ -131,8 +131,8 @@ class DDP(AbstractStrategy):
     def shards(self, prepared: Prepared, stored: Mapping[str, Any] | None = None) -> list[Shard]:
         return replicated_shards(prepared, stored, replica=(self.world.group.rank, self.world.group.size))
 
-    def whole(self, prepared: Prepared) -> Iterator[tuple[str, Tensor]]:
-        return whole_tensors(prepared.model)
+    def full_weights(self, prepared: Prepared) -> Iterator[tuple[str, Tensor]]:
+        return full_tensors(prepared.model)
 
 
 def _lay_out(parameters: Sequence[nn.Parameter]) -> None:

@@ -13,7 +13,7 @@ from disttrain.data import MicroBatch
 from disttrain.errors import ConfigError, explain
 from disttrain.objective import Objective
 from disttrain.runtime import Device, MeshSizes
-from disttrain.strategy.canonical_boxes import replicated_shards, whole_tensors
+from disttrain.strategy.canonical_boxes import full_tensors, replicated_shards
 from disttrain.strategy.construction import build_on_host, equip, name_parameters
 from disttrain.strategy.contract import AbstractStrategy, Ingredients, Prepared, StepOutcome, StepSums
 from disttrain.strategy.step.arithmetic import run_micro_batches
@@ -52,5 +52,5 @@ class NoStrategy(AbstractStrategy):
     def shards(self, prepared: Prepared, stored: Mapping[str, Any] | None = None) -> list[Shard]:
         return replicated_shards(prepared, stored, replica=(0, 1))
 
-    def whole(self, prepared: Prepared) -> Iterator[tuple[str, Tensor]]:
-        return whole_tensors(prepared.model)
+    def full_weights(self, prepared: Prepared) -> Iterator[tuple[str, Tensor]]:
+        return full_tensors(prepared.model)

@@ -262,4 +262,4 @@ def test_sums_are_added_up_by_name_over_ranks(tmp_path: Path) -> None:
 def test_ranks_that_return_other_sums_are_told_so_on_every_rank(case: str, told: str, tmp_path: Path) -> None:
     with pytest.raises(WorldError, match=told) as caught:
         run_world(2, sums, tmp_path, case, "fsdp")
-    assert str(caught.value).count("TrainingError: The objective is to return the same terms and sums") == 2
+    assert str(caught.value).count("TrainingError: Cannot add up the objective's terms and sums") == 2

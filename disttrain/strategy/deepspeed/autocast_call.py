@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from disttrain.objective import Context, Objective
-from disttrain.strategy.contract import World
-from disttrain.strategy.objective_call import ObjectiveCall
+from disttrain.strategy.contract import ObjectiveCall, World
 
 
 class AutocastCall(ObjectiveCall):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from disttrain.checkpoint import Box, Shard, flat_range_to_boxes, full_shard
-from disttrain.strategy.canonical_boxes import NUMBER, home_of_scalar, number_tensors, refuse_opaque
+from disttrain.strategy.canonical_boxes import NUMBER, home_of_scalar, number_tensors, reject_opaque
 from disttrain.strategy.contract import Prepared
 from disttrain.strategy.deepspeed.deepspeed_internals import (
     FlatRange,
@@ -85,7 +85,7 @@ def _create_missing(
         if not name.startswith(prefix) or name.endswith(NUMBER) or key in state or prepared.optimizer is None:
             continue
         if info.shape and tuple(info.shape) != shape:
-            refuse_opaque(name, torch.empty(info.shape, device="meta"))
+            reject_opaque(name, torch.empty(info.shape, device="meta"))
         group = prepared.optimizer.param_groups[held.group]
         device = held.flat.device if info.shape else home_of_scalar(group, held.flat, key)
         sizes = held.flat.shape if info.shape else ()
@@ -103,4 +103,4 @@ def _state_shards(
         elif value.dim() == 0:
             yield full_shard(prefix + key, value, replica)
         else:
-            refuse_opaque(prefix + key, value)
+            reject_opaque(prefix + key, value)

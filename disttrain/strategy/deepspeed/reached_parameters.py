@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from disttrain.optim.named import NamedParameter
-from disttrain.strategy.call_agreement import agree_on_way
+from disttrain.strategy.call_order import check_same_calls
 
 
 def agree_on_reached(total: Tensor, named: Sequence[NamedParameter]) -> set[int]:
@@ -22,7 +22,7 @@ def agree_on_reached(total: Tensor, named: Sequence[NamedParameter]) -> set[int]
     """
     found = reached(total)
     names = [one.name for one in named if id(one.parameter) in found]
-    agree_on_way(zlib.crc32(repr(names).encode()), names)
+    check_same_calls(zlib.crc32(repr(names).encode()), names)
     return found
 
 

@@ -34,9 +34,9 @@ from disttrain.optim.combined import factories_of
 from disttrain.optim.named import MakeOptimizer
 from disttrain.optim.trials import has_early_state, is_elementwise, kind_of
 from disttrain.runtime import Device, Mesh, MeshSizes
-from disttrain.strategy.call_order import CallOrder
+from disttrain.strategy.call_order import CallOrderCheck
 from disttrain.strategy.canonical_boxes import replicated_shards
-from disttrain.strategy.construction import build_on_host, equip, lay_out_rows, name_parameters, refuse_changed, settle
+from disttrain.strategy.construction import build_on_host, equip, lay_out_rows, name_parameters, reject_changed, settle
 from disttrain.strategy.contract import (
     AbstractStrategy,
     Ingredients,
@@ -44,7 +44,7 @@ from disttrain.strategy.contract import (
     StepOutcome,
     StepSums,
     World,
-    refuse_axes,
+    reject_axes,
 )
 from disttrain.strategy.deepspeed import deepspeed_internals as internals
 from disttrain.strategy.deepspeed.autocast_call import AutocastCall
@@ -66,7 +66,7 @@ from disttrain.strategy.deepspeed.requirements import (
     refuse_nvme,
     refuse_parameters,
 )
-from disttrain.strategy.step.arithmetic import refuse_non_finite, run_micro_batches
+from disttrain.strategy.step.arithmetic import reject_non_finite, run_micro_batches
 from disttrain.torch_internals import version_of
 
 _log = package_logger("strategy")
@@ -81,7 +81,7 @@ class DeepSpeed(AbstractStrategy):
 
         The mesh may have one axis.
         """
-        refuse_axes("deepspeed", sizes, "replicate", "tensor")
+        reject_axes("deepspeed", sizes, "replicate", "tensor")
         module = import_deepspeed(device.device)
         internals.probe_package(module)
         if "nvme" in (options.offload, options.offload_parameters):
@@ -93,7 +93,7 @@ class DeepSpeed(AbstractStrategy):
                     "Cannot use the batch sizes of strategy.deepspeed.native: train_batch_size = micro-batch x "
                     "accumulation x ranks.",
                     f"sizes for {ranks} rank(s), in a world of {sizes.data_parallel}",
-                    "take gradient_accumulation_steps out of the JSON, or start as many processes",
+                    "remove gradient_accumulation_steps from the JSON, or start as many processes",
                 )
             )
 
@@ -121,7 +121,7 @@ class DeepSpeed(AbstractStrategy):
         super().__init__(options, world)
         self._deepspeed = import_deepspeed(world.device)
         self._replaced_linear: Callable[..., Tensor] | None = None
-        self._orders: dict[str, CallOrder] = {}
+        self._orders: dict[str, CallOrderCheck] = {}
         self._bucket_orders: dict[str, BucketOrder] = {}
         self._versions: dict[str, list[int | None]] = {}
         self._config = engine_config(options, world.precision, world.device.type)
@@ -152,7 +152,7 @@ class DeepSpeed(AbstractStrategy):
                 for name, module in engine.module.named_modules()
                 if next(module.parameters(recurse=False), None) is not None
             ]
-            self._orders[prepared.name] = CallOrder(gathered)
+            self._orders[prepared.name] = CallOrderCheck(gathered)
         return prepared
 
     def _build(self, ingredients: Ingredients) -> nn.Module:
@@ -215,9 +215,9 @@ class DeepSpeed(AbstractStrategy):
 
         self._refuse_changed(prepared, "between steps")
         order = self._orders.get(prepared.name)
-        watched = order.watched if order is not None else nullcontext
+        checked = order.checked if order is not None else nullcontext
         step = self.world, prepared, micro_batches, objective, flags
-        sums = run_micro_batches(*step, through=through, backward=backward, watched=watched)
+        sums = run_micro_batches(*step, through=through, backward=backward, checked=checked)
         self._refuse_changed(prepared, "in the forward")
         return sums
 
@@ -233,7 +233,7 @@ class DeepSpeed(AbstractStrategy):
         before = self._versions.setdefault(prepared.name, versions)
         if versions != before:
             pairs = zip(prepared.named, versions, before, strict=True)
-            refuse_changed([one.name for one, now, then in pairs if now != then], when, "deepspeed stage 3")
+            reject_changed([one.name for one, now, then in pairs if now != then], when, "deepspeed stage 3")
 
     def step(self, prepared: Prepared, sums: StepSums, *, clip_norm: float | None, want_norm: bool) -> StepOutcome:
         engine = prepared.wrapped
@@ -253,7 +253,7 @@ class DeepSpeed(AbstractStrategy):
         if sums.scaled:
             prepared.loss_scale.update(finite=finite, weight=sums.weight)
         elif not finite:
-            refuse_non_finite(f"a gradient norm of {norm}")
+            reject_non_finite(f"a gradient norm of {norm}")
         if not finite:  # all ranks see the same, because the norm is that of all ranks
             return StepOutcome(None, applied=False, lr=rate, loss_scale=loss_scale)
         if prepared.schedule is not None:
@@ -273,12 +273,12 @@ class DeepSpeed(AbstractStrategy):
             self._versions.pop(prepared.name, None)
 
     def close(self) -> None:
-        """Make DeepSpeed forget the process group, so that it takes the group of this process's next engine."""
+        """Make DeepSpeed forget the process group, so that this process can make another engine."""
         internals.forget_process_group()
         if self._replaced_linear is not None:
             torch.nn.functional.linear = self._replaced_linear
 
-    def whole(self, prepared: Prepared) -> Iterator[tuple[str, Tensor]]:
+    def full_weights(self, prepared: Prepared) -> Iterator[tuple[str, Tensor]]:
         model = prepared.model
         for name, tensor in model.state_dict(keep_vars=True).items():
             with self._deepspeed.zero.GatheredParameters([tensor], enabled=internals.is_partitioned(tensor)):

@@ -58,13 +58,13 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, options: FSDPOptions, world:
             module.set_force_sum_reduction_for_comms(True)
     if hasattr(root, "set_reduce_scatter_unused_params"):
         root.set_reduce_scatter_unused_params(True)
-    _refuse_mixed(model)
+    _reject_mixed(model)
     _prefetch([block for _, block in blocks], options)
     _log.info("fsdp: %d block(s) sharded each on its own, the rest as one group", len(blocks))
     return blocks
 
 
-def _refuse_mixed(model: nn.Module) -> None:
+def _reject_mixed(model: nn.Module) -> None:
     """Raise ConfigError for a group that would travel in several types, which torch asserts in the first forward."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for parameters in Groups(model).sharded():

@@ -34,9 +34,9 @@ from disttrain.optim.trials import is_exact_on_shards, kind_of
 from disttrain.runtime import Device, Mesh, MeshSizes
 from disttrain.runtime.mesh import group_across
 from disttrain.runtime.seeds import generators_for
-from disttrain.strategy.call_order import CallOrder
-from disttrain.strategy.canonical_boxes import copy_part, sharded_shards, whole_tensors
-from disttrain.strategy.construction import build_on_host, equip, name_parameters, refuse_changed, settle
+from disttrain.strategy.call_order import CallOrderCheck
+from disttrain.strategy.canonical_boxes import copy_part, full_tensors, sharded_shards
+from disttrain.strategy.construction import build_on_host, equip, name_parameters, reject_changed, settle
 from disttrain.strategy.contract import (
     AbstractStrategy,
     Ingredients,
@@ -70,7 +70,7 @@ class _Sharded:
     are cut and counted in this rank's part of the norm, `whole` are held by every rank. `order` watches the blocks."""
 
     groups: Groups
-    order: CallOrder
+    order: CallOrderCheck
     tensor: TensorParallel | None
     every: bool
     parts: tuple[int, ...]
@@ -162,7 +162,7 @@ class FSDP(AbstractStrategy):
         places = [(place, named.parameter) for place, named in enumerate(prepared.named)]
         prepared.wrapped = _Sharded(
             Groups(model),
-            CallOrder(blocks if self.world.group.size > 1 else ()),
+            CallOrderCheck(blocks if self.world.group.size > 1 else ()),
             tensor,
             every=reduces_every(model, self.options, self.world),
             # What no tensor plan cuts is the same on all ranks of the axis: one of them brings it.
@@ -174,7 +174,7 @@ class FSDP(AbstractStrategy):
         gather_around_methods(model)
         for name, block in blocks:
             # Blocks are gathered when they are called: a rank that calls another one would get a mixture of both.
-            block.register_forward_pre_hook(lambda module, args, name=name: prepared.trail.note(name))
+            block.register_forward_pre_hook(lambda module, args, name=name: prepared.calls.append(name))
         return prepared
 
     def _cut(self, model: nn.Module) -> TensorParallel | None:
@@ -212,7 +212,7 @@ class FSDP(AbstractStrategy):
             return nullcontext()
 
         step = self.world, prepared, micro_batches, objective, flags
-        around: Any = {"communicating": communicating, "watched": sharded.order.watched}
+        around: Any = {"communicating": communicating, "checked": sharded.order.checked}
         tensor = sharded.tensor
         if tensor is not None:
             around |= {"through": partial(tensor.through, model=prepared.model), "backward": tensor.backward}
@@ -221,7 +221,7 @@ class FSDP(AbstractStrategy):
         if changed := set(map(id, sharded.groups.changed())):
             sharded.groups.free_whole()  # the parameters are the cut ones then
             names = [name for name, one in prepared.model.named_parameters() if id(one) in changed]
-            refuse_changed(names, "in the forward", "fsdp")
+            reject_changed(names, "in the forward", "fsdp")
         if tensor is not None:
             tensor.check_alike(prepared.named)
         return sums
@@ -273,6 +273,6 @@ class FSDP(AbstractStrategy):
         prepared.wrapped.groups.free_whole()
         return sharded_shards(prepared, stored, rank=self.world.group.rank, size=self.world.group.size)
 
-    def whole(self, prepared: Prepared) -> Iterator[tuple[str, Tensor]]:
+    def full_weights(self, prepared: Prepared) -> Iterator[tuple[str, Tensor]]:
         prepared.wrapped.groups.free_whole()
-        return whole_tensors(prepared.model)
+        return full_tensors(prepared.model)

@@ -61,7 +61,7 @@ class TensorParallel:
                     parts[id(parameter)] = self._part(parameter, placement)
                 part = parts[id(parameter)]
                 if part.placements != (placement,):  # type: ignore[attr-defined]
-                    _refuse_tie(f"{name}.{key}", f"{part.placements} by another name")  # type: ignore[attr-defined]
+                    _reject_tie(f"{name}.{key}", f"{part.placements} by another name")  # type: ignore[attr-defined]
                 module.register_parameter(key, part)
             if style.partial:
                 _use_locally(module)
@@ -73,7 +73,7 @@ class TensorParallel:
             module.register_forward_hook(partial(self._leave, name, style))
         for name, parameter in model.named_parameters(remove_duplicate=False):
             if id(parameter) in parts and parameter is not parts[id(parameter)]:
-                _refuse_tie(name, "not in the plan")
+                _reject_tie(name, "not in the plan")
 
     def _part(self, parameter: nn.Parameter, placement: Placement) -> nn.Parameter:
         part = distribute_tensor(parameter.detach(), self._mesh, [placement], src_data_rank=None)
@@ -235,7 +235,7 @@ def _norm(gradient: Any) -> Tensor:
     return norm
 
 
-def _refuse_tie(name: str, found: str) -> None:
+def _reject_tie(name: str, found: str) -> None:
     raise ConfigError(
         explain(
             f"The tensor plan cuts {name!r}, which is one tensor under several names, alike under all of them.",

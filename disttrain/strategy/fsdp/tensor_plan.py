@@ -93,7 +93,7 @@ def plan_modules(model: nn.Module, options: TensorOptions, degree: int) -> dict[
         styles = {name: style for name, style in styles.items() if words[name] != SEQUENCE}
     heads = [name for name, style in styles.items() if _is_head(name, modules[name], words[name])]
     if options.loss and not heads:
-        _refuse(
+        _reject(
             "strategy.fsdp.tensor.loss=true leaves the head's output cut over the vocabulary.",
             "no head in the plan that is cut so",
             "plan the head as colwise_gather_output, or leave loss out",
@@ -107,7 +107,7 @@ def _match(model: nn.Module, options: TensorOptions) -> dict[str, str]:
     if plan is None:
         plan = getattr(model, "tp_plan", None) or getattr(model, "_tp_plan", None)
     if not isinstance(plan, Mapping) or not plan:
-        _refuse(
+        _reject(
             "mesh.tensor cuts layers as a plan says.",
             f"no tp_plan on {type(model).__qualname__}, and no strategy.fsdp.tensor.plan",
             "write a plan, such as {'layers.*.up': colwise, 'layers.*.down': rowwise}",
@@ -121,9 +121,9 @@ def _match(model: nn.Module, options: TensorOptions) -> dict[str, str]:
             inner = any(fnmatchcase(name, pattern) for name, _ in model.named_parameters())
             what = "single parameters, which are cut with their module" if inner else "no module"
             known = ", ".join(list(names)[:12])
-            _refuse(f"strategy.fsdp.tensor.plan names {pattern!r}.", what, f"name modules: {known}, ...")
+            _reject(f"strategy.fsdp.tensor.plan names {pattern!r}.", what, f"name modules: {known}, ...")
         if found and word not in WORDS:
-            _refuse(f"The tensor plan says {word!r} of {pattern!r}.", "no style of that name", suggest(word, WORDS))
+            _reject(f"The tensor plan says {word!r} of {pattern!r}.", "no style of that name", suggest(word, WORDS))
         for name in found:
             # "rowwise" is transformers 4's word for a table of tokens too
             is_table = isinstance(names[name], nn.Embedding) and word == "rowwise"
@@ -135,16 +135,16 @@ def _fit(name: str, module: nn.Module, word: str, degree: int) -> Style:
     """The style of a module under a word, checked against the module's kind and sizes."""
     weight = getattr(module, "weight", None)
     if word in LINEAR and not isinstance(module, nn.Linear):
-        _refuse(f"The tensor plan says {word!r} of {name!r}.", f"a {type(module).__qualname__}", "name an nn.Linear")
+        _reject(f"The tensor plan says {word!r} of {name!r}.", f"a {type(module).__qualname__}", "name an nn.Linear")
     if word in TABLE and (weight is None or weight.dim() != 2):
-        _refuse(
+        _reject(
             f"The tensor plan says {word!r} of {name!r}.",
             f"a {type(module).__qualname__} without a table [vocab, width] as its weight",
             "name an nn.Embedding",
         )
     style = WORDS[word]
     if style.weight is not None and weight is not None and weight.shape[style.weight] % degree:
-        _refuse(
+        _reject(
             f"mesh.tensor={degree} cuts {name!r} ({word}).",
             f"a weight {tuple(weight.shape)}, whose dim {style.weight} is not a multiple of {degree}",
             "choose a degree that divides it, or a plan without this module",
@@ -170,7 +170,7 @@ def _check_heads(config: Any, name: str, module: nn.Module, word: str, degree: i
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     count = int(getattr(module, "out_features", 0)) // width
     if count % degree:
-        _refuse(
+        _reject(
             f"mesh.tensor={degree} gives each rank its share of whole attention heads.",
             f"{count} head(s) in {name!r}",
             "choose a degree that divides the heads, those of keys and values too",
@@ -180,7 +180,7 @@ def _check_heads(config: Any, name: str, module: nn.Module, word: str, degree: i
 def _along_time(styles: Mapping[str, Style], words: Mapping[str, str]) -> dict[str, Style]:
     """The same plan with everything between the cut layers cut along time, from the embedding to the head."""
     if SEQUENCE not in words.values() or not any(word.startswith("embedding") for word in words.values()):
-        _refuse(
+        _reject(
             "strategy.fsdp.tensor.sequence=true cuts along time what is between a table of tokens and the head.",
             "a plan without an embedding_rowwise table, or without a sequence_parallel norm",
             "plan the table, every norm and dropout of the residual stream, and the head; or leave sequence out",
@@ -204,5 +204,5 @@ def _is_head(name: str, module: nn.Module, word: str) -> bool:
     return WORDS[word] is _GATHERED and not any(part.isdigit() for part in name.split("."))
 
 
-def _refuse(asked: str, found: str, do: str) -> NoReturn:
+def _reject(asked: str, found: str, do: str) -> NoReturn:
     raise ConfigError(explain(asked, found, do))

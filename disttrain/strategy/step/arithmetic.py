@@ -25,7 +25,7 @@ from disttrain.objective import Context, Loss, Objective
 from disttrain.runtime.seeds import derive_seed, seed_all
 from disttrain.strategy.contract import Prepared, StepSums, World
 from disttrain.strategy.step.fused_adam import local_part
-from disttrain.strategy.step.step_sums import AddUp, Ledger
+from disttrain.strategy.step.step_sums import AddUp, SumCollector
 from disttrain.torch_internals import copy_each, flatten, multiply_each, norm_each, unflatten, zero_each
 
 Wrapper = Callable[[Objective, Any, Context], tuple[Any, Any, Any]]
@@ -44,21 +44,21 @@ def run_micro_batches(
     through: Wrapper | None = None,
     backward: Backward = Tensor.backward,
     communicating: Last = lambda last: _NOTHING,
-    watched: Callable[[], AbstractContextManager[Any]] = lambda: _NOTHING,
+    checked: Callable[[], AbstractContextManager[Any]] = lambda: _NOTHING,
     add_up: AddUp | None = None,
 ) -> StepSums:
     """The plain loop. The forward runs `through` a wrapper of `ObjectiveCall`, or else the objective on the model;
-    `communicating(last)` surrounds a micro-batch's forward and backward, `watched()` its forward; `add_up` is called
+    `communicating(last)` surrounds a micro-batch's forward and backward, `checked()` its forward; `add_up` is called
     with the step's sums before the last backward, and what it returns after it."""
     denominators = _agree_on_weights(world, prepared, micro_batches, objective)
     factor = prepared.loss_scale.factor(divided=denominators is not None) if world.scaled else None
-    prepared.trail.begin()
-    ledger = Ledger(world)
+    prepared.calls.restart()
+    collector = SumCollector(world)
     for place, micro in enumerate(micro_batches):
         context = seed_micro_batch(world, prepared, micro)
         replay = _NOTHING if micro.real else _replay(prepared)
         with communicating(place == len(micro_batches) - 1), replay:
-            with world.computing(), watched():
+            with world.computing(), checked():
                 if through is None:
                     loss = objective(prepared.model, micro.batch, context)
                 else:
@@ -72,16 +72,16 @@ def run_micro_batches(
                         "check that the model has trainable parameters and that the objective does not detach",
                     )
                 )
-            ledger.add(loss, real=micro.real)
+            collector.add(loss, real=micro.real)
             if place == len(micro_batches) - 1:  # they are added up while this backward runs
-                added_up = ledger.start(flags, divided=denominators is not None, trail=prepared.trail, add_up=add_up)
+                added_up = collector.start(flags, divided=denominators is not None, calls=prepared.calls, add_up=add_up)
             backward(total if micro.real else total * 0.0)
     prepared.accumulations += 1
     sums = added_up()
     if factor is not None:
         sums = replace(sums, denominator=sums.denominator * factor, scaled=True)
     if not all(map(math.isfinite, (*sums.totals.values(), *sums.weights.values()))):
-        refuse_non_finite(f"totals {dict(sums.totals)} over weights {dict(sums.weights)}")
+        reject_non_finite(f"totals {dict(sums.totals)} over weights {dict(sums.weights)}")
     if min(sums.weights.values()) < 0.0:
         raise TrainingError(
             explain(
@@ -120,10 +120,10 @@ def _agree_on_weights(
     alone = len(objective.weigh(micro_batches[0].batch)) == 1
     if alone and not (world.scaled and prepared.accumulations == 0):
         return None
-    ledger = Ledger(world)
+    collector = SumCollector(world)
     for micro in micro_batches:
-        ledger.add(Loss({}, objective.weigh(micro.batch)), real=micro.real)
-    weights = ledger.reduce(divided=True).weights
+        collector.add(Loss({}, objective.weigh(micro.batch)), real=micro.real)
+    weights = collector.reduce(divided=True).weights
     if not alone:
         return weights
     prepared.loss_scale.expect(next(iter(weights.values())))
@@ -194,7 +194,7 @@ def add_up_together(tensors: Sequence[Tensor], add_up: Callable[[Tensor], Any]) 
     copy_each(held, unflatten(flat, held))
 
 
-def refuse_non_finite(found: str) -> None:
+def reject_non_finite(found: str) -> None:
     """Raise TrainingError on every rank: the sums are those of all ranks, so all see the same."""
     raise TrainingError(
         explain(
@@ -222,7 +222,7 @@ class Gradients:
                     gradients[place] = parameter.grad = torch.zeros_like(parameter)
         kinds = set(map(_KIND, gradients))  # three traits of hundreds of tensors without a loop in Python
         if any(sparse for _, _, sparse in kinds):
-            _refuse_sparse(prepared)
+            _reject_sparse(prepared)
         self.dtype = next(iter(kinds))[1] if len(kinds) == 1 else None
         self.whole = all(kind is Tensor for kind, _, _ in kinds)
         self.held = gradients
@@ -260,7 +260,7 @@ class Gradients:
 _KIND = attrgetter("__class__", "dtype", "is_sparse")
 
 
-def _refuse_sparse(prepared: Prepared) -> None:
+def _reject_sparse(prepared: Prepared) -> None:
     named = next(one for one in prepared.named if one.parameter.grad is not None and one.parameter.grad.is_sparse)
     raise ConfigError(
         explain(

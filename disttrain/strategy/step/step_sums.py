@@ -1,6 +1,7 @@
-"""What a step adds up to over all ranks: totals, weights and sums by name, in one all-reduce of one float64 vector.
+"""Adds up what a step computes over all ranks: totals, weights and sums by name, in one float64 vector.
 
-Refuses ranks that do not bring the same: other terms or sums, or another way through what their collectives pair.
+The vector travels in one all-reduce. It starts with a digest, by which ranks see that they add up the same things:
+the objective's terms and sums are equal on every rank, and so is the order of calls that collectives depend on.
 """
 
 from __future__ import annotations
@@ -17,18 +18,19 @@ from torch import Tensor
 
 from disttrain.errors import TrainingError, explain
 from disttrain.objective import Loss, Number
-from disttrain.strategy.call_agreement import Trail, other_trails
+from disttrain.strategy.call_order import CallSequence, explain_other_calls
 from disttrain.strategy.contract import StepSums, World
 
 AddUp = Callable[[Tensor], Callable[[], Any]]
-"""Adds a vector up over all ranks, in place, from now on or when what comes back is called. Collective."""
+"""Starts to add a vector up over all ranks in place. The function that it returns waits for the result. Collective."""
 
-_ROOM = 64
-"""Numbers in the step's one all-reduce, whatever the objective returns: enough for most, and no slower than one."""
+_LENGTH = 64
+"""Numbers in the step's one all-reduce, whatever the objective returns. Most objectives need fewer. A shorter vector is
+not faster."""
 
 
-class Ledger:
-    """Adds up one rank's real micro-batches, then all ranks' by name, in one all-reduce of one float64 vector."""
+class SumCollector:
+    """Adds up this rank's real micro-batches, then those of all ranks by name."""
 
     def __init__(self, world: World) -> None:
         self._world = world
@@ -37,6 +39,7 @@ class Ledger:
         self._sums: dict[str, Tensor] = {}
 
     def add(self, loss: Loss, *, real: bool) -> None:
+        """Add a micro-batch's loss. One that is not `real` adds zeros under the same names. Local."""
         counts = real and self._world.mesh.counts
         for into, values in ((self._totals, loss.totals), (self._weights, loss.weights)):
             for name, value in values.items():
@@ -46,24 +49,35 @@ class Ledger:
             wide = tensor.detach().double() if counts else torch.zeros_like(tensor, dtype=torch.float64)
             self._sums[name] = self._sums[name] + wide if name in self._sums else wide
 
-    def reduce(self, flags: Sequence[float] = (), *, divided: bool = False, trail: Trail | None = None) -> StepSums:
-        """Collective: all ranks' sums, by name.
+    def reduce(
+        self, flags: Sequence[float] = (), *, divided: bool = False, calls: CallSequence | None = None
+    ) -> StepSums:
+        """Return the sums over all ranks. Collective.
 
-        Raises TrainingError on every rank where their names differ, or their trails.
+        Raises TrainingError on every rank where the names of sums or the calls differ between ranks.
         """
-        return self.start(flags, divided=divided, trail=trail)()
+        return self.start(flags, divided=divided, calls=calls)()
 
     def start(
         self,
         flags: Sequence[float] = (),
         *,
         divided: bool = False,
-        trail: Trail | None = None,
+        calls: CallSequence | None = None,
         add_up: AddUp | None = None,
     ) -> Callable[[], StepSums]:
-        """Collective: begin to add up what was brought so far, or leave when to `add_up`. What comes back waits for it,
-        gives what `reduce` gives and raises what it raises; all ranks call that too."""
-        if self._world.group.size == 1 and self._world.device.type == "cpu":  # all is here, and read
+        """Start to add up what was collected so far. Collective, and so is the function that this returns.
+
+        Args:
+            flags: the engine's numbers, which are added up too.
+            divided: whether losses were divided by their weights before the backward.
+            calls: the calls of this rank, which must equal those of the others.
+            add_up: adds the vector up, at a time of its choice. The default starts at once.
+
+        Returns:
+            A function that waits for the sums. It returns and raises what `reduce` returns and raises.
+        """
+        if self._world.group.size == 1 and self._world.device.type == "cpu":  # nothing to add up, nothing to wait for
             alone = {term: float(value) for term, value in self._weights.items()}
             divisor = 1.0 if divided else next(iter(alone.values()))
             found = StepSums({t: float(v) for t, v in self._totals.items()}, alone, self._sums, tuple(flags), divisor)
@@ -73,8 +87,8 @@ class Ledger:
         values += [self._totals[term] for term in totals]
         values += [self._weights[term] for term in weights]
         shapes = tuple((name, (*value.shape,)) for name, value in sums.items())
-        layout = Layout(len(flags), (*totals,), (*weights,), shapes)
-        added = self._add_up(values, sums, layout, trail or Trail(), add_up)
+        fields = VectorFields(len(flags), (*totals,), (*weights,), shapes)
+        added = self._add_up(values, sums, fields, calls or CallSequence(), add_up)
 
         def read() -> StepSums:
             numbers = added()
@@ -91,30 +105,35 @@ class Ledger:
         return read
 
     def _add_up(
-        self, values: list[Number], sums: dict[str, Tensor], layout: Layout, trail: Trail, add_up: AddUp | None
+        self,
+        values: list[Number],
+        sums: dict[str, Tensor],
+        fields: VectorFields,
+        calls: CallSequence,
+        add_up: AddUp | None,
     ) -> Callable[[], list[float]]:
-        """Every rank's values and sums added up, flat, in one all-reduce of `_ROOM` numbers; the rest takes a second.
-        Ranks of other layouts meet in it too, and raise TrainingError together.
+        """Add up values and sums, flat, in one all-reduce of `_LENGTH` numbers. Further numbers take a second one.
 
-        The first two numbers are a digest d of the layout and of the rank's trail, and its square: n * sum(d^2) =
-        (sum d)^2 only where all n agree (Cauchy-Schwarz). 20 bits keep both sums exact in float64 for up to 8192 ranks.
+        Ranks with other fields join the same first all-reduce, and all raise TrainingError together. Its first two
+        numbers are a digest d of the fields and calls, and d^2: n * sum(d^2) = (sum d)^2 holds only where all n ranks
+        have the same d (Cauchy-Schwarz). With 20 bits both sums are exact in float64 for up to 8192 ranks.
         """
         size = self._world.group.size
-        if size == 1:  # a collective of one rank adds nothing, and takes gloo's thread 40 microseconds
+        if size == 1:  # a collective of one rank changes nothing and takes 40 microseconds of gloo's thread
             return _fetch(_flat(values, sums, self._world.device))
-        digest = zlib.crc32(_encoded(layout), trail.digest) >> 12
+        digest = zlib.crc32(_encoded(fields), calls.digest) >> 12
         count = 2 + len(values) + sum(map(Tensor.numel, sums.values()))
-        flat = _flat([digest, digest**2, *values], sums, self._world.device, length=_ROOM)
-        vector = flat if count <= _ROOM else flat[:_ROOM]
+        flat = _flat([digest, digest**2, *values], sums, self._world.device, length=_LENGTH)
+        vector = flat if count <= _LENGTH else flat[:_LENGTH]
         fetch = _fetch if add_up is None else _read_after
         first = fetch(vector, (add_up or self._world.group.add_up)(vector))
 
         def read() -> list[float]:
             numbers = first()
             if size * int(numbers[1]) != int(numbers[0]) ** 2:
-                _refuse_others(layout, trail)
-            if count > _ROOM:
-                rest = flat[_ROOM:]
+                _reject_others(fields, calls)
+            if count > _LENGTH:
+                rest = flat[_LENGTH:]
                 self._world.group.add_up(rest)()
                 numbers += rest.tolist()
             return numbers[2:count]
@@ -123,7 +142,7 @@ class Ledger:
 
 
 def _read_after(vector: Tensor, wait: Callable[[], Any]) -> Callable[[], list[float]]:
-    """Its numbers, once `wait` is through."""
+    """Return a function that calls `wait`, then reads the vector."""
 
     def read() -> list[float]:
         wait()
@@ -134,10 +153,14 @@ def _read_after(vector: Tensor, wait: Callable[[], Any]) -> Callable[[], list[fl
 
 
 def _fetch(vector: Tensor, wait: Callable[[], Any] = lambda: None) -> Callable[[], list[float]]:
-    """The same; a GPU begins to bring them at once, and what it is given meanwhile (a backward) is not waited for."""
+    """Return a function that calls `wait`, then reads the vector.
+
+    A GPU starts the copy to the host at once, on another stream. The copy does not wait for work that is queued later,
+    such as a backward.
+    """
     if vector.device.type != "cuda":
         return _read_after(vector, wait)
-    stream, host = _beside(vector.device), torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)
+    stream, host = _copy_stream(vector.device), torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)
     stream.wait_stream(torch.cuda.current_stream(vector.device))
     with torch.cuda.stream(stream):
         wait()
@@ -148,13 +171,13 @@ def _fetch(vector: Tensor, wait: Callable[[], Any] = lambda: None) -> Callable[[
 
 
 @cache
-def _beside(device: torch.device) -> torch.cuda.Stream:
-    """A stream on which small things are copied while the device's own goes on."""
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream for small copies, which run while the device's main stream computes."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _number(value: Number) -> Number:
-    """Without its graph, in float64; what lies on the host is read, what lies on a device is not waited for."""
+    """Return a value in float64 without its graph: a float from the host, a tensor from a device, without a wait."""
     if not isinstance(value, Tensor):
         return float(value)
     found = value.detach()
@@ -162,7 +185,7 @@ def _number(value: Number) -> Number:
 
 
 def _flat(values: Sequence[Number], sums: Mapping[str, Tensor], device: torch.device, length: int = 0) -> Tensor:
-    """One float64 vector on `device`, with zeros at its end where it would be shorter than `length`."""
+    """Return one float64 vector on `device`, padded with zeros to `length` where it is shorter."""
     if any(isinstance(value, Tensor) for value in values):
         filled = [
             value if isinstance(value, Tensor) else torch.full((), value, dtype=torch.float64, device=device)
@@ -180,8 +203,8 @@ def _flat(values: Sequence[Number], sums: Mapping[str, Tensor], device: torch.de
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-class Layout(NamedTuple):
-    """What a rank's numbers are, in their order: flags, totals and weights by term, sums by name and shape."""
+class VectorFields(NamedTuple):
+    """The meaning of a rank's numbers, in their order: flags, totals and weights by term, sums by name and shape."""
 
     flags: int
     totals: tuple[str, ...]
@@ -190,27 +213,27 @@ class Layout(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def _encoded(layout: Layout) -> bytes:
-    return repr(layout).encode()
+def _encoded(fields: VectorFields) -> bytes:
+    return repr(fields).encode()
 
 
-def _refuse_others(layout: Layout, trail: Trail) -> None:
-    """Collective: raise TrainingError on every rank for two that differ in what their numbers are, or in trail."""
-    everyone: list[tuple[Layout, int, list[str]]] = [(layout, 0, [])] * dist.get_world_size()
-    dist.all_gather_object(everyone, (layout, trail.digest, sorted(trail.seen)))
+def _reject_others(fields: VectorFields, calls: CallSequence) -> None:
+    """Raise TrainingError on every rank for the first rank that differs from rank 0, in fields or calls. Collective."""
+    everyone: list[tuple[VectorFields, int, list[str]]] = [(fields, 0, [])] * dist.get_world_size()
+    dist.all_gather_object(everyone, (fields, calls.digest, sorted(calls.names)))
     first = everyone[0]
     for rank, other in enumerate(everyone):
         if other[0] != first[0]:
-            told = [
+            named = [
                 ", ".join([*one.weights, *(f"{name} {list(shape)}" for name, shape in one.sums)])
                 for one in (first[0], other[0])
             ]
             raise TrainingError(
                 explain(
-                    "The objective is to return the same terms and sums, of the same shapes, on every rank.",
-                    f"{told[0]} on rank 0, and {told[1]} on rank {rank}",
+                    "Cannot add up the objective's terms and sums: their names or shapes differ between ranks.",
+                    f"{named[0]} on rank 0, and {named[1]} on rank {rank}",
                     "return every term and sum for every batch, with zeros where there is nothing to add",
                 )
             )
         if other[1] != first[1]:
-            raise TrainingError(other_trails(first[2], rank, other[2]))
+            raise TrainingError(explain_other_calls(first[2], rank, other[2]))

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
 from disttrain.strategy.contract import Prepared, StepOutcome, StepSums
-from disttrain.strategy.step.arithmetic import Gradients, refuse_non_finite
+from disttrain.strategy.step.arithmetic import Gradients, reject_non_finite
 from disttrain.strategy.step.fused_adam import FusedAdam
 from disttrain.torch_internals import divide_each
 from disttrain.torch_internals.optimizers import may_set_grad_scale
@@ -52,7 +52,7 @@ def torch_step(
             if not finite:
                 gradients.drop(keep=keep)
                 if not sums.scaled:
-                    refuse_non_finite(f"a gradient norm of {norm}")
+                    reject_non_finite(f"a gradient norm of {norm}")
                 return StepOutcome(None, applied=False, lr=rate, loss_scale=loss_scale)
         if clip_norm and norm is not None:
             # torch.nn.utils.clip_grad_norm_'s own form, its 1e-6 included, so that plain loops agree.

@@ -27,12 +27,12 @@ from disttrain.strategy import (
     StepSums,
     build_on_host,
     equip,
+    full_tensors,
     name_parameters,
-    refuse_axes,
+    reject_axes,
     replicated_shards,
     run_micro_batches,
     torch_step,
-    whole_tensors,
 )
 
 
@@ -41,7 +41,7 @@ class OneSum(AbstractStrategy):
 
     @classmethod
     def check(cls, options: Any, sizes: MeshSizes, device: Device, precision: PrecisionConfig) -> None:
-        refuse_axes("one_sum", sizes, "tensor")
+        reject_axes("one_sum", sizes, "tensor")
 
     def prepare(self, ingredients: Ingredients) -> Prepared:
         model = build_on_host(self.world, ingredients).to(self.world.device)
@@ -67,8 +67,8 @@ class OneSum(AbstractStrategy):
     def shards(self, prepared: Prepared, stored: Mapping[str, Any] | None = None) -> list[Shard]:
         return replicated_shards(prepared, stored, replica=(self.world.group.rank, self.world.group.size))
 
-    def whole(self, prepared: Prepared) -> Iterator[tuple[str, Tensor]]:
-        return whole_tensors(prepared.model)
+    def full_weights(self, prepared: Prepared) -> Iterator[tuple[str, Tensor]]:
+        return full_tensors(prepared.model)
 
 
 def buckets(gradients: Sequence[Tensor], most_bytes: float) -> Iterator[list[Tensor]]:

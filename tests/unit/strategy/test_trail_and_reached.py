@@ -10,17 +10,17 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from disttrain.strategy import call_order
-from disttrain.strategy.call_agreement import Trail, other_trails
+from disttrain.strategy.call_order import CallSequence, explain_other_calls
 from disttrain.strategy.deepspeed.reached_parameters import reached
 
 ways = st.lists(st.sampled_from(["a", "b", "blocks.1", "blocks.11"]), max_size=6)
 
 
-def walked(way: list[str]) -> Trail:
-    trail = Trail()
+def walked(way: list[str]) -> CallSequence:
+    calls = CallSequence()
     for name in way:
-        trail.note(name)
-    return trail
+        calls.append(name)
+    return calls
 
 
 @given(ways, ways)
@@ -29,14 +29,14 @@ def test_two_ways_have_one_digest_only_if_they_are_one(first: list[str], second:
 
 
 def test_it_begins_anew() -> None:
-    trail = walked(["a", "b"])
-    trail.begin()
-    assert (trail.digest, trail.seen) == (walked([]).digest, set())
+    calls = walked(["a", "b"])
+    calls.restart()
+    assert (calls.digest, calls.names) == (walked([]).digest, set())
 
 
 def test_the_message_names_what_each_alone_went_through() -> None:
-    assert "rank 0 alone a, rank 3 alone c, d" in other_trails(["a", "b"], 3, ["b", "c", "d"])
-    assert "another order" in other_trails(["a", "b"], 1, ["b", "a"])
+    assert "only rank 0 calls a, only rank 3 calls c, d" in explain_other_calls(["a", "b"], 3, ["b", "c", "d"])
+    assert "another order" in explain_other_calls(["a", "b"], 1, ["b", "a"])
 
 
 class Chosen(nn.Module):
@@ -55,13 +55,13 @@ def test_calls_are_agreed_on_until_a_forward_calls_all_or_long_enough(
     begins_with_both: bool, watched: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[int, list[str]]] = []
-    monkeypatch.setattr(call_order, "agree_on_way", lambda digest, names: asked.append((digest, names)))
+    monkeypatch.setattr(call_order, "check_same_calls", lambda digest, names: asked.append((digest, names)))
     model = Chosen()
-    order = call_order.CallOrder(model.named_children(), forwards=3)
+    order = call_order.CallOrderCheck(model.named_children(), forwards=3)
     model(torch.ones(2), both=True)
     assert not asked, "an evaluation's forward is not watched"
     for _ in range(5):
-        with order.watched():
+        with order.checked():
             model(torch.ones(2), both=begins_with_both)
     end = "the end of the forward"
     way = [["first"], ["first", "second"]] if begins_with_both else [["first"]]
