@@ -1,6 +1,6 @@
-"""What people see while a run goes: a bar on a terminal, plain lines anywhere else.
+"""Shows a run's progress to people: a bar on a terminal, plain lines elsewhere.
 
-Owns the wording. A stream that went away (a closed pipe) silences the display; it never ends a run.
+Owns the wording. A closed stream (a broken pipe) silences the display and never ends a run.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rich.text import Text
 
 
 class Pace:
-    """Time left, from the steps since the first one: that one also pays for compiling and warming up."""
+    """Estimates the time left from the steps since the first. The first step includes compiling and warm-up."""
 
     def __init__(self, total_steps: int | None, now: Callable[[], float] = time.monotonic) -> None:
         self._total_steps = total_steps
@@ -25,12 +25,12 @@ class Pace:
         self._first: tuple[int, float] | None = None
 
     def advance(self, step: int) -> None:
-        """A step ended."""
+        """Count a step."""
         if self._first is None:
             self._first = (step, self._now())
 
     def left_s(self, step: int, step_time_s: float | None = None) -> float | None:
-        """Seconds until the last step; None where that cannot be known. `step_time_s` serves until two steps ended."""
+        """Return the seconds until the last step, None if unknown. `step_time_s` is used until two steps have ended."""
         if self._total_steps is None:
             return None
         if self._first is not None and step > self._first[0]:
@@ -39,19 +39,19 @@ class Pace:
 
 
 class Guarded:
-    """A text stream that turns its own end (a closed pipe, a terminal that hung up) into silence, in any thread."""
+    """A text stream that drops text silently once it is closed (a broken pipe, a closed terminal), in any thread."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._gone = False
 
     def write(self, text: str) -> int:
-        """Write, or drop the text where nobody reads any more."""
+        """Write the text, or drop it if nobody reads any more."""
         self._attempt(lambda: self._stream.write(text))
         return len(text)
 
     def flush(self) -> None:
-        """Flush, likewise."""
+        """Flush, or do nothing if nobody reads any more."""
         self._attempt(self._stream.flush)
 
     def _attempt(self, act: Callable[[], object]) -> None:
@@ -63,30 +63,30 @@ class Guarded:
             self._gone = True
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)  # isatty, encoding, fileno: what rich asks of a console's file
+        return getattr(self._stream, name)  # rich needs isatty, encoding and fileno of a console's file
 
 
-class Nothing:
-    """The display of a silent rank, or of `report.progress: false`."""
+class NoDisplay:
+    """Shows nothing, for a silent rank or `report.progress: false`."""
 
     def start(self, step: int) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def advance(self, step: int) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def step(self, values: Mapping[str, Any]) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def say(self, line: str) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def close(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 class Lines:
-    """One plain line a reported step."""
+    """Prints one plain line for each reported step."""
 
     def __init__(self, stream: TextIO, total_steps: int | None, now: Callable[[], float] = time.monotonic) -> None:
         self._stream = Guarded(stream)
@@ -94,14 +94,14 @@ class Lines:
         self._pace = Pace(total_steps, now)
 
     def start(self, step: int) -> None:
-        """Nothing to draw yet."""
+        """Do nothing: there is nothing to draw yet."""
 
     def advance(self, step: int) -> None:
-        """Count."""
+        """Count the step."""
         self._pace.advance(step)
 
     def step(self, values: Mapping[str, Any]) -> None:
-        """`step 120/300  loss 1.234  lr 3.0e-03  grad 0.82  8.1k tokens/s  0:42 left`."""
+        """Print `step 120/300  loss 1.234  lr 3.0e-03  grad 0.82  8.1k tokens/s  0:42 left`."""
         step = int(values["step"])
         of = f"/{self._total_steps}" if self._total_steps is not None else ""
         parts = [f"step {step}{of}", *measures(values)]
@@ -111,16 +111,16 @@ class Lines:
         self.say("  ".join(parts))
 
     def say(self, line: str) -> None:
-        """One line, at once."""
+        """Print a line at once."""
         self._stream.write(line + "\n")
         self._stream.flush()
 
     def close(self) -> None:
-        """The stream is not ours to close."""
+        """Do nothing: the stream belongs to the caller."""
 
 
 class Bar:
-    """A bar that moves every step and shows the last reported measures."""
+    """Draws a bar that moves with every step and shows the last reported values."""
 
     def __init__(self, stream: TextIO, total_steps: int | None, now: Callable[[], float] = time.monotonic) -> None:
         self._pace = Pace(total_steps, now)
@@ -131,7 +131,7 @@ class Bar:
             TextColumn("{task.fields[measures]}"),
             TextColumn("[cyan]{task.fields[left]}"),
             console=Console(file=cast(TextIO, Guarded(stream))),
-            # rich would also take what a script prints into a file or a pipe, and show it here instead.
+            # Otherwise rich would also capture what a script prints into a file or a pipe.
             redirect_stdout=sys.stdout.isatty(),
             redirect_stderr=sys.stderr.isatty(),
         )
@@ -139,12 +139,12 @@ class Bar:
         self._task = self._progress.add_task("", total=total_steps, count="", measures="", left="")
 
     def start(self, step: int) -> None:
-        """Draw it."""
+        """Draw the bar."""
         self._move(step)
         self._progress.start()
 
     def advance(self, step: int) -> None:
-        """Move it; it is redrawn ten times a second at most, by a thread of its own."""
+        """Move the bar. A separate thread redraws it at most ten times a second."""
         self._pace.advance(step)
         self._move(step)
 
@@ -155,16 +155,16 @@ class Bar:
         self._progress.update(self._task, completed=step, count=f"step {step}{of}", left=left)
 
     def step(self, values: Mapping[str, Any]) -> None:
-        """Show this step's measures."""
+        """Show this step's values."""
         self._last_step_time_s = values.get("step_time_s")
         self._progress.update(self._task, measures="  ".join(measures(values)))
 
     def say(self, line: str) -> None:
-        """One line above the bar."""
+        """Print a line above the bar."""
         self._progress.console.print(Text(line))
 
     def close(self) -> None:
-        """Leave the bar as it stands."""
+        """Stop the bar and leave it on the screen."""
         self._progress.stop()
 
 
@@ -172,7 +172,7 @@ class Bar:
 
 
 def measures(values: Mapping[str, Any]) -> list[str]:
-    """The few numbers worth a glance, in a fixed order; what a line lacks is left out."""
+    """Return the most important values as text, in a fixed order. Missing values are left out."""
     parts = []
     for key, label, form in (("loss", "loss", "#.4g"), ("lr", "lr", ".1e"), ("grad_norm", "grad", "#.2g")):
         value = values.get(key)
@@ -186,7 +186,7 @@ def measures(values: Mapping[str, Any]) -> list[str]:
 
 
 def _short(value: float, form: str) -> str:
-    """Significant digits, without the exponent as long as a plain number stays short."""
+    """Return significant digits, without an exponent if the plain number is short."""
     if not math.isfinite(value):
         return str(value)
     if value != 0 and not 1e-3 <= abs(value) < 1e5:
@@ -195,7 +195,7 @@ def _short(value: float, form: str) -> str:
 
 
 def amount(value: float) -> str:
-    """`812`, `8.1k`, `1.2M`, `3.4G`."""
+    """Return a short number: `812`, `8.1k`, `1.2M`, `3.4G`."""
     for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= limit * 0.9995:
             return f"{value / limit:.1f}{unit}" if abs(value) < limit * 99.95 else f"{value / limit:.0f}{unit}"
@@ -203,14 +203,14 @@ def amount(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`0:42`, `12:05`, `3:12:05`."""
+    """Return a time as `0:42`, `12:05` or `3:12:05`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def describe(info: Mapping[str, Any]) -> str:
-    """`strategy ddp, world_size 2, parameters model 1.2M`."""
+    """Return a mapping as text: `strategy ddp, world_size 2, parameters model 1.2M`."""
     parts = []
     for key, value in info.items():
         if isinstance(value, Mapping):

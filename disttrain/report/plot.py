@@ -1,6 +1,6 @@
-"""loss.png: what a run learned, in one picture.
+"""Draws loss.png, a run's losses and learning rate, from the lines of metrics.jsonl.
 
-Owns its looks. Draws from the lines of metrics.jsonl alone; uses no global state of matplotlib and opens no window.
+Uses no global state of matplotlib and opens no window.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Curve = tuple[list[float], list[float]]
 
 
 def plot_loss(metrics: Iterable[Mapping[str, Any]], path: Path) -> None:
-    """Write a PNG of train loss, evaluation losses and, below, the learning rate. Replaces `path` whole."""
+    """Write a PNG of train loss, evaluation losses and, below, the learning rate. Replaces `path` atomically."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -36,7 +36,7 @@ def plot_loss(metrics: Iterable[Mapping[str, Any]], path: Path) -> None:
     evaluations = {key: curve_of(lines, key) for key in evaluation_losses(lines)}
     with_rate = bool(rate[0])
     figure = Figure(figsize=(9, 5.4 if with_rate else 4.6), dpi=160, facecolor="white")
-    FigureCanvasAgg(figure)  # the figure keeps it and asks it for the width of a text
+    FigureCanvasAgg(figure)  # the figure keeps the canvas, which measures text
     if with_rate:
         grid = figure.add_gridspec(2, 1, height_ratios=(4.6, 1), hspace=0.1)
         losses = figure.add_subplot(grid[0])
@@ -50,19 +50,19 @@ def plot_loss(metrics: Iterable[Mapping[str, Any]], path: Path) -> None:
     write_head(figure, path.absolute().parent.name, _subtitle(lines))
     figure.subplots_adjust(left=0.075, right=0.955, top=0.875, bottom=0.095)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        figure.savefig(beside, format="png", metadata={"Software": "disttrain"})
-        beside.replace(path)
+        figure.savefig(temporary, format="png", metadata={"Software": "disttrain"})
+        temporary.replace(path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------- numbers
 
 
 def curve_of(lines: Sequence[Mapping[str, Any]], key: str) -> Curve:
-    """(steps, values) of every finite value under `key`."""
+    """Return (steps, values) of every finite value under `key`."""
     steps, values = [], []
     for line in lines:
         value = line.get(key)
@@ -73,20 +73,20 @@ def curve_of(lines: Sequence[Mapping[str, Any]], key: str) -> Curve:
 
 
 def evaluation_losses(lines: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The keys `eval/SET/loss`, in order of appearance."""
+    """Return the keys `eval/SET/loss`, in order of appearance."""
     return list(
         dict.fromkeys(key for line in lines for key in line if key.startswith("eval/") and key.endswith("/loss"))
     )
 
 
 def smooth(values: Sequence[float], radius: int) -> list[float]:
-    """Mean of `radius` values to either side; as few as there are before it, so that a steep start keeps its height."""
+    """Return means over `radius` values on each side, or as many as precede a value: a steep start keeps its height."""
     sums = [0.0, *accumulate(values)]
     found = []
-    for place in range(len(values)):
-        reach = min(radius, place)
-        stop = min(place + reach + 1, len(values))
-        found.append((sums[stop] - sums[place - reach]) / (stop - place + reach))
+    for index in range(len(values)):
+        reach = min(radius, index)
+        stop = min(index + reach + 1, len(values))
+        found.append((sums[stop] - sums[index - reach]) / (stop - index + reach))
     return found
 
 
@@ -110,12 +110,12 @@ def _draw_losses(axes: Axes, train: Curve, evaluations: Mapping[str, Curve]) -> 
     elif values:
         marker = "o" if len(values) == 1 else ""
         axes.plot(steps, values, color=TRAIN, linewidth=2, marker=marker, label=_label("train", train), zorder=3)
-    for place, (key, found) in enumerate(evaluations.items()):
+    for index, (key, found) in enumerate(evaluations.items()):
         if not found[0]:
             continue
         axes.plot(
             *found,
-            color=EVALUATIONS[place % len(EVALUATIONS)],
+            color=EVALUATIONS[index % len(EVALUATIONS)],
             linewidth=1.8,
             marker="o",
             markersize=5,
@@ -135,8 +135,8 @@ def _draw_losses(axes: Axes, train: Curve, evaluations: Mapping[str, Curve]) -> 
 
 
 def write_head(figure: Figure, name: str, subtitle: str) -> None:
-    """Name on the left, what ran on the right, the name cut until the two stay clear of each other."""
-    form: dict[str, Any] = {"va": "center", "parse_math": False}  # a `$` in a name is no formula
+    """Write the name on the left and the subtitle on the right. The name is shortened until they do not overlap."""
+    form: dict[str, Any] = {"va": "center", "parse_math": False}  # a `$` in a name is not a formula
     title = figure.text(0.075, 0.955, name, color=INK, fontsize=13, fontweight="bold", **form)
     right = figure.text(0.955, 0.955, subtitle, color=FAINT, fontsize=9.5, ha="right", **form)
     most_px = right.get_window_extent().x0 - 0.02 * figure.bbox.width
@@ -172,7 +172,7 @@ def _label(name: str, curve: Curve) -> str:
 
 
 def shortened(name: str, most: int) -> str:
-    """`name` in at most `most` characters, its middle left out: runs of one series differ at either end."""
+    """Return `name` in at most `most` characters without its middle: names of related runs differ at either end."""
     if len(name) <= most:
         return name
     head = max(most - 1, 2) // 2

@@ -1,7 +1,6 @@
-"""How fast a run goes: time, throughput, utilisation and memory between two reported steps.
+"""Measures time, throughput, utilization and memory between two reported steps.
 
-Owns the clock. Adds no device sync and no collective: the caller has just read the loss back when it measures, which
-waits for the device already.
+Adds no device sync and no collective. The caller has just read the loss, which already waited for the device.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ import torch
 
 Loaded = TypeVar("Loaded")
 
-# Dense peak of one device in operations a second, bf16 on tensor cores without sparsity, from the vendor's data sheets:
+# Dense peak of one device in operations per second, bf16 on tensor cores without sparsity, from NVIDIA's data sheets:
 # A100 (2020) 312e12; H100 (2023) SXM 989.4e12, PCIe 756e12, NVL 835e12 (half the sheet's sparse figure);
 # H200 (2024) SXM 989.4e12, NVL 835e12; GH200 (2023) 989.4e12; B200 (2024, HGX) 2250e12; GB200 (2024, NVL72) 2500e12;
-# L40S 362e12; L4 121e12. The first entry whose words are all among the words of the device's name counts, so the
-# particular come before the general; whole words, because an RTX A1000 is no A100.
+# L40S 362e12; L4 121e12. The first entry counts whose words are all words of the device's name, so specific entries
+# come first. Complete words are compared, because an RTX A1000 is not an A100.
 PEAK_FLOPS: tuple[tuple[tuple[str, ...], float], ...] = (
     (("H100", "PCIe"), 756e12),
     (("H100", "NVL"), 835e12),
@@ -40,7 +39,7 @@ PEAK_FLOPS: tuple[tuple[tuple[str, ...], float], ...] = (
 
 @dataclass(frozen=True)
 class _Mark:
-    """Where the run stood when it was last looked at."""
+    """The counts and the time of the last measurement."""
 
     time_s: float
     samples: int
@@ -49,9 +48,13 @@ class _Mark:
 
 
 class Rate:
-    """Measures from one call of `measure` to the next. Local; counts passed in are those of the whole world.
+    """Measures the time from one call of `measure` to the next. Local. All counts are those of all ranks together.
 
-    `parameters` are those of the models trained, over all ranks; `now` is for tests.
+    Args:
+        device: this rank's device.
+        parameters: the number of trained parameters, over all ranks.
+        world_size: the number of ranks.
+        now: a clock in seconds, for tests.
     """
 
     def __init__(
@@ -77,7 +80,7 @@ class Rate:
         self._mark = _Mark(self._now(), samples, tokens, step)
 
     def loading(self, steps: Iterator[Loaded]) -> Iterator[Loaded]:
-        """The same; the time in which each is waited for counts as waiting for data."""
+        """Yield the same steps. The time spent waiting for each counts as waiting for data."""
         while True:
             began = self._now()
             try:
@@ -89,10 +92,10 @@ class Rate:
             yield step
 
     def measure(self, *, samples: int, tokens: int, step: int) -> dict[str, float | int | None]:
-        """What happened since the last measure, or since `start`; means a step for the two times.
+        """Return rates since the last measurement, or since `start`. The two times are means over the steps.
 
-        `mfu` is None where the device's peak is unknown or nothing counts tokens. `mem_peak_bytes` is this rank's:
-        tensors on the device since the last measure; on a CPU the process's resident peak since it began.
+        `mfu` is None where the device's peak is unknown or no tokens are counted. `mem_peak_bytes` is this rank's: of
+        tensors on a GPU since the last measurement, on a CPU of the process since it started.
         """
         assert self._mark is not None, "measure was called before start"
         last, here = self._mark, _Mark(self._now(), samples, tokens, step)
@@ -111,9 +114,9 @@ class Rate:
         return found
 
     def _mfu(self, tokens_per_s: float) -> float | None:
-        """6 operations a parameter and token, forward and backward (Kaplan et al. 2020, section 2.1), over the peak.
+        """Return 6 operations per parameter and token (Kaplan et al. 2020, section 2.1), divided by the peak.
 
-        Attention's own products are left out, so long contexts are understated.
+        The products within attention are not counted, so the value is too low for long contexts.
         """
         if not self._peak_flops or not tokens_per_s:
             return None
@@ -129,14 +132,14 @@ class Rate:
 
 
 def _peak_of(device: torch.device) -> float:
-    """Operations a second of one device at its best; 0.0 where unknown."""
+    """Return the peak operations per second of one device, 0.0 if unknown."""
     return peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else 0.0
 
 
 def peak_flops(device_name: str) -> float:
-    """The table's figure for a device's name, such as `NVIDIA H100 80GB HBM3`; 0.0 where the table has none.
+    """Return the peak for a device's name, such as `NVIDIA H100 80GB HBM3`; 0.0 for a name that is not in the table.
 
-    A MIG slice has a part of its device's units, and its name does not say which part of the peak that is: 0.0.
+    Also 0.0 for a MIG slice: it has a part of its device's units, and its name does not say which part.
     """
     found = set(re.split(r"[^A-Za-z0-9]+", device_name))
     if "MIG" in found:

@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 from disttrain.errors import CheckpointError
 from disttrain.logs import package_logger
-from disttrain.report.display import Bar, Lines, Nothing, describe
+from disttrain.report.display import Bar, Lines, NoDisplay, describe
 from disttrain.report.run_folder import RunFolder
 from disttrain.report.trackers import Tracker
 
@@ -45,7 +45,7 @@ class Reporter:
         self._folder = folder
         self._trackers = list(trackers)
         self._plot = plot
-        self._display: Bar | Lines | Nothing = Nothing()
+        self._display: Bar | Lines | NoDisplay = NoDisplay()
         if folder is not None and progress:
             stream = sys.stderr if stream is None else stream
             self._display = (Bar if stream.isatty() else Lines)(stream, total_steps)
@@ -97,7 +97,7 @@ class Reporter:
     def finish(self, state: str, step: int, exit_code: int, reason: str | None) -> None:
         """Close everything, then write status, ledger and plot of a run that ended in order."""
         self.close()
-        self._display = Nothing()
+        self._display = NoDisplay()
         if self._folder is None:
             return
         self._folder.write_status(state, step, exit_code, reason)

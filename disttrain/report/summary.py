@@ -1,6 +1,6 @@
-"""What a run came to: the contents of its folder as one JSON object, and that object as text for a terminal.
+"""Summarizes a run's folder as one JSON object, and that object as text for a terminal.
 
-Owns the wording of `disttrain report`. Reads the folder only; a run that goes on meanwhile is fine. Imports no torch.
+Owns the wording of `disttrain report`. Reads the folder only, so the run may still be training. Imports no torch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _WIDTH = 60
 
 
 def summarize_run(folder: RunFolder) -> dict[str, Any]:
-    """State, first, best and last losses, every evaluation's last values, medians of the rates, events. JSON-able."""
+    """Return state, losses (first, best, last), last evaluations, median rates and events, as JSON values."""
     lines = folder.read_metrics()
     ledger = folder.read_ledger()
     status = folder.read_status() or {}
@@ -71,7 +71,7 @@ def _last_evaluation(lines: Sequence[Mapping[str, Any]]) -> dict[str, float | No
 
 
 def _rates(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Medians, so that one checkpoint or the first step's warm-up does not colour them; the peak of memory."""
+    """Return the median rates and the memory peak. One checkpoint or the warm-up hardly changes a median."""
     found = {}
     for key in ("step_time_s", "data_time_s", "samples_per_s", "tokens_per_s", "mfu"):
         values = curve_of(steps, key)[1]
@@ -84,9 +84,9 @@ def _rates(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def _thinned(values: Sequence[float], most: int) -> list[float]:
-    """At most `most` values: means of consecutive stretches of nearly equal length."""
+    """Return at most `most` values: the means of consecutive parts of nearly equal length."""
     count = min(len(values), most)
-    edges = [place * len(values) // count for place in range(count + 1)]
+    edges = [index * len(values) // count for index in range(count + 1)]
     return [statistics.fmean(values[start:stop]) for start, stop in pairwise(edges)]
 
 
@@ -94,7 +94,7 @@ def _thinned(values: Sequence[float], most: int) -> list[float]:
 
 
 def render_summary(summary: Mapping[str, Any]) -> str:
-    """The summary as a page of text, without a newline at the end."""
+    """Return the summary as text, without a newline at the end."""
     blocks = [_head(summary), _losses(summary["losses"])]
     others = {key: value for key, value in summary["evaluation"].items() if not key.endswith("/loss")}
     if others:
@@ -134,7 +134,7 @@ def _losses(losses: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def sparkline(values: Sequence[float]) -> str:
-    """One block character a value, lowest to highest; empty for a single value."""
+    """Return one block character for each value, from lowest to highest; empty for a single value."""
     if len(values) < 2:
         return ""
     low, high = min(values), max(values)
@@ -146,7 +146,7 @@ def _speed(rates: Mapping[str, float]) -> list[str]:
     parts = []
     if "step_time_s" in rates:
         share = rates.get("data_time_s", 0.0) / rates["step_time_s"] if rates["step_time_s"] else 0.0
-        parts.append(f"{rates['step_time_s'] * 1000:.4g} ms a step ({share:.0%} waiting for data)")
+        parts.append(f"{rates['step_time_s'] * 1000:.4g} ms per step ({share:.0%} waiting for data)")
     if rates.get("tokens_per_s"):
         parts.append(f"{amount(rates['tokens_per_s'])} tokens/s")
     elif rates.get("samples_per_s"):
@@ -166,6 +166,6 @@ def _troubles(summary: Mapping[str, Any]) -> list[str]:
     if summary["nonfinite_lines"]:
         lines.append(f"numbers that are not finite in {summary['nonfinite_lines']} lines of metrics.jsonl")
     for one in summary["incidents"]:
-        told = ", ".join(f"{key} {value}" for key, value in one.items() if key not in ("time", "event", "kind"))
-        lines.append(f"{one.get('time', '')}  {one.get('kind', one.get('event'))}: {told}")
+        details = ", ".join(f"{key} {value}" for key, value in one.items() if key not in ("time", "event", "kind"))
+        lines.append(f"{one.get('time', '')}  {one.get('kind', one.get('event'))}: {details}")
     return lines

@@ -1,6 +1,6 @@
-"""Where a run's numbers go besides metrics.jsonl: anything with `log` and `close`.
+"""Defines trackers, which receive a run's numbers in addition to metrics.jsonl, and the TensorBoard tracker.
 
-Owns the protocol and the TensorBoard tracker. A tracker may fail: the reporter then goes on without it.
+A tracker may fail: the reporter then continues without it.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from disttrain.errors import ConfigError, explain
 
 
 class Tracker(Protocol):
-    """What `report.trackers` may name. Made and called on rank 0 only, at reported steps and evaluations.
+    """The interface of the targets in `report.trackers`. Built and called on rank 0 only.
 
-    A tracker's target is called with its own arguments and `run_folder`, the path of the run's folder.
+    A tracker's target is called with its arguments and `run_folder`, the path of the run's folder.
     """
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Take the numbers of one step; keys are those of metrics.jsonl."""
+        """Receive the numbers of a reported step or an evaluation. The keys are those of metrics.jsonl."""
 
     def close(self) -> None:
-        """Write what is held back; nothing is logged afterwards."""
+        """Write everything that is buffered. `log` is not called afterwards."""
 
 
 class TensorBoardTracker:
-    """Scalars in `RUN/tensorboard/`. Raises ConfigError where the package is not installed."""
+    """Writes scalars to `RUN/tensorboard/`. Raises ConfigError where the package is not installed."""
 
     def __init__(self, run_folder: Path | str) -> None:
         try:
@@ -34,9 +34,9 @@ class TensorBoardTracker:
         except ImportError as error:
             raise ConfigError(
                 explain(
-                    "report.trackers names tensorboard.",
-                    f"it cannot be imported: {error}",
-                    "pip install tensorboard, or take it off the list",
+                    "Cannot build the tracker tensorboard of report.trackers.",
+                    f"tensorboard cannot be imported: {error}",
+                    "run pip install tensorboard, or remove it from the list",
                 )
             ) from error
         self._folder = Path(run_folder) / "tensorboard"
@@ -44,14 +44,14 @@ class TensorBoardTracker:
         self._writer: SummaryWriter | None = None
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """One scalar a value, under the key of metrics.jsonl."""
+        """Write one scalar for each value, under the key of metrics.jsonl."""
         if self._writer is None:
-            # What an unsaved past logged from here on is hidden in TensorBoard's view, not shown as a second curve.
+            # TensorBoard hides what steps that were never saved logged from here on, instead of a second curve.
             self._writer = self._make(str(self._folder), purge_step=step)
         for key, value in values.items():
             self._writer.add_scalar(key if "/" in key else f"train/{key}", value, step)
 
     def close(self) -> None:
-        """Flush and let go of the file."""
+        """Flush and close the file."""
         if self._writer is not None:
             self._writer.close()

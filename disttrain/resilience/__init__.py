@@ -1,4 +1,4 @@
-"""What a run does when something from outside stops it. Enters from the engine; knows no engine."""
+"""Handles interruptions of a run from outside. Used by the engine."""
 
 from disttrain.resilience.interrupt import Interrupts
 

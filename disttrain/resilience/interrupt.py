@@ -1,7 +1,7 @@
-"""Ctrl-C: once asks for a save and a stop at the end of the step, twice stops now.
+"""Handles Ctrl-C: the first asks for a save and a stop at the end of the step, the second stops at once.
 
-Owns SIGINT while entered. Refuses nothing; decides nothing about the run: the engine asks `requested` once a step and
-agrees on it over the ranks.
+Handles SIGINT while it is entered. Decides nothing about the run: the engine reads `requested` once per step, and the
+ranks agree on it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, Literal
 
-# One Ctrl-C reaches a rank twice when both the terminal and the launcher pass it on; within this time it counts once.
+# Terminal and launcher may each pass on the same Ctrl-C. Within this time two signals count as one.
 SAME_PRESS_S = 1.0
 
 _ASKED = b"[resilience] Ctrl-C: finishing this step, then saving and stopping; press again to stop now\n"
@@ -35,7 +35,7 @@ class Interrupts:
 
     @property
     def requested(self) -> Literal["interrupt"] | None:
-        """Why this process was asked to save and stop; None while it was not."""
+        """Why this process was asked to save and stop, None if it was not asked."""
         return None if self._asked_at is None else "interrupt"
 
     def __enter__(self) -> Interrupts:
@@ -49,7 +49,7 @@ class Interrupts:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._entered and threading.current_thread() is threading.main_thread():
-            # None stands for a handler that was not set from Python and cannot be put back.
+            # None stands for a handler that was not set from Python and cannot be restored.
             signal.signal(signal.SIGINT, signal.default_int_handler if self._previous is None else self._previous)
             self._entered = False
 
@@ -57,14 +57,14 @@ class Interrupts:
         now = self._now()
         if self._asked_at is None:
             self._asked_at = now
-            _tell(_ASKED)
+            _print(_ASKED)
         elif now - self._asked_at >= SAME_PRESS_S:
             raise KeyboardInterrupt
 
 
-def _tell(line: bytes) -> None:
-    """Straight to the descriptor: a handler may run in the middle of a buffered write to sys.stderr, which raises."""
+def _print(line: bytes) -> None:
+    """Write to the descriptor of stderr: a handler may run within a buffered write to sys.stderr, which would raise."""
     try:
         os.write(2, line)
     except OSError:
-        return  # nobody reads stderr any more; the request stands all the same
+        return  # nobody reads stderr any more, and the request remains

@@ -1,4 +1,4 @@
-"""Saves and restores what an optimizer and its schedule know besides tensors: kind, parameter groups, rates.
+"""Saves and restores the state of an optimizer and its schedule that is not in tensors: kind, parameter groups, rates.
 
 Strategies may group parameters differently, so each live group finds the saved group that held its parameters.
 """

@@ -57,7 +57,7 @@ class Saver:
         return self._running is not None and self._running.is_alive()
 
     def found(self, step: int, path: Location) -> None:
-        """Remember that the run continues from this intact checkpoint of its own. Local."""
+        """Remember that the run continues from `path`, one of its intact checkpoints. Local."""
         self.saved_at = step
         if self._group.rank == 0:
             self._retention.mark_intact(path)

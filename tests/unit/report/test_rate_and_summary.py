@@ -107,7 +107,7 @@ def test_a_summary_says_what_the_lines_say(tmp_path: Path) -> None:
     assert summary["rates"]["step_time_s"] == 0.5
     text = render_summary(summary)
     assert "mine: finished, step 200/200, ddp on 2 ranks, 1.6k samples" in text
-    assert "500 ms a step (10% waiting for data)" in text
+    assert "500 ms per step (10% waiting for data)" in text
     assert "eval/a/accuracy  0.75" in text
 
 
