@@ -76,7 +76,7 @@ def parity(
         float, typer.Option("--limit-s", min=1.0, help="The time limit of each case in seconds.")
     ] = 300.0,
 ) -> None:
-    """Compare training under every strategy and world size, and explain each difference."""
+    """Compare training under every strategy and world size. Explain each difference."""
     from disttrain.cli.parity import check_parity
 
     code = check_parity(
