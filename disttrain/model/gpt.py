@@ -248,8 +248,8 @@ def _rotary_table(context: int, pairs: int, base: float) -> Tensor:
 def _std(name: str, *, layers: int) -> float:
     """Return GPT-2's standard deviation for a weight.
 
-    It is 0.02, divided by sqrt(2 * layers) for weights that add to the residual stream, so that the variance of the
-    stream does not grow with depth.
+    It is 0.02. Weights that add to the residual stream use 0.02 / sqrt(2 * layers), so that the variance of the stream
+    does not grow with depth.
     """
     return 0.02 / (2 * layers) ** 0.5 if name.endswith(("out.weight", "down.weight")) else 0.02
 

@@ -1,7 +1,7 @@
 """Implements `disttrain ckpt diff`, which compares the state and the metadata of two checkpoints.
 
 The state is everything that a resumed run continues from: tensors, step, progress, optimizers and user state. The
-metadata (config, folder, writer, evaluation) is reported separately and does not decide whether the checkpoints are
+metadata (config, folder, writer, evaluation) is reported separately. It does not decide whether the checkpoints are
 equal, because other settings can save the same state. If the world sizes differ, the state of single ranks (their
 generators, objects tracked per rank) is reported but not compared.
 """
