@@ -44,7 +44,7 @@ def has_early_state(make: MakeOptimizer) -> bool:
     """Whether an optimizer makes state for its parameters before its first step, as Adagrad does. Local."""
     try:
         optimizer = make([_named(torch.ones(_ROWS, _COLUMNS))])
-    except Exception:  # noqa: BLE001 - the factory is the user's and may want anything
+    except Exception:  # noqa: BLE001 - the factory is the user's and may raise anything
         return False
     return any(isinstance(key, Tensor) and state for key, state in optimizer.state.items())
 
@@ -53,7 +53,7 @@ def kind_of(make: MakeOptimizer) -> type[Optimizer] | None:
     """The class of a factory's optimizer, or None if the factory only accepts the model's own parameters. Local."""
     try:
         return type(make([_named(torch.ones(_ROWS, _COLUMNS))]))
-    except Exception:  # noqa: BLE001 - the factory is the user's and may want anything
+    except Exception:  # noqa: BLE001 - the factory is the user's and may raise anything
         return None
 
 
@@ -98,7 +98,7 @@ def _is_exact(make: MakeOptimizer, rows: int, cut: Callable[[Tensor], Sequence[T
     for one in factories_of(make):
         try:
             whole = _trained(one, first, gradients)
-        except Exception:  # noqa: BLE001 - the factory is the user's and may want anything
+        except Exception:  # noqa: BLE001 - the factory is the user's and may raise anything
             continue
         try:
             # Separate optimizers, because one that groups by position would give the two parts different settings.

@@ -40,7 +40,7 @@ def _walk(draft: Draft, value: Any, at: KeyPath, chain: tuple[str, ...]) -> Any:
 
 
 def _look_up(draft: Draft, name: str, at: KeyPath, chain: tuple[str, ...]) -> Any:
-    # A reference to something around itself, or to something whose own references come back here.
+    # A reference to a section that contains it, or to a value whose references lead back to it.
     if name in chain or ".".join(map(str, at)).startswith(name + "."):
         circle = " -> ".join((*chain[chain.index(name) if name in chain else 0 :], name))
         draft.add_problem(at, f"a circle of references: {circle}", "replace one of them by its value")

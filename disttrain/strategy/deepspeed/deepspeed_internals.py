@@ -1,6 +1,6 @@
 """Uses every undocumented name of DeepSpeed 0.19, each behind one function, and rejects a DeepSpeed that lacks one.
 
-DeepSpeed documents `initialize`, its engine, `zero.Init` and `zero.GatheredParameters`. It documents no way to read or
+DeepSpeed documents `initialize`, its engine, `zero.Init` and `zero.GatheredParameters`. It documents no interface to read or
 write the flat partitions that its optimizers step, to discard gradients, or to start again after a process group.
 `probe_package` runs before the process group exists, `probe_optimizer` in `prepare`. Neither depends on the version's
 number. Imports no deepspeed: every function takes the module or the object that it reads.
@@ -123,6 +123,8 @@ def probe_optimizer(zero: Any, parameters: Sequence[nn.Parameter], *, stage: int
     elif zero.cpu_offload:
         _require(zero, STAGES_1_AND_2_OFFLOAD_NAMES, version, f"{type(zero).__name__}.")
     for parameter in parameters:
+        if stage < 3 and not parameter.numel():  # DeepSpeed leaves it out
+            continue
         _require(parameter, on_parameters, version, "Parameter.")
         mapping = getattr(parameter, "_hp_mapping", None)
         if mapping is not None:
@@ -159,7 +161,7 @@ def build_no_kernels() -> None:
 
 
 def forget_process_group() -> None:
-    """Drop the process groups that DeepSpeed keeps in module variables, so that it takes the next engine's. Local.
+    """Drop the process groups in DeepSpeed's module variables, so that the next engine sets its own. Local.
 
     `deepspeed.comm.destroy_process_group` would destroy torch's default group too, which is not DeepSpeed's.
     """
@@ -216,9 +218,9 @@ def trained_range(zero: Any, parameter: Any, rank: int) -> FlatRange:
         partition, offset, _ = zero.grad_position[zero.get_param_id(parameter)]
         group = zero.sub_group_to_group_id[partition]
         return _equal_range(parameter, zero.fp32_partitioned_groups_flat[partition], offset, rank, group)
-    mapping = parameter._hp_mapping
+    mapping = getattr(parameter, "_hp_mapping", None)  # a parameter without elements has none
     if mapping is None:
-        group = next(at for at, own in enumerate(zero.bit16_groups) if any(one is parameter for one in own))
+        group = next((at for at, own in enumerate(zero.bit16_groups) if any(one is parameter for one in own)), 0)
         return FlatRange(zero.single_partition_of_fp32_groups[group], 0, 0, 0, group)
     held, local = mapping.lp_fragment_address, mapping.hp_fragment_address
     flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
@@ -329,7 +331,7 @@ def step_settings(zero: Any, *, divisor: float, clip_norm: float) -> Iterator[No
 
 
 def forget_call_trace(zero: Any) -> None:
-    """After weights were gathered outside a forward: let stage 3 record its prefetch order anew. Local.
+    """After weights were gathered outside a forward: make stage 3 record its prefetch order again. Local.
 
     With its recorded trace DeepSpeed 0.19 would end the next forward with a "tracing error" where a weight is tied.
     """

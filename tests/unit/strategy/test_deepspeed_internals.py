@@ -171,6 +171,27 @@ def test_stage_three_leaves_torchs_linear_function_in_place(tmp_path: Path) -> N
     assert torch.nn.functional.linear is before
 
 
+class Hollow(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.line, self.nothing = nn.Linear(3, 1), nn.Parameter(torch.zeros(0, 3))
+
+
+def test_a_parameter_without_elements_is_saved_and_loaded(tmp_path: Path) -> None:
+    for steps in (1, 2):
+        with engine_at(tmp_path, 2, f"run.steps={steps}") as engine:
+            engine.prepare("model", Hollow, lambda own: torch.optim.Adam(own, lr=0.1))
+            data = torch.utils.data.TensorDataset(torch.ones(4, 3))
+            for step in engine.batches(data, global_batch=4):
+                engine.accumulate("model", step, lambda model, batch: (model.line(batch[0]).sum(), len(batch[0])))
+                engine.step()
+                engine.log()
+                if engine.should_stop():
+                    break
+            engine.finish()
+            assert engine.progress.steps == steps
+
+
 def attributes(tree: ast.AST) -> Iterator[tuple[str, str]]:
     """Every `owner.name` in the source, with the owner's text."""
     for node in ast.walk(tree):
