@@ -1,8 +1,8 @@
-"""Strategies: how a model is spread over the ranks. Siblings behind one contract. Enters: the engine, and plug-ins.
+"""Distributes a model over ranks. Strategies implement one contract and do not import each other.
 
-An author of a strategy finds here all that a strategy is written with, beside torch: the contract and the types in it,
-the step's arithmetic, and how models are built, stepped and cut into boxes. What it is chosen and configured by,
-`StrategyEntry` and `StrategyOptions`, is in `disttrain.config`, which imports no torch.
+Authors of plug-in strategies import everything from here: the contract and its types, the arithmetic of a step, and the
+functions that build models, step optimizers and describe tensors as boxes. `StrategyEntry` and `StrategyOptions`, by
+which a config selects and configures a strategy, are in `disttrain.config`, which imports no torch.
 """
 
 from disttrain.checkpoint import Box, Shard, full_shard

@@ -1,4 +1,4 @@
-"""A model's blocks: its large repeated parts, each of which is sharded, recomputed or compiled on its own."""
+"""Finds a model's blocks: its large repeated modules, each of which is sharded, recomputed or compiled separately."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from disttrain.errors import ConfigError, explain
 def choose_blocks(
     model: nn.Module, wanted: Sequence[str] | None, key: str = "strategy.fsdp.blocks"
 ) -> list[tuple[str, nn.Module]]:
-    """Name and module of each block: those named, or else the repeated ones. Local.
+    """Return name and module of each block. Local.
 
-    `wanted`, the value of the config's `key`, holds class names or patterns of module names. Unnamed: the children of a
-    ModuleList or Sequential that share a class with another child, hold parameters, and share none of them with the
-    rest of the model.
-    Raises ConfigError where a wanted name matches nothing.
+    Args:
+        model: the model, before it is sharded.
+        wanted: class names or patterns of module names, or None. None selects children of a ModuleList or Sequential
+            that share their class with another child, have parameters, and share none with the rest of the model.
+        key: the key of the config that holds `wanted`, for messages.
+
+    Raises ConfigError where an entry of `wanted` matches no module.
     """
     named = [
         (name, module) for name, module in model.named_modules() if name and any(True for _ in module.parameters())
@@ -30,13 +33,14 @@ def choose_blocks(
             for name, module in named
             if any(type(module).__name__ == want or fnmatchcase(name, want) for want in wanted)
         ]
+        classes = ", ".join(sorted({type(module).__name__ for _, module in named}))
         for want in wanted:
             if not any(type(module).__name__ == want or fnmatchcase(name, want) for name, module in chosen):
                 raise ConfigError(
                     explain(
-                        f"{key} names {want!r}, a class or a pattern of module names.",
-                        f"modules {', '.join(sorted({type(m).__name__ for _, m in named})) or 'without parameters'}",
-                        "name one of these classes, a pattern such as 'layers.*', or leave blocks out",
+                        f"Cannot find the blocks that {key} names.",
+                        f"no module has the class or name {want!r}; classes with parameters: {classes or 'none'}",
+                        "name one of these classes or a pattern such as 'layers.*', or leave the key out",
                     )
                 )
         return _outermost_last(chosen)
@@ -59,7 +63,7 @@ def _repeated(model: nn.Module) -> list[tuple[str, nn.Module]]:
             for module in child.modules():
                 own.update(_parameter_ids(module))
             private = all(uses[key_] == count for key_, count in own.items())
-            # A lone layer gains nothing from a group of its own; a block is a module of modules.
+            # A single layer gains nothing from a separate group, so a block contains modules.
             if classes[type(child)] > 1 and own and private and any(True for _ in child.children()):
                 chosen.append((f"{prefix}.{key}" if prefix else key, child))
     return chosen
@@ -71,5 +75,5 @@ def _parameter_ids(module: nn.Module) -> Iterator[int]:
 
 
 def _outermost_last(chosen: Sequence[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
-    """Whoever wraps blocks wraps inner ones before those around them."""
+    """Sort blocks so that an inner block is wrapped before the block around it."""
     return sorted(chosen, key=lambda pair: -pair[0].count("."))

@@ -1,4 +1,4 @@
-"""Persistent buffers (batch statistics, counters): each rank has its own; before anyone looks they are made one."""
+"""Makes persistent buffers (batch statistics, counters) equal on all ranks before they are evaluated or saved."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from disttrain.strategy import Prepared
 
 
 def share_buffers(prepared: Prepared) -> None:
-    """Give every rank rank 0's persistent buffers, as DistributedDataParallel does by default. Collective.
+    """Copy rank 0's persistent buffers to all ranks, as DistributedDataParallel does by default. Collective.
 
-    An evaluation is then that of the checkpoint, and a run that continues has what the one that went on had.
+    An evaluation then uses the buffers of the checkpoint, and a resumed run has the same buffers as one without a stop.
     """
     for module in (prepared.model, prepared.objective):
         if module is None or dist.get_world_size() == 1:
@@ -20,6 +20,6 @@ def share_buffers(prepared: Prepared) -> None:
         for name, buffer in module.named_buffers():
             if name in persistent and buffer.numel():
                 raw = buffer.detach().contiguous()
-                dist.broadcast(raw.reshape(-1).view(torch.uint8), src=0)  # as bytes: gloo knows no bool
+                dist.broadcast(raw.reshape(-1).view(torch.uint8), src=0)  # as bytes, since gloo has no bool
                 with torch.no_grad():
                     buffer.copy_(raw)

@@ -1,9 +1,11 @@
-"""Canonical boxes of what torch optimizers and modules hold: replicated tensors whole, DTensors by their local box.
+"""Describes the tensors of modules and torch optimizers as canonical boxes, which any strategy can load.
 
-Names are `KIND/OWNER/NAME`: `model/OWNER/blocks.0.weight`, `objective/OWNER/...`, and optimizer state as
-`optim/OWNER/PARAMETER:KEY`. State shaped like its parameter shares its box, scalars are 0-d tensors, other tensors are
-opaque: kept by ranks that hold the parameter whole, refused where it is cut. A Python number is a 0-d tensor in the
-file, `KEY:number`, and a number again in the optimizer. Refuses state that is neither tensor nor number.
+A replicated tensor is one full box. A DTensor is its local box. Names are `KIND/OWNER/NAME`:
+`model/OWNER/blocks.0.weight`, `objective/OWNER/...`, and `optim/OWNER/PARAMETER:KEY` for optimizer state.
+
+Optimizer state with its parameter's shape has the parameter's box. Scalars are 0-d tensors. State of any other shape is
+opaque: it is saved where the parameter is replicated, and rejected where the parameter is sharded. A Python number is
+the 0-d tensor `KEY:number` in the file and a number again in the optimizer. Other state is rejected.
 """
 
 from __future__ import annotations
@@ -24,18 +26,21 @@ from disttrain.torch_internals.meshes import copies_outside, local_box
 Replica = tuple[int, int]
 
 NUMBER = ":number"
-"""Ends the name of state that is a Python number: a 0-d tensor may have the same dtype."""
+"""The suffix of a Python number's name. The dtype alone does not distinguish a number from a 0-d tensor."""
 
 _DTYPES = {bool: torch.bool, int: torch.int64, float: torch.float64}
 
 
 def replicated_shards(prepared: Prepared, stored: Mapping[str, Any] | None, *, replica: Replica) -> list[Shard]:
-    """Every tensor whole on every rank; one of them will write it. Local."""
+    """Return a full box of each tensor, as every rank holds it. `replica` is (rank, world size). Local."""
     return [full_shard(name, tensor.detach(), replica) for name, tensor in _tensors(prepared, stored)]
 
 
 def sharded_shards(prepared: Prepared, stored: Mapping[str, Any] | None, *, rank: int, size: int) -> list[Shard]:
-    """DTensors by their local box, everything else replicated. Local; raises CheckpointError for opaque state."""
+    """Return the local boxes of DTensors and full boxes of all other tensors. Local.
+
+    Raises CheckpointError for opaque state of a sharded parameter.
+    """
     shards = []
     for name, tensor in _tensors(prepared, stored):
         if not isinstance(tensor, DTensor):
@@ -46,18 +51,18 @@ def sharded_shards(prepared: Prepared, stored: Mapping[str, Any] | None, *, rank
 
 
 def local_shard(name: str, tensor: DTensor) -> Shard:
-    """This rank's box of a DTensor, and which of its copies it is where the mesh holds several. Local.
+    """Return this rank's box of a DTensor, with its index among the ranks that hold the same box. Local.
 
-    Raises CheckpointError for sums that are not added up yet.
+    Raises CheckpointError for a DTensor with a partial placement.
     """
     mesh, index, count = tensor.device_mesh, 0, 1
     for size, place, placement in zip(mesh.shape, mesh.get_coordinate() or (), tensor.placements, strict=True):
         if placement.is_partial():
-            found, do = "a DTensor of sums that are not added up", "redistribute it first"
-            raise CheckpointError(explain(f"{name} is to be saved.", found, do))
+            problem = "it is a DTensor with a partial placement, whose sums are not added up yet"
+            raise CheckpointError(explain(f"Cannot save {name}.", problem, "redistribute it first"))
         if placement.is_replicate():
             index, count = index * size + place, count * size
-    # A DTensor of one axis alone is held again along the others of the mesh that the axis is of.
+    # A DTensor on one axis of a larger mesh has copies along the other axes.
     slice_index, slices = copies_outside(mesh)
     index, count = index * slices + slice_index, count * slices
     sizes, offsets = local_box(tensor)
@@ -66,7 +71,7 @@ def local_shard(name: str, tensor: DTensor) -> Shard:
 
 
 def copy_part(place: Tensor, value: Tensor) -> None:
-    """Copy a whole value into a tensor, or the local box's part of it into a DTensor. Local."""
+    """Copy a full value into a tensor, or its local part into a DTensor. Local."""
     with torch.no_grad():
         if not isinstance(place, DTensor):
             place.copy_(value)
@@ -77,7 +82,7 @@ def copy_part(place: Tensor, value: Tensor) -> None:
 
 
 def full_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Name and full CPU value of each entry of the state dict; gathers DTensors, so all ranks call it."""
+    """Yield name and full CPU value of each entry of the state dict. Collective, because DTensors are gathered."""
     for name, tensor in model.state_dict().items():
         if isinstance(tensor, Tensor):
             full = _gathered(tensor) if isinstance(tensor, DTensor) else tensor
@@ -85,7 +90,7 @@ def full_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _gathered(tensor: DTensor) -> Tensor:
-    """The full tensor, one axis of the mesh after the other: in one go torch warns of two axes on one dim."""
+    """Gather one mesh axis after the other. For all axes at once torch warns where two of them shard one dim."""
     placements = list(tensor.placements)
     for axis in range(len(placements)):
         placements[axis] = Replicate()
@@ -113,14 +118,14 @@ def _tensors(prepared: Prepared, stored: Mapping[str, Any] | None) -> Iterator[t
 
 
 def _unique(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters once each, under their first name, and persistent buffers."""
+    """Yield each parameter once, under its first name, and the persistent buffers."""
     yield from module.named_parameters()
     persistent = {name for name, _ in module.named_buffers()} & set(module.state_dict().keys())
     yield from ((name, buffer) for name, buffer in module.named_buffers() if name in persistent)
 
 
 def _create_state(optimizer: Optimizer, parameter: nn.Parameter, prefix: str, stored: Mapping[str, Any]) -> None:
-    """Make room for stored state, in the parameter's own layout where the shapes agree."""
+    """Create tensors for stored state, with the parameter's layout where the shapes are equal."""
     state = optimizer.state[parameter]
     for name, info in stored.items():
         if not name.startswith(prefix) or name.endswith(NUMBER) or name.removeprefix(prefix) in state:
@@ -138,8 +143,11 @@ def _create_state(optimizer: Optimizer, parameter: nn.Parameter, prefix: str, st
 
 
 def home_of_scalar(group: Mapping[str, Any], parameter: Tensor, key: str) -> torch.device:
-    """Where an optimizer keeps a 0-d tensor of a parameter of a group, as torch's own `load_state_dict` has it: `step`
-    on the host, unless it is fused or capturable (torch 2.13, Optimizer._process_value_according_to_param_policy)."""
+    """Return the device on which an optimizer keeps a 0-d tensor, by the rule of torch's `load_state_dict`.
+
+    `step` is on the host, unless the group is fused or capturable (torch 2.13,
+    Optimizer._process_value_according_to_param_policy).
+    """
     on_host = key == "step" and not (group.get("fused") or group.get("capturable"))
     return torch.device("cpu") if on_host else parameter.device
 
@@ -147,8 +155,11 @@ def home_of_scalar(group: Mapping[str, Any], parameter: Tensor, key: str) -> tor
 def number_tensors(
     prepared: Prepared, state: dict[str, Any], prefix: str, stored: Mapping[str, Any] | None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Name and 0-d tensor of each Python number in an optimizer's state of one parameter: its value, or where the
-    stored one is written to until `AbstractStrategy.loaded`. Raises CheckpointError for what no tensor can hold."""
+    """Yield name and 0-d tensor of each Python number in an optimizer's state of one parameter.
+
+    With `stored` the tensor receives the stored number, and `AbstractStrategy.loaded` puts that into the state. Raises
+    CheckpointError for a value that is neither tensor nor number.
+    """
     if stored is not None:
         for name in [name for name in stored if name.startswith(prefix) and name.endswith(NUMBER)]:
             place = torch.zeros((), dtype=stored[name].dtype)
@@ -161,20 +172,20 @@ def number_tensors(
         if type(value) not in _DTYPES:
             raise CheckpointError(
                 explain(
-                    f"Optimizer state {prefix + key!r} is to be saved.",
-                    f"a {type(value).__qualname__}",
-                    "keep tensors and Python numbers in the optimizer's state",
+                    f"Cannot save optimizer state {prefix + key!r}.",
+                    f"it is a {type(value).__qualname__}, not a tensor or a Python number",
+                    "keep only tensors and Python numbers in the optimizer's state",
                 )
             )
         yield prefix + key + NUMBER, torch.tensor(value, dtype=_DTYPES[type(value)])
 
 
 def reject_opaque(name: str, tensor: Tensor) -> None:
-    """Raise CheckpointError: optimizer state of its own shape cannot follow a parameter that is cut."""
+    """Raise CheckpointError for optimizer state of another shape than that of its sharded parameter."""
     raise CheckpointError(
         explain(
-            f"Optimizer state {name!r} is to be saved or loaded where its parameter is cut over ranks.",
-            f"shape {tuple(tensor.shape)}, which is not the parameter's",
+            f"Cannot save or load optimizer state {name!r}, whose parameter is sharded.",
+            f"its shape {tuple(tensor.shape)} is not the parameter's",
             "use strategy none or ddp with this optimizer, or an optimizer whose state is elementwise",
         )
     )

@@ -1,6 +1,7 @@
-"""How a model comes to be on every rank alike: its constructor under the seed, on the host, then cast and placed.
+"""Builds a model with equal weights on every rank, then its optimizer and schedule.
 
-Refuses a constructor that gives other weights on another rank: every strategy cuts what it finds on its own rank.
+The model's constructor runs under the seed, on the host. Every strategy shards the weights that its rank has built, so
+a constructor that gives different weights on another rank is rejected.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from disttrain.torch_internals import map_tensors
 
 
 def build_on_host(world: World, ingredients: Ingredients) -> nn.Module:
-    """The model as its constructor makes it under the seed, in the world's dtype, still on the host. Collective."""
+    """Build the model under the seed, on the host and in the world's dtype. Collective."""
     model = build_model(ingredients.make_model, seed=world.seed, meta=False)
     settle(world, model)
     check_same_everywhere(world, model, ingredients.name)
@@ -31,20 +32,26 @@ def build_on_host(world: World, ingredients: Ingredients) -> nn.Module:
 
 
 def settle(world: World, model: nn.Module) -> None:
-    """What every strategy does to a model that was just built, on the host or the meta device, before it wraps or cuts:
-    the world's dtype, and its memory savers. Local; raises ConfigError."""
+    """Cast a model that was just built to the world's dtype, and apply the config's memory savers. Local.
+
+    Every strategy calls this before it wraps or shards the model, which is on the host or the meta device. Raises
+    ConfigError.
+    """
     _reject_unready(world, model)
     cast(model, world.dtype)
     save_memory(model, world.memory)
 
 
 def _reject_unready(world: World, model: nn.Module) -> None:
-    """Raise ConfigError for parameters without a shape, and for tables whose rows a forward changes: each rank would
-    change those that it looks up, and ranks come to hold other tables."""
+    """Raise ConfigError for parameters without a shape, and for embeddings that a forward changes.
+
+    An embedding with max_norm changes the rows that it looks up, which differ between ranks.
+    """
     lazy = [name for name, parameter in model.named_parameters() if isinstance(parameter, UninitializedParameter)]
     if lazy:
-        do = "let the model's constructor call it once on a small batch"
-        raise ConfigError(explain("A model's parameters are to have shapes.", f"lazy ones: {', '.join(lazy[:5])}", do))
+        problem = f"these parameters are lazy and have no shape yet: {', '.join(lazy[:5])}"
+        fix = "call the model once on a small batch in its constructor"
+        raise ConfigError(explain("Cannot train the model.", problem, fix))
     renormed = [
         name
         for name, module in model.named_modules()
@@ -53,23 +60,27 @@ def _reject_unready(world: World, model: nn.Module) -> None:
     if renormed and world.group.size > 1:
         raise ConfigError(
             explain(
-                "Every rank is to hold the same weights.",
-                f"max_norm of {', '.join(renormed[:5])}: a forward changes the rows that its own rank looks up",
-                "leave max_norm out, and scale what is looked up in the model's forward",
+                "Cannot keep the model's weights equal on all ranks.",
+                f"max_norm of {', '.join(renormed[:5])}: each rank's forward changes the rows that it looks up",
+                "leave max_norm out, and scale the looked-up vectors in the model's forward",
             )
         )
 
 
 def lay_out_rows(model: nn.Module) -> None:
-    """Parameters contiguous, for strategies that cut them or look at their rows: another layout (channels_last, a
-    transposed tensor) changes no value. Local."""
+    """Make parameters contiguous, for strategies that shard them or read their rows. Values do not change. Local.
+
+    A parameter may have another layout, such as channels_last or that of a transposed tensor.
+    """
     for parameter in model.parameters():
         parameter.data = parameter.data.contiguous()
 
 
 def cast(module: nn.Module, dtype: torch.dtype) -> None:
-    """Cast floating parameters and buffers where a dtype other than the constructor's is asked for, and from then on
-    the floating tensors that its forward is called with."""
+    """Cast floating-point parameters and buffers to `dtype`, and the floating-point inputs of later forwards. Local.
+
+    float32 changes nothing: it is what constructors make.
+    """
     if dtype == torch.float32:
         return
     module.to(dtype)
@@ -81,7 +92,7 @@ def _cast_inputs(dtype: torch.dtype, module: nn.Module, args: Any, kwargs: Any) 
 
 
 def check_same_everywhere(world: World, model: nn.Module, name: str) -> None:
-    """Collective; raises ConfigError on all ranks where their initial weights differ, or which of them are frozen."""
+    """Raise ConfigError on all ranks where initial weights, or which of them are frozen, differ. Collective."""
     sums = world.group.gather_all([(key, _checksum(value), value.requires_grad) for key, value in _tensors(model)])
     for rank, theirs in enumerate(sums):
         if theirs != sums[0]:
@@ -90,9 +101,9 @@ def check_same_everywhere(world: World, model: nn.Module, name: str) -> None:
             first = f"whether {mine[0]!r} is frozen" if other and mine[:2] == other[:2] else repr(mine[0])
             raise ConfigError(
                 explain(
-                    f"The constructor of {name!r} is to give the same weights on every rank under one seed.",
+                    f"Cannot train {name!r}: its constructor gives different weights on different ranks.",
                     f"rank {rank} differs from rank 0, first in {first}",
-                    "draw what it draws from torch's, numpy's or Python's default generators only, in a fixed order",
+                    "draw random numbers from torch's, numpy's or Python's default generators only, in a fixed order",
                 )
             )
 
@@ -110,7 +121,7 @@ def _checksum(tensor: Tensor) -> int:
 
 
 def name_parameters(model: nn.Module, objective: nn.Module | None) -> tuple[NamedParameter, ...]:
-    """The trainable parameters, each tensor once, with their global shapes; the objective's under `objective.`."""
+    """Return the trainable parameters with global shapes, each tensor once. The objective's start with `objective.`."""
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     known = {id(parameter) for _, parameter in named}
     for name, parameter in objective.named_parameters() if objective is not None else ():
@@ -120,35 +131,39 @@ def name_parameters(model: nn.Module, objective: nn.Module | None) -> tuple[Name
 
 
 def reject_unfrozen(prepared: Prepared) -> None:
-    """Raise ConfigError for parameters that were frozen when the optimizer was made: nothing would train them. Local.
+    """Raise ConfigError for parameters that were unfrozen after the optimizer was built, which does not know them.
 
-    Asked after a step, when every strategy has its own parameters in place again.
+    Local. Call it after a step, when every strategy has restored its parameters.
     """
     known = {id(one.parameter) for one in prepared.named}
     late = [name for name, one in prepared.model.named_parameters() if one.requires_grad and id(one) not in known]
     if late:
         raise ConfigError(
             explain(
-                f"{prepared.name!r} trains what required a gradient when it was prepared.",
-                f"{', '.join(late[:5])}{', ...' if late[5:] else ''}, unfrozen later: in no optimizer",
-                "save, and go on from the weights (model.weights, load_weights) in an engine that prepares it unfrozen",
+                f"Cannot train parameters of {prepared.name!r} that were unfrozen after it was prepared.",
+                f"these are in no optimizer: {', '.join(late[:5])}{', ...' if late[5:] else ''}",
+                "save, then load the weights (model.weights, load_weights) in an engine that prepares them unfrozen",
             )
         )
 
 
 def reject_changed(names: Sequence[str], when: str, strategy: str) -> None:
-    """Raise TrainingError for weights that user code changed where no rank's part of them learns of it."""
+    """Raise TrainingError for weights that user code changed in a gathered copy, which does not reach the shards."""
+    more = ", ..." if names[5:] else ""
     raise TrainingError(
         explain(
-            f"Under {strategy} weights are changed by the optimizer's step alone.",
-            f"{', '.join(names[:5])}{', ...' if names[5:] else ''}, changed by hand {when}, which would be lost",
-            "use torch.nn.utils.parametrize, or strategy ddp; fsdp takes changes between steps",
+            f"Cannot keep weights that your code changes under {strategy}.",
+            f"these were changed {when}, and the change would be lost: {', '.join(names[:5])}{more}",
+            "use torch.nn.utils.parametrize, or strategy ddp; fsdp keeps changes between steps",
         )
     )
 
 
 def equip(prepared: Prepared, ingredients: Ingredients, named: Sequence[NamedParameter]) -> None:
-    """Build optimizer and schedule over `named`. Raises ConfigError for a model without trainable parameters."""
+    """Build optimizer and schedule over `named`. Without an optimizer the model is frozen. Local.
+
+    Raises ConfigError for a model without trainable parameters.
+    """
     if ingredients.make_optimizer is None:
         for parameter in prepared.model.parameters():
             parameter.requires_grad_(False)
@@ -157,8 +172,8 @@ def equip(prepared: Prepared, ingredients: Ingredients, named: Sequence[NamedPar
     if not named:
         raise ConfigError(
             explain(
-                f"{prepared.name!r} is to be trained.",
-                "no parameter that requires a gradient",
+                f"Cannot train {prepared.name!r}.",
+                "none of its parameters requires a gradient",
                 "leave some parameters trainable, or prepare it without an optimizer",
             )
         )

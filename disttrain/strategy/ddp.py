@@ -1,8 +1,8 @@
-"""`ddp`: every rank holds everything; torch's DistributedDataParallel adds the gradients up while a backward runs.
+"""Implements strategy `ddp`: every rank holds the full model, and DistributedDataParallel adds gradients up.
 
-What DDP wraps is the call of the objective, not the model: an objective may then call the model several times, or by
-another method than `forward`, within the one forward that DDP allows a backward.
-A small model has nothing to add up meanwhile: nothing wraps it, and its gradients travel with the step's own sums.
+DDP wraps the call of the objective, not the model. An objective may then call the model several times, or by another
+method than `forward`, within the one forward per backward that DDP allows. A small model is not wrapped: its gradients
+travel with the step's sums, in one all-reduce.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from disttrain.strategy.contract import (
 from disttrain.strategy.step.arithmetic import Gradients, add_up_together, earlier_apart, run_micro_batches
 from disttrain.strategy.step.update import torch_step
 
-# One rank's buffers never overwrite another's: batch statistics are each rank's own. torch 2.13 renamed the option.
+# Batch statistics belong to each rank, so no rank's buffers overwrite another's. torch 2.13 renamed the option.
 _LEAVE_BUFFERS: dict[str, Any] = (
     {"forward_sync_buffers": False}
     if "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
@@ -48,15 +48,15 @@ _LEAVE_BUFFERS: dict[str, Any] = (
 
 
 _SMALL = 2**18
-"""Bytes of gradients up to which one all-reduce of float64 beats two begun apart (docs/measurements/speed.md)."""
+"""Bytes of gradients up to which one all-reduce in float64 is faster than two (docs/measurements/speed.md)."""
 
 
 class DDP(AbstractStrategy):
-    """No communication inside accumulation: gradients are reduced in the last micro-batch's backward, or after it."""
+    """Reduces gradients once per accumulation, during the last micro-batch's backward or after it."""
 
     @classmethod
     def check(cls, options: Any, sizes: MeshSizes, device: Device, precision: PrecisionConfig) -> None:
-        """Every rank is a replica, whichever axis it is on."""
+        """Reject a mesh with a tensor axis. On the other axes every rank is a replica."""
         reject_axes("ddp", sizes, "tensor")
 
     def __init__(self, options: Any, world: World) -> None:
@@ -82,7 +82,7 @@ class DDP(AbstractStrategy):
         return prepared
 
     def _is_small(self, prepared: Prepared) -> bool:
-        """Whether gradients are few, no more than a bucket is to hold, all of one wide type, and added up in it."""
+        """Whether the gradients are small, fit in a bucket, and are all added up in their dtype, fp32 or fp64."""
         parameters = prepared.parameters
         return (
             sum(one.nbytes for one in parameters) <= min(_SMALL, self.options.bucket_mb * 2**20)
@@ -92,7 +92,7 @@ class DDP(AbstractStrategy):
 
     @property
     def _reduced_apart(self) -> bool:
-        """Whether gradients are added up in another type than the parameters', which is DDP's own."""
+        """Whether a hook adds gradients up instead of DDP, in another dtype than that of the parameters."""
         return self.world.precision.reduce != self.world.precision.master
 
     def accumulate(
@@ -109,7 +109,7 @@ class DDP(AbstractStrategy):
             return nullcontext() if last else ddp.no_sync()
 
         self._accumulates[prepared.name] = len(micro_batches) > 1
-        # DDP averages what earlier accumulations left with the rest, which leaves it; a sum would count it again.
+        # DDP averages earlier gradients, which are equal on all ranks and so do not change. A sum would multiply them.
         with earlier_apart(earlier if self._reduced_apart else ()):
             return run_micro_batches(*step, through=ddp, communicating=communicating)
 
@@ -117,15 +117,15 @@ class DDP(AbstractStrategy):
         if prepared.wrapped is None:
             return torch_step(prepared, sums, clip_norm=clip_norm, want_norm=want_norm)
         _lay_out(prepared.parameters)
-        # DDP divides by the world size, where its own reduction is used; the sum is what the arithmetic wants.
+        # DDP's reduction divides by the world size, and the step needs the sum.
         factor = 1.0 if self._reduced_apart else float(self.world.group.size)
-        # Several micro-batches add up in the buckets: new gradients would lie beside them until the last backward.
+        # Several micro-batches add up in the buckets. New gradients would need more memory until the last backward.
         keep = self._accumulates.get(prepared.name, False)
         return torch_step(prepared, sums, clip_norm=clip_norm, want_norm=want_norm, factor=factor, keep=keep)
 
     @torch.no_grad()
     def _add_up(self, prepared: Prepared, sums: Tensor) -> None:
-        """Collective: gradients and the step's `sums` become those of all ranks, in one all-reduce of float64."""
+        """Add up gradients and the step's `sums` over all ranks, in one all-reduce of float64. Collective."""
         add_up_together([sums, *Gradients(prepared).held], lambda vector: self.world.group.add_up(vector)())
 
     def shards(self, prepared: Prepared, stored: Mapping[str, Any] | None = None) -> list[Shard]:
@@ -136,18 +136,21 @@ class DDP(AbstractStrategy):
 
 
 def _lay_out(parameters: Sequence[nn.Parameter]) -> None:
-    """Gradients as their parameters: buckets keep the layout that was wrapped, and torch's fused optimizers step by
-    place in memory. A model may be laid out anew (channels_last) once it is prepared."""
+    """Give gradients the memory layout of their parameters.
+
+    Buckets keep the layout that was wrapped, and a model may change its layout (channels_last) after it is prepared.
+    torch's fused optimizers require equal layouts.
+    """
     held = [parameter for parameter in parameters if parameter.grad is not None]
     gradients: list[Any] = [parameter.grad for parameter in held]
     if list(map(Tensor.stride, gradients)) != list(map(Tensor.stride, held)):
         for parameter, gradient in zip(held, gradients, strict=True):
-            if gradient.stride() != parameter.stride() and not gradient.is_sparse:  # those are refused in words
+            if gradient.stride() != parameter.stride() and not gradient.is_sparse:  # rejected later, with a message
                 parameter.grad = torch.empty_like(parameter).copy_(gradient)
 
 
 def add_up_in(dtype: torch.dtype, bucket: Any) -> torch.futures.Future[Tensor]:
-    """DDP's hook for a bucket of gradients: their sum over all ranks, added up in `dtype`. Collective."""
+    """Add up a bucket of gradients over all ranks in `dtype`, as a communication hook of DDP. Collective."""
     own = bucket.buffer()
     added: torch.futures.Future[list[Tensor]] = dist.all_reduce(own.to(dtype), async_op=True).get_future()
     return added.then(lambda future: own.copy_(future.value()[0]))

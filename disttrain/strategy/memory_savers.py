@@ -1,8 +1,9 @@
-"""Less memory for more computing, and faster blocks: each block's `forward` is replaced in place, before any sharding.
+"""Recomputes activations of a model's blocks to save memory, and compiles blocks to make them faster.
 
-No module is wrapped, so names of parameters and state dict stay, and a strategy's own hooks on the block stay around
-it: what it gathers for the backward is there when the forward runs again.
-Order: the compiled forward is what is recomputed. Refuses a model without blocks, which has nothing to gain.
+Each block's `forward` is replaced in place, before any sharding. No module is wrapped, so the names of parameters do
+not change, and a strategy's hooks stay around the block: parameters that it gathers for the backward are there when the
+forward runs again. Compilation comes first, so that the compiled forward is recomputed. A model without blocks is
+rejected.
 """
 
 from __future__ import annotations
@@ -39,19 +40,20 @@ COSTLY = {
     },
     "_c10d_functional": {"reduce_scatter_tensor", "all_reduce", "all_to_all_single"},
 }
-"""Operations whose results `selective` keeps, by namespace: products, convolutions, attention, and what is added up
-over ranks within a block. Never a collective that writes into its argument (ZeRO-3 gathers parameters so): a kept
-result would leave the argument unwritten the second time."""
+"""Operations whose results `selective` keeps, by namespace: products, convolutions, attention, and reductions over
+ranks within a block. A collective that writes into its argument, as ZeRO-3 gathers parameters, must not be here: when
+its result is kept, the second forward leaves the argument unwritten."""
 
 
 _OPTIONS: dict[str, Any] = {"fallback_random": True}
-"""torch.compile's: torch draws random numbers, so that dropout is equal to that of a block that is not compiled."""
+"""Options of torch.compile. With this option dropout equals that of a block that is not compiled."""
 
 
 def save_memory(model: nn.Module, memory: MemoryConfig) -> None:
-    """Let each block recompute and compile as the config's section says. Local.
+    """Apply the config's section `memory` to each block. Local.
 
-    Raises ConfigError where it asks for something and the model has no blocks, or none of the names in `memory.blocks`.
+    Raises ConfigError where the model has no blocks or lacks one of the names in `memory.blocks`, and LaunchError where
+    torch lacks what `memory.recompute=budget` needs.
     """
     if memory.recompute == "none" and not memory.compile:
         return
@@ -60,9 +62,9 @@ def save_memory(model: nn.Module, memory: MemoryConfig) -> None:
         asked = "memory.compile=true" if memory.recompute == "none" else f"memory.recompute={memory.recompute}"
         raise ConfigError(
             explain(
-                f"{asked} works block by block.",
-                f"{type(model).__qualname__}, without repeated blocks",
-                "name its large parts, by class or by a pattern of module names: memory.blocks=['encoder.*']",
+                f"Cannot use {asked}, which works block by block.",
+                f"{type(model).__qualname__} has no repeated blocks",
+                "name its large modules by class or by a pattern of module names: memory.blocks=['encoder.*']",
             )
         )
     if memory.recompute == "budget" and (missing := missing_for_budget()) is not None:
@@ -79,13 +81,13 @@ def save_memory(model: nn.Module, memory: MemoryConfig) -> None:
             forward = _compiled(forward, block, memory)
         if memory.recompute in ("full", "selective"):
             forward = partial(_recomputed, forward, memory.recompute == "selective")
-        setattr(block, "forward", forward)  # noqa: B010 - an instance's own, before the class's
+        setattr(block, "forward", forward)  # noqa: B010 - of the instance, found before the class's
     _log.info("memory: recompute=%s compile=%s on %d block(s)", memory.recompute, memory.compile, len(blocks))
 
 
 def _recomputed(forward: Callable[..., Any], selective: bool, /, *args: Any, **kwargs: Any) -> Any:
-    """The forward's results; its activations come again when the backward wants them, under the same random state."""
-    # `use_reentrant` and its like are `checkpoint`'s own: a block's keyword of such a name would be taken for them.
+    """Call the forward. The backward computes its activations again, under the same random state."""
+    # `checkpoint` has keywords such as `use_reentrant`, and would take a block's keyword of the same name.
     called = partial(forward, **kwargs)
     if selective:
         kept = partial(create_selective_checkpoint_contexts, _policy)
@@ -99,7 +101,7 @@ def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> Checkpoi
 
 
 def _compiled(forward: Callable[..., Any], block: nn.Module, memory: MemoryConfig) -> Callable[..., Any]:
-    """Bound to the block where it was, so that a deep copy of the model computes with the copy's weights."""
+    """Compile a forward. A bound method stays bound to its block, so that a deep copy uses the copy's weights."""
     budget = memory.budget if memory.recompute == "budget" else None
     function = getattr(forward, "__func__", None)
     if function is None or getattr(forward, "__self__", None) is not block:
@@ -109,8 +111,11 @@ def _compiled(forward: Callable[..., Any], block: nn.Module, memory: MemoryConfi
 
 @cache
 def _compiled_function(function: Callable[..., Any], budget: float | None) -> Callable[..., Any]:
-    """Once a process: what torch compiled it finds again by function and backend, for all blocks of a class. With a
-    backend for each block every block would be compiled again, and after eight none any more."""
+    """Compile a function once per process, for all blocks of a class.
+
+    torch finds compiled code by function and backend. With a backend per block it would compile every block again, and
+    after eight blocks none.
+    """
     return _compiled_anew(function, budget)
 
 
@@ -124,14 +129,16 @@ def _compiled_anew(function: Callable[..., Any], budget: float | None) -> Callab
 
 
 def _compile(budget: float, graph: Any, inputs: Any) -> Any:
-    """torch.compile's backend under a budget, which is a setting of the process and holds for this graph alone."""
-    # A budget of exactly 0 keeps the inputs alone, whatever a node says of itself.
+    """Compile a graph under a memory budget."""
+    # A budget of exactly 0 keeps only the inputs, and ignores the nodes' own policies.
     return compile_within(max(budget, 1e-9), graph, inputs, _OPTIONS | {"joint_custom_pre_pass": _keep_random})
 
 
 def _keep_random(graph: torch.fx.Graph) -> None:
-    """Random numbers are kept, never drawn again: the second draw would be another, and the gradient wrong (torch 2.13
-    on a CPU, tried: 10 % off with dropout)."""
+    """Keep random numbers instead of drawing them again.
+
+    The second draw would differ, and with dropout the gradient was 10 % wrong (measured with torch 2.13 on a CPU).
+    """
     for node in graph.nodes:
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE

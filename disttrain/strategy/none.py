@@ -1,4 +1,4 @@
-"""`none`: one process, nothing wrapped. The reference that every other strategy equals."""
+"""Implements strategy `none`: one process and no wrapper. Every other strategy gives equal results."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from disttrain.strategy.step.update import torch_step
 
 
 class NoStrategy(AbstractStrategy):
-    """Refuses a world of several: each process would train a model of its own."""
+    """Trains in one process. Several processes are rejected, since each would train a separate model."""
 
     @classmethod
     def check(cls, options: Any, sizes: MeshSizes, device: Device, precision: PrecisionConfig) -> None:
-        """One process only."""
+        """Reject several processes."""
         if sizes.world_size > 1:
             raise ConfigError(
                 explain(
-                    "strategy.name=none trains in one process.",
-                    f"a world of {sizes.world_size}",
+                    "Cannot use strategy none with several processes.",
+                    f"there are {sizes.world_size} processes",
                     "set strategy.name to ddp, fsdp or deepspeed, or start one process",
                 )
             )

@@ -1,4 +1,4 @@
-"""From a strategy's name to the strategy: built-in ones and installed plug-ins alike."""
+"""Finds the class of a strategy, built-in or plug-in, by its name."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from disttrain.strategy.contract import AbstractStrategy
 
 
 def strategy_class(name: str) -> type[AbstractStrategy]:
-    """The class that `name` stands for. Local; raises ConfigError for what is no strategy."""
+    """Return the class of the strategy `name`. Local. Raises ConfigError where it is no strategy."""
     implementation = strategy_entry(name).implementation
     module, _, attribute = implementation.partition(":")
     found: Any = getattr(import_module(module), attribute)
     if not (isinstance(found, type) and issubclass(found, AbstractStrategy)):
         raise ConfigError(
             explain(
-                f"strategy.name={name} names a class that keeps the strategy contract.",
-                f"{implementation}, which is {found!r}",
-                "derive it from disttrain.strategy.AbstractStrategy",
+                f"Cannot use strategy {name}.",
+                f"its plug-in names {implementation}, which is {found!r} and no strategy",
+                "derive the class from disttrain.strategy.AbstractStrategy",
             )
         )
     return found

@@ -36,6 +36,8 @@ MODULES = [
 FSDP_ONLY = {
     "torch.distributed.fsdp._fully_shard._fsdp_state",
     "torch.distributed.fsdp._fully_shard._fsdp_param",
+    "FSDPParam",
+    "FSDPState",
     "_get_fsdp_state",
     "_fsdp_param_group",
     "_unsharded_param",

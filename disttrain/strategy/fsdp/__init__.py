@@ -1,1 +1,1 @@
-"""The `fsdp` strategy: FSDP2 and tensor parallelism."""
+"""Implements strategy `fsdp`: FSDP2 and tensor parallelism."""

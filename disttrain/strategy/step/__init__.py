@@ -1,1 +1,1 @@
-"""The arithmetic of one optimizer step, shared by every strategy."""
+"""Computes one optimizer step: sums, scaling, clipping and the update. Every strategy shares it."""

@@ -1,9 +1,9 @@
-"""The step's arithmetic, once, for every strategy: exact sums over ranks and micro-batches, no averages of averages.
+"""Runs the micro-batches of a step, for every strategy: exact sums over ranks and micro-batches, no mean of means.
 
-Gradients are those of `sum of the items' losses`, divided by the step's weight once, at the step. Where the loss has
-several terms each has its own weight, so the weights are agreed on before the first backward instead. Under fp16 losses
-are scaled (`LossScale`), and gradients are divided by that too.
-Refuses losses that are not finite, before they can reach a weight.
+Gradients are those of the sum of the items' losses, and are divided by the step's weight once, at the step. A loss of
+several terms has a weight per term, so ranks add up the weights before the first backward instead. Under fp16 losses
+are scaled (`LossScale`), and gradients are divided by the scale too. A loss that is not finite is rejected before it
+can change a weight.
 """
 
 from __future__ import annotations
@@ -47,9 +47,22 @@ def run_micro_batches(
     checked: Callable[[], AbstractContextManager[Any]] = lambda: _NOTHING,
     add_up: AddUp | None = None,
 ) -> StepSums:
-    """The plain loop. The forward runs `through` a wrapper of `ObjectiveCall`, or else the objective on the model;
-    `communicating(last)` surrounds a micro-batch's forward and backward, `checked()` its forward; `add_up` is called
-    with the step's sums before the last backward, and what it returns after it."""
+    """Run forward and backward of each micro-batch, and return the step's sums over all ranks. Collective.
+
+    Args:
+        world: the ranks and the settings.
+        prepared: the model.
+        micro_batches: this rank's micro-batches of the step, equally many on every rank.
+        objective: computes totals, weights and sums of a micro-batch.
+        flags: the engine's numbers, which are added up over ranks.
+        through: calls the objective on the model: a wrapper of `ObjectiveCall`, for example.
+        backward: back-propagates a total.
+        communicating: returns the context of a micro-batch's forward and backward, given whether it is the last.
+        checked: returns the context of a micro-batch's forward.
+        add_up: receives the vector of the step's sums before the last backward. It returns a function to call after it.
+
+    Raises TrainingError for a total without a gradient, for sums that are not finite, and for negative weights.
+    """
     denominators = _agree_on_weights(world, prepared, micro_batches, objective)
     factor = prepared.loss_scale.factor(divided=denominators is not None) if world.scaled else None
     prepared.calls.restart()
@@ -64,38 +77,48 @@ def run_micro_batches(
                 else:
                     loss = Loss(*through(objective, micro.batch, context))
             total = _one_total(loss, denominators, factor)
-            if not total.requires_grad:
-                raise TrainingError(
-                    explain(
-                        "The objective's total is to depend on a trainable parameter.",
-                        "a total without a gradient",
-                        "check that the model has trainable parameters and that the objective does not detach",
-                    )
-                )
+            _check_total(total)
             collector.add(loss, real=micro.real)
-            if place == len(micro_batches) - 1:  # they are added up while this backward runs
+            if place == len(micro_batches) - 1:  # sums are added up while this backward runs
                 added_up = collector.start(flags, divided=denominators is not None, calls=prepared.calls, add_up=add_up)
             backward(total if micro.real else total * 0.0)
     prepared.accumulations += 1
     sums = added_up()
     if factor is not None:
         sums = replace(sums, denominator=sums.denominator * factor, scaled=True)
+    _check_sums(sums)
+    return sums
+
+
+def _check_total(total: Tensor) -> None:
+    if not total.requires_grad:
+        raise TrainingError(
+            explain(
+                "Cannot train on the objective's total.",
+                "it depends on no trainable parameter: it has no gradient",
+                "check that the model has trainable parameters and that the objective does not detach",
+            )
+        )
+
+
+def _check_sums(sums: StepSums) -> None:
     if not all(map(math.isfinite, (*sums.totals.values(), *sums.weights.values()))):
         reject_non_finite(f"totals {dict(sums.totals)} over weights {dict(sums.weights)}")
     if min(sums.weights.values()) < 0.0:
         raise TrainingError(
             explain(
-                "A step's weights are numbers of samples or tokens, added up over ranks and micro-batches.",
-                f"{dict(sums.weights)}",
-                "let the objective return weights that are not negative",
+                "Cannot divide by a step's weight, a number of samples or tokens.",
+                f"a weight is negative: {dict(sums.weights)}",
+                "return weights from the objective that are not negative",
             )
         )
-    return sums
 
 
 def seed_micro_batch(world: World, prepared: Prepared, micro: MicroBatch, *, training: bool = True) -> Context:
-    """Set the generators of the CPU and the device, numpy's and Python's, from (seed, step, index of the micro-batch):
-    dropout is then equal at any world size. A step's second accumulation draws anew. Local."""
+    """Set the generators of the CPU, the device, numpy and Python from (seed, step, index of the micro-batch). Local.
+
+    Dropout is then equal at any world size. A second accumulation before one step draws other numbers.
+    """
     again = (prepared.accumulations,) if training and prepared.accumulations else ()
     key = derive_seed(world.seed, "step" if training else "eval", prepared.name, prepared.updates, micro.index, *again)
     seed_all(key, world.device)
@@ -111,9 +134,9 @@ def seed_micro_batch(world: World, prepared: Prepared, micro: MicroBatch, *, tra
 def _agree_on_weights(
     world: World, prepared: Prepared, micro_batches: Sequence[MicroBatch], objective: Objective
 ) -> Mapping[str, float] | None:
-    """Each term's weight over the whole step, where several terms need them before the first backward.
+    """Return each term's weight over the step, where a loss of several terms needs them before the first backward.
 
-    A scaled loss of one term learns its weight too, in a step's first accumulation: all of a step's have one scale.
+    A scaled loss of one term takes its weight in a step's first accumulation, so that all accumulations have one scale.
     """
     if not objective.has_weigh:
         return None
@@ -131,8 +154,10 @@ def _agree_on_weights(
 
 
 def _one_total(loss: Loss, denominators: Mapping[str, float] | None, factor: float | None) -> Tensor:
-    """What to back-propagate: the sum of the terms, each over its weight where that is known, times the scale's
-    `factor` where there is one. A total in fp16 has no room for a scale."""
+    """Return the total to back-propagate: the sum of the terms, each divided by its weight where that is known.
+
+    It is multiplied by the scale's `factor` in float32, since the product may overflow in fp16.
+    """
     if factor is not None:
         return _one_total(loss, denominators, None).float() * factor
     if denominators is None:
@@ -143,9 +168,9 @@ def _one_total(loss: Loss, denominators: Mapping[str, float] | None, factor: flo
 
 @contextmanager
 def _replay(prepared: Prepared) -> Iterator[None]:
-    """A replayed micro-batch keeps collectives aligned and leaves no trace: buffers are put back.
+    """Surround a replayed micro-batch, which only keeps collectives aligned: restore the buffers afterwards.
 
-    Those of synchronized batch norms follow the other ranks' micro-batches of this round, as everywhere.
+    The buffers of synchronized batch norms are not restored. They follow the other ranks' micro-batches of this round.
     """
     modules = [module for module in (prepared.model, prepared.objective) if module is not None]
     norms = synchronized_norms(modules)
@@ -160,9 +185,9 @@ def _replay(prepared: Prepared) -> Iterator[None]:
 
 @contextmanager
 def earlier_apart(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Gradients of an accumulation before, which are added up over ranks already, stand aside meanwhile.
+    """Keep gradients of an earlier accumulation, which are already added up over ranks, out of this one.
 
-    As copies: their own memory may be where the next ones are added up. Where that fails they are all there is.
+    They are copied, because the next gradients may be added up in their memory. After an error they are restored.
     """
     earlier = [None if parameter.grad is None else parameter.grad.clone() for parameter in parameters]
     for parameter in parameters:
@@ -182,11 +207,11 @@ def earlier_apart(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 
 @torch.no_grad()
 def add_up_together(tensors: Sequence[Tensor], add_up: Callable[[Tensor], Any]) -> None:
-    """Collective: each becomes the sum over ranks, in its own memory, however that is laid out.
+    """Replace each tensor by its sum over ranks, in place and with its memory layout. Collective.
 
-    All travel in one vector of the widest type, which `add_up` adds up in place.
+    All travel in one vector of the widest dtype, which `add_up` adds up in place.
     """
-    held = list(filter(Tensor.numel, tensors))  # torch loses the shape of an empty one
+    held = list(filter(Tensor.numel, tensors))  # torch loses the shape of an empty tensor
     if not held:
         return
     flat = flatten(held)
@@ -194,23 +219,27 @@ def add_up_together(tensors: Sequence[Tensor], add_up: Callable[[Tensor], Any]) 
     copy_each(held, unflatten(flat, held))
 
 
-def reject_non_finite(found: str) -> None:
-    """Raise TrainingError on every rank: the sums are those of all ranks, so all see the same."""
+def reject_non_finite(problem: str) -> None:
+    """Raise TrainingError on every rank. Call it with sums over all ranks, which are equal everywhere."""
     raise TrainingError(
         explain(
-            "The loss and its gradient are to be finite; the weights have not been changed by this step.",
-            found,
+            "Cannot take this step: its loss or gradient is not finite. The weights are unchanged.",
+            problem,
             "look at this step's samples, lower the learning rate, clip gradients (optim.clip_norm) or use fp32",
         )
     )
 
 
 class Gradients:
-    """Local gradients of a step that torch optimizers then take; shared by none, ddp and fsdp.
+    """The local gradients of a step, for strategies whose optimizer is torch's: none, ddp and fsdp.
 
-    `held` are as the parameters hold them and `locals` this rank's parts, which is the same where they are `whole`;
-    `dtype` is None where there are several. Within `torch.no_grad`: with a graph to keep, `to_local` takes 12
-    microseconds instead of a third of one.
+    Build it within `torch.no_grad`: `to_local` then takes a third of a microsecond instead of 12.
+
+    Attributes:
+        held: the gradients as the parameters hold them. Missing gradients are zeros.
+        locals: this rank's parts of them, the same tensors where no gradient is a DTensor.
+        full: whether no gradient is a DTensor.
+        dtype: their dtype, or None where there are several.
     """
 
     def __init__(self, prepared: Prepared) -> None:
@@ -220,16 +249,16 @@ class Gradients:
             for place, parameter in enumerate(self._parameters):
                 if gradients[place] is None:
                     gradients[place] = parameter.grad = torch.zeros_like(parameter)
-        kinds = set(map(_KIND, gradients))  # three traits of hundreds of tensors without a loop in Python
+        kinds = set(map(_KIND, gradients))  # reads hundreds of tensors without a loop in Python
         if any(sparse for _, _, sparse in kinds):
             _reject_sparse(prepared)
         self.dtype = next(iter(kinds))[1] if len(kinds) == 1 else None
-        self.whole = all(kind is Tensor for kind, _, _ in kinds)
+        self.full = all(kind is Tensor for kind, _, _ in kinds)
         self.held = gradients
-        self.locals: list[Any] = gradients if self.whole else [local_part(gradient) for gradient in gradients]
+        self.locals: list[Any] = gradients if self.full else [local_part(gradient) for gradient in gradients]
 
     def drop(self, *, keep: bool) -> None:
-        """Forget them, as `zero_grad(set_to_none=True)` does with more ado; or `keep` their memory, as zeros."""
+        """Remove the gradients, faster than `zero_grad(set_to_none=True)`. With `keep` set them to zero instead."""
         if keep:
             zero_each(self.locals)
             return
@@ -237,11 +266,11 @@ class Gradients:
             parameter.grad = None
 
     def square(self, chosen: Sequence[Tensor] | None = None) -> Tensor:
-        """Sum of squares of the local gradients (or of those chosen), a 0-d tensor, in at least float32... float64."""
+        """Return the sum of squares of the local gradients, or of those chosen, as a 0-d float64 tensor."""
         gradients = list(filter(Tensor.numel, self.locals if chosen is None else chosen))
         if not gradients:
             return torch.zeros((), dtype=torch.float64, device=self.locals[0].device if self.locals else None)
-        # bf16 gradients would get norms of 8 bits; wider ones keep their own type, bit for bit.
+        # Norms of bf16 gradients would have 8 bits. Wider gradients keep their dtype and so their bits.
         wide = torch.float32 if gradients[0].dtype == torch.bfloat16 else None
         norms = torch.stack(norm_each(gradients, wide)).double()
         return norms.dot(norms)
@@ -251,7 +280,7 @@ class Gradients:
         if factor == 1.0 or not self.locals:
             return
         if self.locals[0].device.type == "cpu" and self.dtype in (torch.float32, torch.float64):
-            # On a CPU a number is made a tensor for every gradient anew.
+            # On a CPU a number would become a new tensor for every gradient.
             multiply_each(self.locals, torch.tensor(factor, dtype=self.dtype))
         else:
             multiply_each(self.locals, factor)
@@ -264,8 +293,8 @@ def _reject_sparse(prepared: Prepared) -> None:
     named = next(one for one in prepared.named if one.parameter.grad is not None and one.parameter.grad.is_sparse)
     raise ConfigError(
         explain(
-            "Gradients are scaled, measured and clipped as dense tensors.",
-            f"a sparse gradient of {named.name!r} of {prepared.name!r}",
+            f"Cannot scale and clip the gradients of {prepared.name!r}, which must be dense tensors.",
+            f"the gradient of {named.name!r} is sparse",
             "build its nn.Embedding with sparse=False",
         )
     )

@@ -1,8 +1,8 @@
-"""Adam and AdamW by torch's fused kernel itself, without what `Optimizer.step` does in Python around it.
+"""Steps Adam and AdamW by torch's fused kernel, without the Python of `Optimizer.step`.
 
-Owns the question whether that is the same. It is for torch's own two classes with fused=True and state of every
-parameter, while nothing watches the step: no hook, no profiler, no other `step` put in its place. All else, a first
-step too, is the optimizer's own to take. State stays where torch keeps it and is looked up anew at every step.
+This module also decides whether that gives the same result. It does for torch's two classes with fused=True and state
+for every parameter, while nothing watches the step: no hook, no profiler, no replaced `step`. The optimizer takes all
+other steps itself, and the first one. State stays where torch keeps it, and is looked up at every step.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from disttrain.torch_internals.optimizers import fused_adam
 
 _STATE = ("exp_avg", "exp_avg_sq", "step")
 _PLAIN = {"fused": True, "amsgrad": False, "capturable": False, "differentiable": False}
-"""A group's settings with which torch.optim.adam (torch 2.13) ends in the kernel, on state of these three."""
+"""Settings of a group with which torch.optim.adam (torch 2.13) calls the kernel, on the state of `_STATE`."""
 
 
 class _Group(NamedTuple):
-    """One of the optimizer's groups: its parameters, how to pick their gradients from all, their state."""
+    """One of the optimizer's groups: parameters, a function that picks their gradients from all, and their state."""
 
     settings: dict[str, Any]
     parameters: list[nn.Parameter]
@@ -34,7 +34,7 @@ class _Group(NamedTuple):
 
 
 class FusedAdam:
-    """Steps of one optimizer, whose parameters are among `parameters`. Local; within `torch.no_grad`."""
+    """The fused steps of one optimizer, whose parameters are among `parameters`. Local; within `torch.no_grad`."""
 
     def __init__(self, optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> None:
         self.optimizer, self._parameters = optimizer, parameters
@@ -45,8 +45,10 @@ class FusedAdam:
         self._kernels = fused_adam()
 
     def ready(self, gradients: Sequence[Tensor], dtype: torch.dtype | None) -> bool:
-        """Whether `step` would do what the optimizer's own does. `gradients` are all parameters', as these hold them,
-        and `dtype` is theirs, None where they have several."""
+        """Whether `step` would give the result of the optimizer's step.
+
+        `gradients` are those of all parameters, as the parameters hold them. `dtype` is None where they have several.
+        """
         if self._kernels is None or self._kernels.is_watched(self.optimizer):
             return False
         if not all(map(_is_plain, self.optimizer.param_groups)):
@@ -56,7 +58,7 @@ class FusedAdam:
         return bool(self._groups) and dtype is self._dtype and all(map(_cut_alike, gradients, self._parameters))
 
     def step(self, local: Sequence[Tensor], divisor: Tensor | None) -> None:
-        """Once `ready`: the step on gradients' `local` tensors, each divided by `divisor` where there is one."""
+        """Step on the gradients' `local` tensors, divided by `divisor` where there is one. Requires `ready`."""
         assert self._kernels is not None, "not ready"
         for settings, parameters, _, pick, rows in self._groups:
             state = ([local_part(row[name]) for row in rows] for name in _STATE)
@@ -66,7 +68,7 @@ class FusedAdam:
         self._kernels.note_call(self.optimizer)
 
     def _is_as_seen(self) -> bool:
-        """Whether `step`, groups, parameters and rows of state are the very objects that were seen."""
+        """Whether `step`, groups, parameters and state are the same objects as in the last `_see`."""
         optimizer = self.optimizer
         return (
             optimizer.__dict__.get("step") is self._own_step
@@ -80,7 +82,7 @@ class FusedAdam:
         )
 
     def _see(self) -> list[_Group]:
-        """The groups as they are now; none where the kernel, which trusts its caller, is not for them."""
+        """Return the groups, or none where the kernel does not support them. The kernel checks nothing itself."""
         optimizer = self.optimizer
         assert self._kernels is not None, "asked before"
         self._own_step, self._rows = optimizer.__dict__.get("step"), list(optimizer.state.values())
@@ -107,7 +109,7 @@ class FusedAdam:
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor: itself where no mesh cuts it."""
+    """Return this rank's part of a DTensor, or the tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -128,5 +130,5 @@ def _picker(places: Sequence[int]) -> Callable[[Sequence[Tensor]], tuple[Tensor,
 
 
 def _cut_alike(gradient: Tensor, parameter: Tensor) -> bool:
-    """Whether their local tensors are the same part of the whole."""
+    """Whether their local tensors are the same part of the full tensors."""
     return type(gradient) is Tensor or getattr(gradient, "placements", None) == getattr(parameter, "placements", None)

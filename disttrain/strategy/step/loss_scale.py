@@ -1,9 +1,10 @@
-"""Dynamic loss scaling for fp16, whose gradients would vanish below 6e-8 and overflow above 65504.
+"""Scales losses under fp16, whose gradients would vanish below 6e-8 and overflow above 65504.
 
-Rates as torch.amp.GradScaler's (torch 2.13): from 2**16, doubled after 2000 applied steps in a row, halved by a step
-that is skipped because its gradient is not finite. Here it scales the step's *mean* loss: a sum over thousands of items
-is divided by (a power of two near) their number first, so that the scale means the same whatever the batch.
-All numbers are powers of two and come from sums over all ranks: equal on every rank, strategy and world size.
+The rates are those of torch.amp.GradScaler (torch 2.13). The scale starts at 2**16, doubles after 2000 applied steps in
+a row, and halves when a step is skipped because its gradient is not finite. It scales the step's *mean* loss: a sum
+over thousands of items is first divided by their number, rounded to a power of two, so that the scale does not depend
+on the batch size. All factors are powers of two and come from sums over all ranks. They are therefore equal on every
+rank, for every strategy and world size.
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ GROWTH, BACKOFF, INTERVAL = 2.0, 0.5, 2000
 
 @dataclass
 class LossScale:
-    """`value` is the scale, `applied` the steps since it changed, `weight` what a step's summed loss is divided by.
+    """The scale of the loss.
 
-    The weight is the step's own where the objective knows it before its forward (`weigh`), else that of the step
-    before; the first step has none, and may be skipped for it.
+    Attributes:
+        value: the scale.
+        applied: the number of applied steps since the scale changed.
+        weight: the divisor of a step's summed loss. It is the weight of this step where the objective has `weigh`, and
+            that of the step before otherwise. The first step then has none, and may be skipped because of it.
     """
 
     value: float = 2.0**16
@@ -29,19 +33,21 @@ class LossScale:
     weight: float = 1.0
 
     def expect(self, weight: float) -> None:
-        """The step's weight, known before its first backward. Local."""
+        """Set the step's weight before its first backward. Local."""
         if weight > 0.0:
             self.weight = 2.0 ** round(math.log2(weight))
 
     def factor(self, *, divided: bool) -> float:
-        """What a micro-batch's total is multiplied by: the scale over the weight, or the scale alone where the loss is
-        `divided` by its weights already. Local."""
+        """Return the factor of a micro-batch's total: the scale divided by the weight. Local.
+
+        It is the scale alone where the loss is already `divided` by its weights.
+        """
         return self.value if divided else self.value / self.weight
 
     def update(self, *, finite: bool, weight: float) -> None:
-        """After a step of this weight whose gradient was finite or not. Local: every rank comes to the same.
+        """Update the scale after a step of this weight. Local, with an equal result on every rank.
 
-        Raises TrainingError where no scale is left to try.
+        Raises TrainingError where the scale falls below 1.
         """
         self.expect(weight)
         self.applied = self.applied + 1 if finite else 0
@@ -52,8 +58,8 @@ class LossScale:
         if self.value < 1.0:
             raise TrainingError(
                 explain(
-                    "fp16 scales the loss so that gradients are finite, and skips a step where they are not.",
-                    "gradients that are not finite at a scale of 1; the weights have not been changed by such steps",
+                    "Cannot find a loss scale for fp16 at which gradients are finite.",
+                    "gradients are not finite at a scale of 1; such steps were skipped and changed no weights",
                     "look at these steps' samples, lower the learning rate, or use precision.compute=bf16",
                 )
             )

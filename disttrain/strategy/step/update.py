@@ -1,4 +1,4 @@
-"""The step as one act for strategies whose optimizer is torch's own: scale, clip, step, schedule, zero."""
+"""Takes a step with torch's optimizers: scales and clips gradients, steps optimizer and schedule, zeroes gradients."""
 
 from __future__ import annotations
 
@@ -26,10 +26,22 @@ def torch_step(
     square: Callable[[Gradients], Tensor] = Gradients.square,
     keep: bool = False,
 ) -> StepOutcome:
-    """`factor` turns the gradients at hand into those of the summed loss (DDP averages over ranks); `square` gives the
-    global sum of squares; with `keep` gradients stay in memory, as zeros. The norm is read, and refused if it is not
-    finite, before a weight changes. Scaled gradients always have theirs read, and where it is not finite the step is
-    skipped: neither weights nor schedule move."""
+    """Take a step. Collective where `square` is.
+
+    The norm is read before a weight changes. Where it is not finite the step is rejected. Under fp16 the norm is always
+    read, and a step whose norm is not finite is skipped: weights and schedule stay as they are.
+
+    Args:
+        prepared: the model with its optimizer.
+        sums: the step's sums over all ranks.
+        clip_norm: the largest global norm, or None for no clipping.
+        want_norm: whether the caller needs the norm.
+        factor: turns the gradients into those of the summed loss, where DDP has averaged them over ranks.
+        square: returns the global sum of squares of the gradients.
+        keep: whether gradients stay in memory as zeros.
+
+    Raises TrainingError for a norm that is not finite, and ValueError for a model without an optimizer.
+    """
     if prepared.optimizer is None:
         raise ValueError(f"{prepared.name!r} was prepared without an optimizer: it cannot step")
     prepared.updates += 1
@@ -55,7 +67,7 @@ def torch_step(
                     reject_non_finite(f"a gradient norm of {norm}")
                 return StepOutcome(None, applied=False, lr=rate, loss_scale=loss_scale)
         if clip_norm and norm is not None:
-            # torch.nn.utils.clip_grad_norm_'s own form, its 1e-6 included, so that plain loops agree.
+            # The formula of torch.nn.utils.clip_grad_norm_ with its 1e-6, so that plain loops give equal results.
             scale *= min(1.0, clip_norm / (norm + 1e-6))
         _step(prepared, gradients, scale, fused)
         if prepared.schedule is not None:
@@ -65,7 +77,7 @@ def torch_step(
 
 
 def _fused(prepared: Prepared, gradients: Gradients) -> FusedAdam | None:
-    """The shorter way to step, where it is the same."""
+    """Return the fused step where it gives the result of the optimizer's step."""
     optimizer = prepared.optimizer
     assert optimizer is not None, "asked before"
     if prepared.fused is None or prepared.fused.optimizer is not optimizer:
@@ -74,11 +86,11 @@ def _fused(prepared: Prepared, gradients: Gradients) -> FusedAdam | None:
 
 
 def _step(prepared: Prepared, gradients: Gradients, scale: float, fused: FusedAdam | None) -> None:
-    """The optimizer's step on gradients times `scale`, by `fused` where that is ready.
+    """Step on gradients times `scale`, by `fused` where that is ready.
 
-    In float32 by a division, which torch's fused kernels do as they go, as under its GradScaler: no pass over the
-    gradients of its own, and the same bits where one rank of several has to take the other way. A hook before the step
-    would see them as they were, and a subclass's step too.
+    float32 gradients are divided by a tensor, which torch's fused kernels do themselves, as under its GradScaler. That
+    saves a pass over the gradients, and gives the same bits as a division before the step, which another rank may need.
+    A hook before the step, or the step of a subclass, would see undivided gradients, so these get divided ones.
     """
     optimizer = prepared.optimizer
     assert optimizer is not None, "asked before"
@@ -86,7 +98,7 @@ def _step(prepared: Prepared, gradients: Gradients, scale: float, fused: FusedAd
     if gradients.dtype is torch.float32 and scale != 1.0 and 1e-30 < scale < 1e30:
         # Without a wait for the device.
         divisor = torch.full((), 1.0 / scale, dtype=torch.float32, device=gradients.locals[0].device)
-    within = divisor is not None and (fused is not None or (gradients.whole and _takes_divisor(optimizer)))
+    within = divisor is not None and (fused is not None or (gradients.full and _takes_divisor(optimizer)))
     if divisor is None:
         gradients.scale(scale)
     elif not within:
