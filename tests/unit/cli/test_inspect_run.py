@@ -295,7 +295,7 @@ def test_a_path_that_is_no_run_is_refused_with_code_5(
     out, err = capsys.readouterr()
     assert out == ""
     head, found_line, do_line = err.splitlines()
-    assert head.startswith(f"error (exit 5): {path} is ")
+    assert head.startswith((f"error (exit 5): {path} is not ", f"error (exit 5): Cannot load {path}."))
     assert found_line.startswith("  problem: ") and found in found_line
     assert do_line.startswith("  fix: name ")
     assert contents(project) == before
