@@ -127,7 +127,7 @@ class FusedAdamKernels:
             decoupled: whether weight decay is AdamW's.
         """
         parameters, gradients, averages, squares, steps = tensors
-        # On a CPU a number becomes a tensor for every step count anew. On a GPU reading a tensor waits for the device.
+        # On a CPU torch creates a tensor of the number for every step count. On a GPU reading a tensor waits.
         self._add(steps, torch.ones(()) if steps[0].is_cpu else 1)
         beta1, beta2 = settings["betas"]
         (self._adamw if decoupled else self._adam)(
