@@ -149,7 +149,7 @@ def test_muon_for_matrices_and_adamw_for_the_rest(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "told"), [("fsdp", "cuts parameters by rows"), ("zero1", "steps flat parts of parameters")]
+    ("name", "told"), [("fsdp", "shards parameters by rows"), ("zero1", "steps flat parts of parameters")]
 )
 def test_what_cannot_be_cut_is_refused_by_name_before_there_is_a_group(
     name: str, told: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]

@@ -1,7 +1,7 @@
-"""A model's own methods beside `forward`: FSDP2 gathers a model's parameters around `forward` alone.
+"""Gathers parameters around a model's public methods. FSDP2 gathers them around `forward` only.
 
-An objective may call `model.encode(x)`. So that this finds whole parameters, the public methods of the model's own
-classes gather them too when they are given tensors, unless the model is in one of its calls already.
+An objective may call `model.encode(x)`, which needs full parameters. The public methods of the user's model classes
+therefore gather parameters too, when they are called with tensors outside another call of the model.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 
 
 def gather_around_methods(model: nn.Module) -> None:
-    """Let the methods of a sharded model gather as its `forward` does. Local; the calls are collective then."""
+    """Let the methods of a sharded model gather as its `forward` does. Local. Later calls of them are collective."""
     depth = [0]
 
     def enter(*_: Any) -> None:
@@ -48,7 +48,7 @@ def _dispatching(plain: Callable[..., Any], gathering: Callable[..., Any], depth
 
 
 def _own_methods(kind: type) -> Iterator[str]:
-    """Public instance methods that torch's modules do not have."""
+    """Yield the names of public instance methods that `nn.Module` and torch's modules do not have."""
     for name in dir(kind):
         if name.startswith("_") or hasattr(nn.Module, name):
             continue

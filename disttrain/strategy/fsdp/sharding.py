@@ -1,7 +1,7 @@
-"""How FSDP2 cuts a model: its blocks each as a group, the rest as one, and what travels when, and where parts live.
+"""Shards a model with FSDP2: each block is one group of parameters, and the rest of the model is another.
 
-Gradients are added up, never averaged, over shards and replicas. Refuses groups of several types of parameters.
-Enters: strategy fsdp.
+Gradients are added up over shards and replicas, never averaged. A group of parameters with several dtypes is rejected.
+Called by strategy `fsdp`.
 """
 
 from __future__ import annotations
@@ -27,12 +27,14 @@ from disttrain.torch_internals.modules import batch_norm_classes
 _log = package_logger("strategy")
 
 _SHARE_OF_FREE = 4
-"""`reduce: auto` keeps whole gradients through an accumulation while they take at most a fourth of the free memory."""
+"""`reduce: auto` keeps full gradients during an accumulation if they need at most a fourth of the free memory."""
 
 
 def shard_model(model: nn.Module, mesh: DeviceMesh, options: FSDPOptions, world: World) -> list[tuple[str, nn.Module]]:
-    """Shard in place over `mesh` (shards, or replicas of shards); returns the blocks that became groups of their own.
-    Collective where `options.reshard` is a number: torch makes groups for it."""
+    """Shard a model in place over `mesh` (shards, or replicas of shards), and return its blocks with their names.
+
+    Local, but collective where `options.reshard` is a number, for which torch creates process groups.
+    """
     lay_out_rows(model)
     uncut = {parameter for parameter in model.parameters() if parameter.dim() == 0 or parameter.numel() == 0}
     blocks = choose_blocks(model, options.blocks)
@@ -42,8 +44,8 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, options: FSDPOptions, world:
     wide = [module for module in model.modules() if _is_wide(module, world)]
     for module in wide:
         fully_shard(module, mesh=mesh, offload_policy=offload, mp_policy=MixedPrecisionPolicy(reduce_dtype=reduced))
-    # Parameters travel, and gradients are computed, in the type of matrix products. Forwards run under autocast all the
-    # same, so that what it keeps wide stays wide.
+    # Parameters travel, and gradients are computed, in the dtype of matrix products. Forwards run under autocast too,
+    # so that operations which autocast keeps in float32 stay there.
     policy = MixedPrecisionPolicy(world.autocast, reduced if _states_reduction(world) else None)
     shard = partial(fully_shard, mesh=mesh, offload_policy=offload, mp_policy=policy)
     for _, block in blocks:
@@ -52,20 +54,20 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, options: FSDPOptions, world:
     root = shard(model, reshard_after_forward=False, ignored_params=uncut or None)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            # Not recursive (torch 2.13): missed on one module, the norm is 5-7 % wrong and AdamW hides it.
+            # Not recursive (torch 2.13). Without it on one module the norm is 5-7 % wrong, which AdamW hides.
             module.set_gradient_divide_factor(1.0)
-            # Else the factor becomes a PREMUL_SUM, which gloo does not know.
+            # Otherwise the factor becomes a PREMUL_SUM, which gloo does not support.
             module.set_force_sum_reduction_for_comms(True)
     if hasattr(root, "set_reduce_scatter_unused_params"):
         root.set_reduce_scatter_unused_params(True)
     _reject_mixed(model)
     _prefetch([block for _, block in blocks], options)
-    _log.info("fsdp: %d block(s) sharded each on its own, the rest as one group", len(blocks))
+    _log.info("fsdp: %d block(s) sharded separately, the rest as one group", len(blocks))
     return blocks
 
 
 def _reject_mixed(model: nn.Module) -> None:
-    """Raise ConfigError for a group that would travel in several types, which torch asserts in the first forward."""
+    """Raise ConfigError for a group of parameters with several dtypes, on which torch asserts in the first forward."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for parameters in Groups(model).sharded():
         kinds: dict[torch.dtype, str] = {}
@@ -74,12 +76,12 @@ def _reject_mixed(model: nn.Module) -> None:
                 kinds.setdefault(one.dtype, names[id(one)])
         if len(kinds) > 1:
             found = ", ".join(f"{name} of {str(dtype).removeprefix('torch.')}" for dtype, name in kinds.items())
-            do = "use strategy ddp, give them one type, or name in strategy.fsdp.blocks a module for those of the other"
-            raise ConfigError(explain("fsdp gathers the trained parameters of a group as one type.", found, do))
+            fix = "use strategy ddp, one dtype, or strategy.fsdp.blocks with a module for the parameters of each dtype"
+            raise ConfigError(explain("Cannot shard trained parameters of several dtypes as one group.", found, fix))
 
 
 def _prefetch(blocks: Sequence[nn.Module], options: FSDPOptions) -> None:
-    """Each block has those gathered that come next, in the model's order, and in the backward those before."""
+    """Let each block gather the next blocks in the model's order, and the previous ones in the backward."""
     ahead, behind = options.prefetch_forward, options.prefetch_backward
     sharded: list[FSDPModule] = [block for block in blocks if isinstance(block, FSDPModule)]
     for place, block in enumerate(sharded):
@@ -90,21 +92,23 @@ def _prefetch(blocks: Sequence[nn.Module], options: FSDPOptions) -> None:
 
 
 def reduces_every(model: nn.Module, options: FSDPOptions, world: World) -> bool:
-    """Whether gradients are reduced at every micro-batch: `reduce`, decided. Collective where it is `auto` on a GPU, so
-    that all ranks decide alike."""
+    """Whether gradients are reduced at every micro-batch, by `options.reduce`.
+
+    Collective where that is `auto` on a GPU: all ranks decide by the smallest free memory.
+    """
     if options.reduce != "auto" or world.device.type != "cuda":
         return options.reduce == "every"
-    # A whole gradient is as large as its parameter gathered: over tensor ranks it stays cut.
+    # A full gradient is as large as its gathered parameter, which stays sharded over tensor ranks.
     trained = sum(
         parameter.numel() // _tensor_parts(parameter) for parameter in model.parameters() if parameter.requires_grad
     )
-    whole_bytes = trained * DTYPES[world.precision.reduce].itemsize
-    fits = whole_bytes * _SHARE_OF_FREE <= torch.cuda.mem_get_info(world.device)[0]
+    full_bytes = trained * DTYPES[world.precision.reduce].itemsize
+    fits = full_bytes * _SHARE_OF_FREE <= torch.cuda.mem_get_info(world.device)[0]
     return world.group.minimum(int(fits)) == 0
 
 
 def _tensor_parts(parameter: Tensor) -> int:
-    """How many parts the `tensor` axis cuts a parameter into."""
+    """Return the number of parts of a parameter on the `tensor` axis."""
     if not isinstance(parameter, DTensor):
         return 1
     axes = parameter.device_mesh.mesh_dim_names or ()
@@ -112,47 +116,47 @@ def _tensor_parts(parameter: Tensor) -> int:
 
 
 class Groups:
-    """The groups of a sharded model, found once: torch's own calls walk all modules, 0.1 ms each on a model of 240."""
+    """The groups of a sharded model. torch's calls would visit all modules, in 0.1 ms each for a model of 240."""
 
     def __init__(self, model: nn.Module) -> None:
         self._modules: list[FSDPModule] = [module for module in model.modules() if isinstance(module, FSDPModule)]
         self._groups = [ShardedGroup(module) for module in self._modules]
-        self._said: tuple[bool, bool] | None = None
+        self._last_settings: tuple[bool, bool] | None = None
         self._holding = False
 
     def sharded(self) -> Iterator[list[nn.Parameter]]:
-        """Each group's parameters, as this rank's shards."""
+        """Yield each group's parameters, as this rank's shards. Local."""
         for group in self._groups:
             yield group.sharded()
 
     def changed(self) -> list[Tensor]:
-        """Parameters that were changed while they were gathered, which the next gather knows nothing of. Local."""
+        """Return parameters that user code changed while they were gathered. The next gather would lose that. Local."""
         return [parameter for group in self._groups for parameter in group.changed()]
 
     def communicate(self, *, reduce: bool, last: bool) -> None:
-        """Whether the next backward reduces over shards, and over replicas as the step's `last` does. Local."""
-        if (reduce, last) != self._said:
+        """Set whether the next backward reduces over shards, and over replicas as the step's `last` does. Local."""
+        if (reduce, last) != self._last_settings:
             for module in self._modules:
                 module.set_requires_gradient_sync(reduce, recurse=False)
                 module.set_requires_all_reduce(last, recurse=False)
                 module.set_is_last_backward(reduce)
-            self._said = reduce, last
+            self._last_settings = reduce, last
         if reduce and self._holding:
             for group in self._groups:
                 group.complete_gradients()
         self._holding = not reduce
 
-    def free_whole(self) -> None:
-        """Let go of gathered parameters that a forward without a backward left; the next one gathers anew. Local."""
+    def free_gathered(self) -> None:
+        """Free gathered parameters, which a forward without a backward leaves. The next one gathers again. Local."""
         for module in self._modules:
             module.reshard()
 
 
-def introduce(model: nn.Module, world: World) -> None:
-    """Gather and free each group once whose gradients are added up in a type that is stated. Collective.
+def gather_once(model: nn.Module, world: World) -> None:
+    """Gather and free once each group whose policy states the dtype of reductions. Collective.
 
-    A block that no forward has called yet has no whole parameter, which torch 2.13 asks for then at the end of a
-    backward without a reduction.
+    At the end of a backward without a reduction, torch 2.13 reads the gathered parameters of such a group, which do not
+    exist for a block that no forward has called yet.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule) and (_states_reduction(world) or _is_wide(module, world)):
@@ -161,14 +165,18 @@ def introduce(model: nn.Module, world: World) -> None:
 
 
 def _states_reduction(world: World) -> bool:
-    """Whether a group's policy states the type of reductions: where gradients have another type. Where they have the
-    same, stated, torch 2.13 would accumulate them in a copy."""
+    """Whether a group's policy states the dtype of reductions, because gradients have another dtype.
+
+    Where both are equal and the policy states it, torch 2.13 accumulates gradients in a copy.
+    """
     return DTYPES[world.precision.reduce] != (world.autocast or world.dtype)
 
 
 def _is_wide(module: nn.Module, world: World) -> bool:
-    """Whether a module is a group of its own in the master type: under autocast the kernels of batch norms want
-    parameters as wide as the running statistics."""
+    """Whether a module is a separate group in the master dtype.
+
+    Under autocast the kernels of batch norms need parameters in the dtype of the running statistics.
+    """
     return (
         world.autocast is not None
         and isinstance(module, batch_norm_classes())

@@ -1,10 +1,12 @@
-"""`fsdp`: parameters, gradients and optimizer state cut over the ranks by torch's `fully_shard` (FSDP2).
+"""Implements strategy `fsdp`: torch's `fully_shard` (FSDP2) shards parameters, gradients and optimizer state.
 
-Order of wrapping: repeated blocks first, each a group of its own, then the model with all that is left (embeddings,
-heads, tied weights: one group, so that a tie never crosses groups), then the optimizer over the shards.
-Over `mesh.shard` ranks tensors are cut in parts; over `mesh.replicate` the parts are held again (HSDP), and gradients
-added up over both. 0-d and empty parameters, which FSDP2 cannot cut, and those of a trainable objective stay whole on
-every rank; their gradients are added up in one flat all-reduce. Over `mesh.tensor` layers are cut first, by a plan.
+Order of wrapping: first the repeated blocks, each as one group. Then the rest of the model (embeddings, heads, tied
+weights) as one group, so that a tie never crosses groups. Then the optimizer is built over the shards.
+
+Tensors are sharded over the axis `mesh.shard`, and the shards are replicated over `mesh.replicate` (HSDP). Gradients
+are added up over both. Over `mesh.tensor` layers are sharded first, by a plan. FSDP2 cannot shard 0-d and empty
+parameters: they stay replicated, as do those of a trainable objective. Their gradients are added up in one flat
+all-reduce.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ from disttrain.strategy.contract import (
     World,
 )
 from disttrain.strategy.fsdp.methods import gather_around_methods
-from disttrain.strategy.fsdp.sharding import Groups, introduce, reduces_every, shard_model
+from disttrain.strategy.fsdp.sharding import Groups, gather_once, reduces_every, shard_model
 from disttrain.strategy.fsdp.tensor_parallel import TensorParallel, is_part
 from disttrain.strategy.fsdp.tensor_plan import plan_modules
 from disttrain.strategy.step.arithmetic import Gradients, add_up_together, earlier_apart, run_micro_batches
@@ -55,44 +57,51 @@ from disttrain.strategy.step.update import torch_step
 from disttrain.torch_internals.fully_shard import missing_for_fsdp
 
 _UNSHARDABLE: dict[type[Optimizer] | None, str] = {
-    torch.optim.Adafactor: "whose norms torch's DTensor does not take",
-    torch.optim.Muon: "whose products in bfloat16 come out otherwise by parts, and which fails where parts are few",
-    torch.optim.Rprop: "whose masks torch's DTensor does not take",
+    torch.optim.Adafactor: "whose norms torch's DTensor does not support",
+    torch.optim.Muon: "whose bfloat16 products differ by parts, and which fails with few parts",
+    torch.optim.Rprop: "whose masks torch's DTensor does not support",
 }
-"""Of torch's own (2.13), known before there is a group to try them in: two raise at the first step; the weights that
-Muon trains differ by 4e-3 after five steps at two ranks."""
+"""Optimizers of torch 2.13 that do not work on shards, known without a process group to try them in. Two raise at the
+first step. The weights that Muon trains differ by 4e-3 after five steps on two ranks."""
 
 
 @dataclass(frozen=True)
 class _Sharded:
-    """How a prepared model is cut: its groups, its tensor plan if it has one, and whether gradients are reduced at
-    `every` micro-batch, not in the last one's backward alone. Of the trained parameters, by place in `named`: `parts`
-    are cut and counted in this rank's part of the norm, `whole` are held by every rank. `order` watches the blocks."""
+    """How a prepared model is sharded.
+
+    Attributes:
+        groups: FSDP2's groups.
+        order: checks the order in which ranks call blocks.
+        tensor: tensor parallelism, if the mesh has that axis.
+        every: whether gradients are reduced at every micro-batch, not only in the last one's backward.
+        parts: indices in `named` of sharded parameters that this rank counts in the norm.
+        full: indices in `named` of parameters that every rank holds in full.
+    """
 
     groups: Groups
     order: CallOrderCheck
     tensor: TensorParallel | None
     every: bool
     parts: tuple[int, ...]
-    whole: tuple[int, ...]
+    full: tuple[int, ...]
 
 
 class FSDP(AbstractStrategy):
-    """Full shard over the mesh's `shard` axis, copies of the shards over `replicate`."""
+    """Shards over the mesh's axis `shard`, and replicates the shards over `replicate`."""
 
     def __init__(self, options: FSDPOptions, world: World) -> None:
         super().__init__(options, world)
         mesh = world.mesh.device_mesh
         sizes = world.mesh.sizes
         self._mesh = mesh["replicate", "shard"] if sizes.replicate > 1 else mesh["shard"]
-        # The ranks that hold one copy of a model between them.
+        # The ranks that together hold one copy of a model.
         self._holders = dist.group.WORLD if sizes.replicate == 1 else self._mesh.get_group("shard")
         if sizes.replicate > 1 and sizes.tensor > 1:
             self._holders = group_across(mesh, ("shard", "tensor"))
 
     @classmethod
     def check(cls, options: Any, sizes: MeshSizes, device: Device, precision: PrecisionConfig) -> None:
-        """The groups of ranks that `reshard` keeps parameters in are parts of `mesh.shard`."""
+        """Reject a torch that lacks internals of FSDP2, and an option `reshard` that does not fit the mesh."""
         if (missing := missing_for_fsdp()) is not None:
             raise LaunchError(
                 explain(
@@ -105,41 +114,41 @@ class FSDP(AbstractStrategy):
             divisors = [str(n) for n in range(2, sizes.shard + 1) if sizes.shard % n == 0]
             raise ConfigError(
                 explain(
-                    f"strategy.fsdp.reshard={options.reshard} keeps parameters in groups of so many ranks.",
-                    f"mesh.shard={sizes.shard}, which it does not divide",
+                    f"Cannot keep parameters in groups of ranks by strategy.fsdp.reshard={options.reshard}.",
+                    f"it does not divide mesh.shard={sizes.shard}",
                     f"set it to {', '.join(divisors) or 'no number here'}, or to true or false",
                 )
             )
         if not isinstance(options.reshard, bool) and sizes.tensor > 1:
             raise ConfigError(
                 explain(
-                    f"strategy.fsdp.reshard={options.reshard} keeps parameters in groups of ranks.",
-                    f"mesh.tensor={sizes.tensor}, whose ranks torch would mix into those groups",
+                    f"Cannot keep parameters in groups of ranks by strategy.fsdp.reshard={options.reshard}.",
+                    f"torch would mix ranks of mesh.tensor={sizes.tensor} into those groups",
                     "set it to true or false with tensor parallel",
                 )
             )
 
     @classmethod
     def check_model(cls, options: Any, sizes: MeshSizes, make_model: MakeModel) -> None:
-        """The tensor plan fits a model that says how it is filled, whose shapes cost nothing."""
+        """Check the tensor plan on the meta device, for a model that can be built there."""
         if sizes.tensor > 1 and says_how(make_model):
             plan_modules(build_model(make_model, seed=0, meta=True), options.tensor, sizes.tensor)
 
     @classmethod
     def check_optimizer(cls, make: MakeOptimizer, mesh: Mesh | None = None) -> None:
-        """It steps a parameter that is cut by rows as it would step the whole; with a mesh that is tried."""
+        """Reject an optimizer that steps rows of a parameter differently. With a mesh, try it."""
         for one in factories_of(make):
             kind = kind_of(one)
             reason = _UNSHARDABLE.get(kind)
-            # A mesh of one rank shows nothing, whichever axis cuts.
+            # A mesh of one rank shows nothing. Either axis may have one.
             axes = ["shard"] if mesh is None or mesh.sizes.tensor == 1 else ["shard", "tensor"]
             if reason is None and mesh and not all(is_exact_on_shards(one, mesh.device_mesh[axis]) for axis in axes):
-                reason = "which steps a matrix otherwise, or not at all, where it is cut by rows"
+                reason = "whose step of a matrix differs or fails where it is sharded by rows"
             if reason is not None:
                 raise ConfigError(
                     explain(
-                        "strategy.name=fsdp cuts parameters by rows, and each optimizer steps on DTensors of them.",
-                        f"{kind.__qualname__ if kind else 'an optimizer'}, {reason}",
+                        "Cannot use this optimizer with strategy fsdp, which shards parameters by rows as DTensors.",
+                        f"the optimizer is {kind.__qualname__ if kind else 'one of yours'}, {reason}",
                         "use strategy ddp, or an elementwise optimizer such as AdamW or SGD",
                     )
                 )
@@ -155,8 +164,8 @@ class FSDP(AbstractStrategy):
             model = build_on_host(self.world, ingredients)
             tensor = self._cut(model)
             blocks = shard_model(model, self._mesh, self.options, self.world)
-            self._move_home(model)
-        introduce(model, self.world)
+            self._place(model)
+        gather_once(model, self.world)
         prepared = Prepared(ingredients.name, model, ingredients.objective)
         equip(prepared, ingredients, name_parameters(model, ingredients.objective))
         places = [(place, named.parameter) for place, named in enumerate(prepared.named)]
@@ -165,15 +174,15 @@ class FSDP(AbstractStrategy):
             CallOrderCheck(blocks if self.world.group.size > 1 else ()),
             tensor,
             every=reduces_every(model, self.options, self.world),
-            # What no tensor plan cuts is the same on all ranks of the axis: one of them brings it.
+            # A parameter outside the tensor plan is equal on all ranks of that axis, and one of them counts it.
             parts=tuple(
                 k for k, one in places if isinstance(one, DTensor) and (self.world.mesh.counts or is_part(one))
             ),
-            whole=tuple(k for k, one in places if not isinstance(one, DTensor)),
+            full=tuple(k for k, one in places if not isinstance(one, DTensor)),
         )
         gather_around_methods(model)
         for name, block in blocks:
-            # Blocks are gathered when they are called: a rank that calls another one would get a mixture of both.
+            # Blocks are gathered when they are called. Ranks that call different blocks would get a mixture of both.
             block.register_forward_pre_hook(lambda module, args, name=name: prepared.calls.append(name))
         return prepared
 
@@ -184,8 +193,8 @@ class FSDP(AbstractStrategy):
         tensor.cut(model)
         return tensor
 
-    def _move_home(self, model: nn.Module) -> None:
-        """Where parameters and buffers live between steps: the device, but shards on the host under `offload`."""
+    def _place(self, model: nn.Module) -> None:
+        """Move parameters and buffers to the device. With `offload` shards stay on the host."""
         if not self.options.offload:
             model.to(self.world.device)
             return
@@ -194,9 +203,9 @@ class FSDP(AbstractStrategy):
                 tensor.data = tensor.data.to(self.world.device)
 
     def _fill(self, model: nn.Module) -> None:
-        """Shard by shard: a rank holds one whole tensor at a time, and keeps its own part of it."""
+        """Initialize tensor by tensor. A rank holds one full tensor at a time, and keeps its part of it."""
         model.to_empty(device="cpu" if self.options.offload else self.world.device)
-        self._move_home(model)
+        self._place(model)
         places: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
         places.update(model.named_buffers(remove_duplicate=False))
         fill(model, generators_for(self.world.seed), lambda name, value: copy_part(places[name], value))
@@ -207,7 +216,7 @@ class FSDP(AbstractStrategy):
         sharded: _Sharded = prepared.wrapped
 
         def communicating(last: bool) -> AbstractContextManager[Any]:
-            # Over `replicate` shards are added up once, whatever was before.
+            # Over `replicate` gradients are added up once per step.
             sharded.groups.communicate(reduce=last or sharded.every, last=last)
             return nullcontext()
 
@@ -216,10 +225,10 @@ class FSDP(AbstractStrategy):
         tensor = sharded.tensor
         if tensor is not None:
             around |= {"through": partial(tensor.through, model=prepared.model), "backward": tensor.backward}
-        with self._whole_reduced(prepared):
+        with self._reduce_replicated(prepared):
             sums = run_micro_batches(*step, **around)
         if changed := set(map(id, sharded.groups.changed())):
-            sharded.groups.free_whole()  # the parameters are the cut ones then
+            sharded.groups.free_gathered()  # the module's parameters are the shards again
             names = [name for name, one in prepared.model.named_parameters() if id(one) in changed]
             reject_changed(names, "in the forward", "fsdp")
         if tensor is not None:
@@ -227,52 +236,52 @@ class FSDP(AbstractStrategy):
         return sums
 
     @contextmanager
-    def _whole_reduced(self, prepared: Prepared) -> Iterator[None]:
-        """Add up the gradients of what is held whole, in one all-reduce."""
-        whole = [prepared.named[place].parameter for place in prepared.wrapped.whole]
-        with earlier_apart(whole):
+    def _reduce_replicated(self, prepared: Prepared) -> Iterator[None]:
+        """Add up the gradients of parameters that every rank holds in full, in one all-reduce."""
+        replicated = [prepared.named[place].parameter for place in prepared.wrapped.full]
+        with earlier_apart(replicated):
             yield
-            if not whole:
+            if not replicated:
                 return
-            for parameter in whole:
+            for parameter in replicated:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-            gradients = [parameter.grad for parameter in whole if parameter.grad is not None]
+            gradients = [parameter.grad for parameter in replicated if parameter.grad is not None]
             add_up_together(gradients, partial(dist.all_reduce, group=self.world.mesh.data_group))
 
     def step(self, prepared: Prepared, sums: StepSums, *, clip_norm: float | None, want_norm: bool) -> StepOutcome:
         sharded: _Sharded = prepared.wrapped
 
         def square(gradients: Gradients) -> Tensor:
-            """Each part once, whoever else holds it, in one all-reduce over the ranks that hold one copy."""
+            """Count each part once, in one all-reduce over the ranks that hold one copy of the model."""
             total = gradients.square([gradients.locals[place] for place in sharded.parts])
-            total = total.to(self.world.device)  # offloaded gradients are the host's
+            total = total.to(self.world.device)  # offloaded gradients are on the host
             dist.all_reduce(total, group=self._holders)
-            if not sharded.whole:
+            if not sharded.full:
                 return total
-            return total + gradients.square([gradients.locals[place] for place in sharded.whole]).to(total.device)
+            return total + gradients.square([gradients.locals[place] for place in sharded.full]).to(total.device)
 
         outcome = torch_step(prepared, sums, clip_norm=clip_norm, want_norm=want_norm, square=square)
-        sharded.groups.free_whole()
+        sharded.groups.free_gathered()
         return outcome
 
     @contextmanager
     def frozen(self, prepared: Prepared) -> Iterator[None]:
-        # Whole parameters learn requires_grad when they are gathered: none may be left from before, or behind.
-        prepared.wrapped.groups.free_whole()
+        # Gathered parameters copy requires_grad when they are gathered, so none may be left from before or after.
+        prepared.wrapped.groups.free_gathered()
         with super().frozen(prepared):
             yield
-            prepared.wrapped.groups.free_whole()
+            prepared.wrapped.groups.free_gathered()
 
     def loaded(self, prepared: Prepared) -> None:
         super().loaded(prepared)
-        prepared.wrapped.groups.free_whole()
+        prepared.wrapped.groups.free_gathered()
 
     def shards(self, prepared: Prepared, stored: Mapping[str, Any] | None = None) -> list[Shard]:
-        # A forward without a backward, an evaluation's or a teacher's, left it gathered.
-        prepared.wrapped.groups.free_whole()
+        # A forward without a backward, of an evaluation or a teacher, leaves parameters gathered.
+        prepared.wrapped.groups.free_gathered()
         return sharded_shards(prepared, stored, rank=self.world.group.rank, size=self.world.group.size)
 
     def full_weights(self, prepared: Prepared) -> Iterator[tuple[str, Tensor]]:
-        prepared.wrapped.groups.free_whole()
+        prepared.wrapped.groups.free_gathered()
         return full_tensors(prepared.model)

@@ -1,9 +1,9 @@
-"""Tensor parallel: a model's layers cut over the mesh's `tensor` axis, whose ranks compute each sample together.
+"""Shards a model's layers over the mesh's `tensor` axis, whose ranks compute each sample together.
 
-`TensorParallel.cut` puts DTensors in the place of parameters and hooks around the modules that a plan names; what lies
-between them computes on plain tensors, on every rank alike. Parameters that no plan names stay as they are: all ranks
-of the axis hold the same, and come to the same gradient, which `check_alike` proves once.
-Refuses ties that a plan cuts apart, and times that do not divide. Enters: strategy fsdp, before it shards.
+`TensorParallel.cut` replaces parameters by DTensors and adds hooks to the modules that a plan names. Everything between
+those modules computes on plain tensors, equally on every rank. Parameters outside the plan stay replicated on the axis
+and get equal gradients, which `check_alike` verifies once. Tied weights that a plan shards differently are rejected.
+So is a time dim that the degree does not divide. Strategy `fsdp` calls this before it shards.
 """
 
 from __future__ import annotations
@@ -28,26 +28,29 @@ from disttrain.optim.named import NamedParameter
 from disttrain.strategy.fsdp.tensor_plan import TIME, Style, plan_modules
 
 _ALIKE = 1e-3
-"""How far norms of one gradient may be apart on ranks that compute it alike: kernels that add atomically differ by
-rounding; a part of a gradient is another number altogether."""
+"""Relative difference up to which norms of one gradient count as equal between ranks. Kernels that add atomically
+differ by rounding. A partial gradient differs by far more."""
 
 
 class TensorParallel:
-    """One model over `mesh`, the one-dimensional mesh of the `tensor` axis."""
+    """Tensor parallelism of one model over `mesh`, the one-dimensional mesh of the `tensor` axis."""
 
     def __init__(self, mesh: DeviceMesh, options: TensorOptions) -> None:
         self._mesh, self._options = mesh, options
         self._checked = False
-        self._losing = False
+        self._in_sharded_loss = False
 
     def cut(self, model: nn.Module) -> None:
-        """Replace parameters by their parts and hook the modules, in place. Local: each rank cuts its own whole tensor,
-        or the shape of one. Raises ConfigError for what the plan cannot do."""
+        """Replace parameters by their parts and hook the modules, in place. Local.
+
+        Each rank shards the full tensor that it holds, which may be on the meta device. Raises ConfigError for a plan
+        that does not fit the model.
+        """
         styles = plan_modules(model, self._options, self._mesh.size())
         modules = dict(model.named_modules())
         parts: dict[int, nn.Parameter] = {}
-        originals: list[nn.Parameter] = []  # kept, so that no id is given to another meanwhile
-        entrances: dict[str, Entrance] = {}
+        originals: list[nn.Parameter] = []  # kept alive, so that no new object gets the same id
+        inputs: dict[str, InputRedistribution] = {}
         for name, style in styles.items():
             module, parent = modules[name], name.rpartition(".")[0]
             if isinstance(module, nn.Dropout):
@@ -61,117 +64,124 @@ class TensorParallel:
                     parts[id(parameter)] = self._part(parameter, placement)
                 part = parts[id(parameter)]
                 if part.placements != (placement,):  # type: ignore[attr-defined]
-                    _reject_tie(f"{name}.{key}", f"{part.placements} by another name")  # type: ignore[attr-defined]
+                    _reject_tie(f"{name}.{key}", f"another name has {part.placements}")  # type: ignore[attr-defined]
                 module.register_parameter(key, part)
             if style.partial:
                 _use_locally(module)
                 continue
-            if parent not in entrances:
-                entrances[parent] = Entrance(self._mesh)
-                modules[parent].register_forward_hook(entrances[parent].close, always_call=True)
-            module.register_forward_pre_hook(partial(entrances[parent].enter, style), with_kwargs=True)
+            if parent not in inputs:
+                inputs[parent] = InputRedistribution(self._mesh)
+                modules[parent].register_forward_hook(inputs[parent].close, always_call=True)
+            module.register_forward_pre_hook(partial(inputs[parent].enter, style), with_kwargs=True)
             module.register_forward_hook(partial(self._leave, name, style))
         for name, parameter in model.named_parameters(remove_duplicate=False):
             if id(parameter) in parts and parameter is not parts[id(parameter)]:
-                _reject_tie(name, "not in the plan")
+                _reject_tie(name, "this name is not in the plan")
 
     def _part(self, parameter: nn.Parameter, placement: Placement) -> nn.Parameter:
         part = distribute_tensor(parameter.detach(), self._mesh, [placement], src_data_rank=None)
         return nn.Parameter(part, requires_grad=parameter.requires_grad)
 
     def _leave(self, name: str, style: Style, module: nn.Module, args: Any, output: Any) -> Any:
-        """A module's output in the layout that the plan gives it, as this rank's plain tensor."""
+        """Return a module's output in the plan's placement, as this rank's plain tensor."""
         by_features = output.placements[0].is_shard(output.dim() - 1)
-        if self._losing and style.head and by_features:
+        if self._in_sharded_loss and style.head and by_features:
             return output
         if style.as_head is not None and by_features:
             style = style.as_head
         if style.gives == TIME and output.shape[1] % self._mesh.size():
             raise ConfigError(
                 explain(
-                    "strategy.fsdp.tensor.sequence=true cuts each sample along time.",
-                    f"an output {tuple(output.shape)} of {name!r} over mesh.tensor={self._mesh.size()}",
+                    "Cannot shard samples along time (strategy.fsdp.tensor.sequence=true).",
+                    f"mesh.tensor={self._mesh.size()} does not divide dim 1 of {name!r}'s output {tuple(output.shape)}",
                     "choose a context that the degree divides, or leave sequence out",
                 )
             )
-        return output.redistribute(placements=[layout(style.gives, output.dim())]).to_local()
+        return output.redistribute(placements=[counted_from_front(style.gives, output.dim())]).to_local()
 
     def _drop(self, module: nn.Dropout, x: Tensor) -> Tensor:
-        """Dropout of this rank's times, as it is of them when one rank has all: the whole mask is drawn."""
+        """Apply dropout to this rank's part of the time dim. The full mask is drawn, as one rank would draw it."""
         if not module.training or module.p == 0.0:
             return x
         times = x.shape[1]
-        whole = x.new_ones(x.shape[0], times * self._mesh.size(), *x.shape[2:])
-        return x * F.dropout(whole, module.p).narrow(1, times * self._mesh.get_local_rank(), times)
+        full = x.new_ones(x.shape[0], times * self._mesh.size(), *x.shape[2:])
+        return x * F.dropout(full, module.p).narrow(1, times * self._mesh.get_local_rank(), times)
 
     # ------------------------------------------------------------------ losses and gradients
 
     @contextmanager
-    def losing(self) -> Iterator[None]:
-        """Meanwhile a head's output stays cut, and cross entropy knows it: around forward and backward of training."""
+    def sharded_loss(self) -> Iterator[None]:
+        """Keep a head's output sharded, and let cross entropy handle it. Surrounds forward and backward in training."""
         if not self._options.loss:
             yield
             return
-        self._losing = True
+        self._in_sharded_loss = True
         try:
             with loss_parallel():
                 yield
         finally:
-            self._losing = False
+            self._in_sharded_loss = False
 
     def through(self, objective: Objective, batch: Any, context: Context, *, model: nn.Module) -> tuple[Any, Any, Any]:
-        """The objective on a model whose logits are cut; its sums come back as plain tensors. Collective over the axis
-        where a sum is still cut."""
-        with self.losing():
+        """Call the objective on a model with sharded logits, and return its sums as plain tensors.
+
+        Collective over the axis where a sum is still sharded.
+        """
+        with self.sharded_loss():
             loss = objective(model, batch, context)
         return _plain(loss.totals), _plain(loss.weights), _plain(loss.sums)
 
     def backward(self, total: Tensor) -> None:
-        """Back-propagate, through losses over cut logits too."""
-        with self.losing():
+        """Back-propagate a total, which may be a loss over sharded logits."""
+        with self.sharded_loss():
             torch.autograd.backward(total)
 
     def check_alike(self, named: Sequence[NamedParameter]) -> None:
-        """Once: the gradients of what no plan cuts are the same on all ranks of the axis. Collective over it.
+        """Check once that gradients of parameters outside the plan are equal on all ranks of the axis. Collective.
 
-        Raises TrainingError on all ranks where not: a part of the model works on a part of the heads or of the times.
+        Raises TrainingError on all ranks otherwise: a module outside the plan then computes on a part of the heads or
+        of the time dim.
         """
         if self._checked:
             return
         self._checked = True
-        whole = [one for one in named if not is_part(one.parameter) and one.parameter.grad is not None]
-        if not whole:
+        replicated = [one for one in named if not is_part(one.parameter) and one.parameter.grad is not None]
+        if not replicated:
             return
-        norms = torch.stack([_norm(one.parameter.grad) for one in whole])
+        norms = torch.stack([_norm(one.parameter.grad) for one in replicated])
         ends = torch.stack([norms, -norms])
         dist.all_reduce(ends, dist.ReduceOp.MAX, group=self._mesh.get_group())
         most, least = ends[0], -ends[1]
         apart = ((most - least) > _ALIKE * most).tolist()
         other = torch.tensor(float(any(apart)), device=norms.device)
-        dist.all_reduce(other, dist.ReduceOp.MAX)  # a group of the axis alone must not leave the others waiting
+        dist.all_reduce(other, dist.ReduceOp.MAX)  # over all ranks, so that all raise
         if not other.item():
             return
-        names = [one.name for one, differs in zip(whole, apart, strict=True) if differs] or ["a parameter elsewhere"]
+        names = [one.name for one, differs in zip(replicated, apart, strict=True) if differs] or [
+            "a parameter elsewhere"
+        ]
         raise TrainingError(
             explain(
-                "Parameters that the tensor plan does not name have one gradient on all ranks of mesh.tensor.",
-                f"other ones on each rank: {', '.join(names[:5])}",
+                "Cannot train parameters outside the tensor plan: their gradients differ between ranks of mesh.tensor.",
+                f"they differ for {', '.join(names[:5])}",
                 "name their modules in the plan: replicated_with_grad_allreduce between colwise and rowwise layers, "
-                "sequence_parallel for what works on a part of the times",
+                "sequence_parallel for modules that compute on a part of the time dim",
             )
         )
 
 
-class Entrance:
-    """How inputs get into the cut modules of one parent: siblings that read the same tensor share its gathering, and
-    the sum of its gradients is added up over ranks once."""
+class InputRedistribution:
+    """Redistributes inputs of the sharded modules of one parent.
+
+    Siblings that read the same tensor share one gather of it, and one reduction of its gradients.
+    """
 
     def __init__(self, mesh: DeviceMesh) -> None:
         self._mesh = mesh
         self._last: tuple[Tensor, Style, DTensor] | None = None
 
     def enter(self, style: Style, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """A forward pre-hook: the first argument as a DTensor in the layout that the module computes on."""
+        """Pass the first argument as a DTensor in the placement that the module computes on. A forward pre-hook."""
         first = next(iter(kwargs)) if not args else None
         x = args[0] if first is None else kwargs[first]
         if style.as_head is not None and x.is_floating_point():
@@ -182,23 +192,23 @@ class Entrance:
         else:
             inner = x
             if not isinstance(x, DTensor):
-                inner = DTensor.from_local(x, self._mesh, [layout(style.takes, x.dim())], run_check=False)
-            inner = inner.redistribute(placements=[layout(style.wants, x.dim())])
+                inner = DTensor.from_local(x, self._mesh, [counted_from_front(style.takes, x.dim())], run_check=False)
+            inner = inner.redistribute(placements=[counted_from_front(style.wants, x.dim())])
             self._last = (x, style, inner)
         return ((inner, *args[1:]), kwargs) if first is None else (args, {**kwargs, first: inner})
 
     def close(self, *_: Any) -> None:
-        """The parent's forward has ended: nothing of it is kept."""
+        """Release the input when the parent's forward ends. A forward hook."""
         self._last = None
 
 
-def layout(placement: Placement, dims: int) -> Placement:
-    """The same with its dim counted from the front. Pure."""
+def counted_from_front(placement: Placement, dims: int) -> Placement:
+    """Return a placement with its dim counted from the front. Pure."""
     return Shard(placement.dim % dims) if isinstance(placement, Shard) else placement
 
 
 def is_part(parameter: Tensor) -> bool:
-    """Whether a parameter is cut over a mesh's `tensor` axis. Local."""
+    """Whether a parameter is sharded over a mesh's `tensor` axis. Local."""
     if not isinstance(parameter, DTensor):
         return False
     axes = parameter.device_mesh.mesh_dim_names or ()
@@ -206,11 +216,11 @@ def is_part(parameter: Tensor) -> bool:
 
 
 def _use_locally(module: nn.Module) -> None:
-    """A module computes with plain tensors, each rank on its own part: gradients are parts of a sum."""
+    """Let a module compute with plain tensors, on this rank's part of the input: gradients are summed over ranks."""
     shadowed: list[str] = []
 
     def before(module: nn.Module, args: Any) -> None:
-        for key, parameter in module.named_parameters(recurse=False):
+        for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             if isinstance(parameter, DTensor):
                 shadowed.append(key)
                 # An attribute of the instance is found before the parameter of its name.
@@ -235,11 +245,11 @@ def _norm(gradient: Any) -> Tensor:
     return norm
 
 
-def _reject_tie(name: str, found: str) -> None:
+def _reject_tie(name: str, problem: str) -> None:
     raise ConfigError(
         explain(
-            f"The tensor plan cuts {name!r}, which is one tensor under several names, alike under all of them.",
-            found,
+            f"Cannot shard {name!r}, which is tied: the tensor plan must treat all its names equally.",
+            problem,
             "name all its modules in the plan, with embedding_rowwise for the table and colwise_rep for the head",
         )
     )

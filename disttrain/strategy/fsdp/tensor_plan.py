@@ -1,8 +1,9 @@
-"""What of a model tensor parallel cuts, and how: name patterns and style words, read and checked before a cut is made.
+"""Plans which modules tensor parallelism shards, and how: patterns of module names with the name of a style.
 
-The words are Hugging Face's (transformers 5, `distributed/tensor_parallel.py`). A model brings its plan as `tp_plan` or
-`_tp_plan`; a config may bring another. Refuses words and names that it does not know, and sizes that do not divide.
-A model with more to say (heads) has `check_tensor_parallel(degree)`, which raises ConfigError.
+The names of styles are Hugging Face's (transformers 5, `distributed/tensor_parallel.py`). A model has its plan as
+`tp_plan` or `_tp_plan`, and a config may replace it. The plan is checked before any module changes: unknown styles and
+patterns are rejected, and sizes that the degree does not divide. A model can check more, such as its heads, in a method
+`check_tensor_parallel(degree)`, which raises ConfigError.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from disttrain.errors import ConfigError, explain
 from disttrain.logs import package_logger
 
 WHOLE, FEATURES, TIME = Replicate(), Shard(-1), Shard(1)
-"""Layouts of activations [batch, time, features]: on every rank, cut by features, cut by time."""
+"""Placements of activations [batch, time, features]: replicated, sharded by features, sharded by time."""
 
 
 _log = package_logger("strategy")
@@ -29,11 +30,17 @@ _log = package_logger("strategy")
 
 @dataclass(frozen=True)
 class Style:
-    """How one module is cut. `weight` and `bias` are the dims cut over ranks, None where each rank holds it whole.
+    """How one module is sharded.
 
-    The module is given an input in the layout `takes`, computes on `wants`, and its output leaves as `gives`.
-    `partial`: each rank's use of the parameters is its own part of it, so that their gradients are to be added up.
-    `head`: the output may stay cut over the vocabulary. `as_head`: the style of a table that is given vectors, not ids.
+    Attributes:
+        weight: the dim of the weight that is sharded, or None where the weight is replicated.
+        bias: the same for the bias.
+        takes: the placement of the input that the module receives.
+        wants: the placement of the input that it computes on.
+        gives: the placement of its output.
+        partial: whether each rank uses the parameters for a part of the input, so that gradients are added up.
+        head: whether the output may stay sharded over the vocabulary.
+        as_head: the style of an embedding that receives vectors instead of ids.
     """
 
     weight: int | None = None
@@ -69,9 +76,9 @@ WORDS = {**LINEAR, **TABLE, **OTHER}
 
 
 def plan_modules(model: nn.Module, options: TensorOptions, degree: int) -> dict[str, Style]:
-    """The style of each module to cut, by name, in the model's order. Local; looks at shapes alone.
+    """Return the style of each module to shard, by name, in the model's order. Local; reads only shapes.
 
-    Raises ConfigError, with the module's name, for what cannot be cut into `degree` parts.
+    Raises ConfigError with the module's name where a module cannot be sharded into `degree` parts.
     """
     check = getattr(model, "check_tensor_parallel", None)
     if check is not None:
@@ -83,7 +90,7 @@ def plan_modules(model: nn.Module, options: TensorOptions, degree: int) -> dict[
         if name not in words or words[name] == "replicate":
             continue
         if _is_odd_vocabulary(name, module, words[name], options, degree):
-            _log.info("tensor: %s stays whole: its vocabulary is not a multiple of %d", name, degree)
+            _log.info("tensor: %s stays replicated, because its vocabulary is not a multiple of %d", name, degree)
         else:
             styles[name] = _fit(name, module, words[name], degree)
             _check_heads(getattr(model, "config", None), name, module, words[name], degree)
@@ -94,67 +101,74 @@ def plan_modules(model: nn.Module, options: TensorOptions, degree: int) -> dict[
     heads = [name for name, style in styles.items() if _is_head(name, modules[name], words[name])]
     if options.loss and not heads:
         _reject(
-            "strategy.fsdp.tensor.loss=true leaves the head's output cut over the vocabulary.",
-            "no head in the plan that is cut so",
+            "Cannot compute the loss on logits that are sharded over the vocabulary (strategy.fsdp.tensor.loss=true).",
+            "the plan has no head that is sharded like this",
             "plan the head as colwise_gather_output, or leave loss out",
         )
     return {name: replace(style, head=options.loss and name in heads) for name, style in styles.items()}
 
 
 def _match(model: nn.Module, options: TensorOptions) -> dict[str, str]:
-    """The word of each module that a pattern matches; later patterns win."""
+    """Return the style's name for each module that a pattern matches. Later patterns win."""
     plan: Mapping[str, str] | None = options.plan
     if plan is None:
         plan = getattr(model, "tp_plan", None) or getattr(model, "_tp_plan", None)
     if not isinstance(plan, Mapping) or not plan:
         _reject(
-            "mesh.tensor cuts layers as a plan says.",
-            f"no tp_plan on {type(model).__qualname__}, and no strategy.fsdp.tensor.plan",
+            "Cannot use mesh.tensor without a plan.",
+            f"there is no tp_plan on {type(model).__qualname__}, and no strategy.fsdp.tensor.plan",
             "write a plan, such as {'layers.*.up': colwise, 'layers.*.down': rowwise}",
         )
     names = {name: module for name, module in model.named_modules() if name}
     words: dict[str, str] = {}
     for pattern, word in plan.items():
         found = [name for name in names if fnmatchcase(name, pattern)]
-        # A model's own plan may speak of parts that this variant of it lacks.
+        # A model's plan may name modules that this variant of the model lacks.
         if not found and options.plan is not None:
             inner = any(fnmatchcase(name, pattern) for name, _ in model.named_parameters())
-            what = "single parameters, which are cut with their module" if inner else "no module"
+            what = "only parameters, which are sharded with their module" if inner else "no module"
             known = ", ".join(list(names)[:12])
-            _reject(f"strategy.fsdp.tensor.plan names {pattern!r}.", what, f"name modules: {known}, ...")
+            _reject(
+                "Cannot apply strategy.fsdp.tensor.plan.", f"{pattern!r} matches {what}", f"name modules: {known}, ..."
+            )
         if found and word not in WORDS:
-            _reject(f"The tensor plan says {word!r} of {pattern!r}.", "no style of that name", suggest(word, WORDS))
+            _reject(
+                f"Cannot apply the tensor plan to {pattern!r}.", f"no style is named {word!r}", suggest(word, WORDS)
+            )
         for name in found:
-            # "rowwise" is transformers 4's word for a table of tokens too
+            # transformers 4 uses "rowwise" for token embeddings too
             is_table = isinstance(names[name], nn.Embedding) and word == "rowwise"
             words[name] = "embedding_rowwise" if is_table else word
     return words
 
 
 def _fit(name: str, module: nn.Module, word: str, degree: int) -> Style:
-    """The style of a module under a word, checked against the module's kind and sizes."""
+    """Return the style named `word` for a module, after a check of the module's class and sizes."""
     weight = getattr(module, "weight", None)
     if word in LINEAR and not isinstance(module, nn.Linear):
-        _reject(f"The tensor plan says {word!r} of {name!r}.", f"a {type(module).__qualname__}", "name an nn.Linear")
+        problem = f"it is a {type(module).__qualname__}"
+        _reject(f"Cannot shard {name!r} as {word!r}, the tensor plan's style.", problem, "name an nn.Linear")
     if word in TABLE and (weight is None or weight.dim() != 2):
         _reject(
-            f"The tensor plan says {word!r} of {name!r}.",
-            f"a {type(module).__qualname__} without a table [vocab, width] as its weight",
+            f"Cannot shard {name!r} as {word!r}, the tensor plan's style.",
+            f"it is a {type(module).__qualname__} without a weight [vocab, width]",
             "name an nn.Embedding",
         )
     style = WORDS[word]
     if style.weight is not None and weight is not None and weight.shape[style.weight] % degree:
         _reject(
-            f"mesh.tensor={degree} cuts {name!r} ({word}).",
-            f"a weight {tuple(weight.shape)}, whose dim {style.weight} is not a multiple of {degree}",
+            f"Cannot shard {name!r} ({word}) over mesh.tensor={degree}.",
+            f"its weight is {tuple(weight.shape)}, whose dim {style.weight} is not a multiple of {degree}",
             "choose a degree that divides it, or a plan without this module",
         )
     return style
 
 
 def _is_odd_vocabulary(name: str, module: nn.Module, word: str, options: TensorOptions, degree: int) -> bool:
-    """Whether a model's own plan cuts a table or a head whose vocabulary does not divide: most do not. It may stay
-    whole, unless what was asked for needs it cut."""
+    """Whether a model's plan shards an embedding or head whose vocabulary the degree does not divide, as is common.
+
+    It then stays replicated, unless the config's options need it sharded.
+    """
     asked = options.plan is not None or options.sequence or options.loss
     if asked or not (word in TABLE or _is_head(name, module, word)):
         return False
@@ -163,7 +177,7 @@ def _is_odd_vocabulary(name: str, module: nn.Module, word: str, options: TensorO
 
 
 def _check_heads(config: Any, name: str, module: nn.Module, word: str, degree: int) -> None:
-    """Hugging Face's attentions compute whole heads: a rank has whole heads, of keys and values too."""
+    """Reject a degree that would split heads: Hugging Face's attention computes complete heads on each rank."""
     heads = getattr(config, "num_attention_heads", None)
     if word != "colwise" or not isinstance(heads, int) or not name.endswith(("q_proj", "k_proj", "v_proj")):
         return
@@ -171,19 +185,19 @@ def _check_heads(config: Any, name: str, module: nn.Module, word: str, degree: i
     count = int(getattr(module, "out_features", 0)) // width
     if count % degree:
         _reject(
-            f"mesh.tensor={degree} gives each rank its share of whole attention heads.",
-            f"{count} head(s) in {name!r}",
-            "choose a degree that divides the heads, those of keys and values too",
+            f"Cannot shard {name!r} over mesh.tensor={degree}, which must divide the attention heads.",
+            f"{name!r} has {count} head(s)",
+            "choose a degree that divides all heads, also those of keys and values",
         )
 
 
 def _along_time(styles: Mapping[str, Style], words: Mapping[str, str]) -> dict[str, Style]:
-    """The same plan with everything between the cut layers cut along time, from the embedding to the head."""
+    """Return the plan with activations between sharded layers sharded along time, from the embedding to the head."""
     if SEQUENCE not in words.values() or not any(word.startswith("embedding") for word in words.values()):
         _reject(
-            "strategy.fsdp.tensor.sequence=true cuts along time what is between a table of tokens and the head.",
-            "a plan without an embedding_rowwise table, or without a sequence_parallel norm",
-            "plan the table, every norm and dropout of the residual stream, and the head; or leave sequence out",
+            "Cannot shard activations along time (strategy.fsdp.tensor.sequence=true) between embedding and head.",
+            "the plan has no embedding_rowwise embedding, or no sequence_parallel norm",
+            "plan the embedding, every norm and dropout of the residual stream, and the head; or leave sequence out",
         )
     found = {}
     for name, style in styles.items():
@@ -198,11 +212,11 @@ def _along_time(styles: Mapping[str, Style], words: Mapping[str, str]) -> dict[s
 
 
 def _is_head(name: str, module: nn.Module, word: str) -> bool:
-    """Whether logits may come out of it: a gathered Linear outside the numbered blocks, or a table read both ways."""
+    """Whether a module may return logits: a gathered Linear outside numbered blocks, or an embedding used as head."""
     if word in TABLE:
         return WORDS[word].weight == 0 and not isinstance(module, nn.Embedding)
     return WORDS[word] is _GATHERED and not any(part.isdigit() for part in name.split("."))
 
 
-def _reject(asked: str, found: str, do: str) -> NoReturn:
-    raise ConfigError(explain(asked, found, do))
+def _reject(failure: str, problem: str, fix: str) -> NoReturn:
+    raise ConfigError(explain(failure, problem, fix))

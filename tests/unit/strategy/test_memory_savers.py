@@ -124,7 +124,7 @@ def test_a_model_without_blocks_has_nothing_to_save() -> None:
     for memory, asked in (({"recompute": "full"}, "memory.recompute=full"), ({"compile": True}, "memory.compile=true")):
         with pytest.raises(ConfigError, match=asked):
             save_memory(nn.Sequential(nn.Linear(3, 3), nn.Tanh()), MemoryConfig(**memory))
-    with pytest.raises(ConfigError, match=r"memory\.blocks names 'Blok'"):
+    with pytest.raises(ConfigError, match=r"memory\.blocks names\.\n.*'Blok'"):
         build(2, recompute="full", blocks=("Blok",))
 
 

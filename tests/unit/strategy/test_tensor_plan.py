@@ -88,13 +88,13 @@ def test_transformers_4_called_a_table_rowwise() -> None:
 REFUSED = [
     ({"up": "colwize"}, {}, 2, ["'colwize'", "colwise"]),
     ({"upp": "colwise"}, {}, 2, ["'upp'", "no module", "up"]),
-    ({"up.weight": "colwise"}, {}, 2, ["'up.weight'", "cut with their module"]),
+    ({"up.weight": "colwise"}, {}, 2, ["'up.weight'", "sharded with their module"]),
     ({"mix": "colwise"}, {}, 2, ["'mix'", "Conv1d"]),
     ({"mix": "embedding_rowwise"}, {}, 2, ["'mix'", "nn.Embedding"]),
     ({"up": "colwise"}, {}, 4, ["'up'", "(6, 4)", "not a multiple of 4"]),
     ({"table": "embedding_rowwise"}, {}, 4, ["'table'", "(10, 4)", "mesh.tensor=4"]),
     (None, {}, 2, ["no tp_plan on Pair", "strategy.fsdp.tensor.plan"]),
-    ({"up": "colwise", "down": "rowwise"}, {"sequence": True}, 2, ["sequence=true", "without an embedding"]),
+    ({"up": "colwise", "down": "rowwise"}, {"sequence": True}, 2, ["sequence=true", "no embedding_rowwise"]),
     ({"up": "colwise", "down": "rowwise"}, {"loss": True}, 2, ["loss=true", "no head"]),
 ]
 
