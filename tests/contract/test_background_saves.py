@@ -75,7 +75,7 @@ def killed_before_its_first_save(folder: Path) -> None:
 
 
 def test_a_rank_that_is_killed_before_its_first_save_is_missed_at_once(tmp_path: Path) -> None:
-    with pytest.raises(WorldError, match="no word from rank"):
+    with pytest.raises(WorldError, match="no result from rank"):
         run_world(2, killed_before_its_first_save, tmp_path, timeout_s=150)
     assert float((tmp_path / "stayed-0").read_text()) < 50, "half of run.timeout_s"
 

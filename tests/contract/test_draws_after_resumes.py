@@ -124,7 +124,7 @@ def test_data_augmentation_dropout_and_draws_go_on_at_other_sizes(whole: Any, tm
         if kill is None:
             run_world(size, everywhere, cut, STRATEGIES[name], kill)
         else:
-            with pytest.raises(WorldError, match="no word from rank"):
+            with pytest.raises(WorldError, match="no result from rank"):
                 run_world(size, everywhere, cut, STRATEGIES[name], kill)
     found = lines(cut)
     assert list(found) == list(whole) == list(range(1, STEPS + 1))

@@ -117,7 +117,7 @@ def test_what_was_committed_stays_and_the_run_goes_on(strategy: str, trouble: st
 
 
 def test_a_rank_that_leaves_without_a_word_ends_the_other() -> None:
-    with pytest.raises(WorldError, match=r"no word from rank\(s\) 1 "):
+    with pytest.raises(WorldError, match=r"no result from rank\(s\) 1 "):
         run("objective.target=troubles:Leaves")
     said = Path("said-0").read_text()
     assert "error (exit 3)" in said and "ended without an error message" in said and "run the same command again" in said

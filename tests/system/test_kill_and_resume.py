@@ -81,7 +81,7 @@ def uninterrupted(size: int, overrides: list[str]) -> list[dict[str, Any]]:
 
 
 def killed(size: int, overrides: list[str], kill: str) -> None:
-    with pytest.raises(WorldError, match="no word from rank"):
+    with pytest.raises(WorldError, match="no result from rank"):
         run_world(size, train, overrides, kill)
 
 
