@@ -273,10 +273,10 @@ FIRST = "rank-00000.safetensors"
 )
 def test_a_manifest_that_does_not_add_up_is_refused(tmp_path: Path, change, found: str) -> None:
     path = save(tmp_path, 100, value=3.0, listed=True)
-    refuse_changed(path, change, found)
+    reject_changed(path, change, found)
 
 
-def refuse_changed(path: Path, change: Callable[[dict[str, Any]], None], found: str) -> None:
+def reject_changed(path: Path, change: Callable[[dict[str, Any]], None], found: str) -> None:
     seal(path, lambda manifest: None)
     Checkpoint.open(path).verify()  # resealing alone changes nothing
     seal(path, change)
@@ -301,7 +301,7 @@ def refuse_changed(path: Path, change: Callable[[dict[str, Any]], None], found: 
     ],
 )
 def test_a_grid_that_does_not_add_up_is_refused(tmp_path: Path, change, found: str) -> None:
-    refuse_changed(save(tmp_path, 100, value=3.0), change, found)
+    reject_changed(save(tmp_path, 100, value=3.0), change, found)
 
 
 @pytest.mark.parametrize(
