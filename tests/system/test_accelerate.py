@@ -1,6 +1,6 @@
 """The real `accelerate launch`: each of our files trains one world, by its strategy, with a world of one's numbers.
 
-What a file means is tested in `tests/unit/config/test_accelerate_translation.py`.
+What a file means is tested in `tests/unit/config/foreign/test_accelerate_translation.py`.
 """
 
 from __future__ import annotations

@@ -56,7 +56,8 @@ class Machines:
             subprocess.Popen(
                 ["bash", "-c", typed],
                 cwd=self.folder / name,
-                env=user_environment(THIS_TEST=str(self.folder)),
+                # Each rank takes the threads of a machine, but both machines share these cores: idle threads must not spin.
+                env=user_environment(THIS_TEST=str(self.folder), OMP_WAIT_POLICY="PASSIVE"),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,

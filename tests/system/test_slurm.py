@@ -134,7 +134,10 @@ def terminal(cluster: SlurmCluster, tmp_path: Path) -> Iterator[Shell]:
     for name in ("configs", "slurm"):
         (tmp_path / name).symlink_to(PROJECT / name)
     with Shell(tmp_path, PROJECT, timeout_s=300.0) as shell:
-        shell.run(f"export SLURM_CONF={cluster.environment['SLURM_CONF']} MASTER_ADDR=127.0.0.1")
+        # Both nodes share these cores: idle threads must not spin.
+        shell.run(
+            f"export SLURM_CONF={cluster.environment['SLURM_CONF']} MASTER_ADDR=127.0.0.1 OMP_WAIT_POLICY=PASSIVE"
+        )
         yield shell
 
 

@@ -12,7 +12,7 @@ from disttrain.config import Config, ConfigProblemsError, load_config
 from disttrain.config.foreign.accelerate import translate
 from disttrain.config.foreign.accelerate_settings import read_file
 
-PROJECT = Path(__file__).resolve().parents[3]
+PROJECT = Path(__file__).resolve().parents[1]
 CONFIG: dict[str, Any] = {
     "run": {"steps": 4},
     "data": {"train": {"target": "byte_text"}, "global_batch": 32, "micro_batch": 8},

@@ -14,7 +14,7 @@ from disttrain.config.foreign.deepspeed_keys import ELSEWHERE, PLAIN, REMOVED, S
 from disttrain.config.foreign.deepspeed_native import CLIP_DEFAULT, clip_left_out, ranks_of
 from disttrain.config.problems import ConfigProblemsError
 
-CONFIGS = Path(__file__).parents[3] / "configs"
+CONFIGS = Path(__file__).parents[4] / "configs"
 
 
 def config(native: Any, folder: Path | None = None, **sections: Any) -> Any:

@@ -154,7 +154,7 @@ def test_a_killed_writer_leaves_no_checkpoint_and_the_previous_one_loads(bucket:
     for number in range(6):
         root = Address(f"s3://models/killed/{number}")
         save_checkpoint(root, 100, [full_shard(W, torch.zeros(10))], {}, SoleRank())
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[3]), *sys.path])}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])}
     done = subprocess.run([sys.executable, "-c", KILLED], env=env, timeout=200, capture_output=True, text=True)
     assert done.stdout.split() == ["-9"] * 5 + ["0"], done.stderr
     for number in range(6):
@@ -284,7 +284,7 @@ def train(endpoint: str, folder: str, overrides: list[str]) -> int:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "afar.yaml").write_text(YAML)
-    shutil.copy(Path(__file__).parents[3] / "LICENSE", tmp_path / "text")
+    shutil.copy(Path(__file__).parents[2] / "LICENSE", tmp_path / "text")
     return tmp_path
 
 
@@ -377,7 +377,7 @@ def test_a_storage_that_cannot_be_used_ends_a_run_before_its_first_step(
 
 def test_memory_is_bounded_by_parts_and_chunks_and_not_by_the_state() -> None:
     """By the benchmark, small: six parts of 16 MiB, of which a save holds three at most and a load one."""
-    script = Path(__file__).parents[3] / "benchmarks" / "checkpoint_storage.py"
+    script = Path(__file__).parents[2] / "benchmarks" / "checkpoint_storage.py"
     done = subprocess.run(
         [sys.executable, str(script), "--mib", "96", "--rounds", "1"], timeout=200, capture_output=True, text=True
     )

@@ -17,9 +17,6 @@ from typing import Any, NamedTuple
 import fsspec
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "checkpoint"))  # the simulated worlds of that room's tests
-
 from checkpoint_world import LAYOUTS, empty_store, on_ranks, seal, some_tensors
 
 from disttrain.checkpoint import Address, save_checkpoint

@@ -15,14 +15,14 @@ from killed_ranks import state_of
 
 from disttrain.checkpoint import SoleRank, list_checkpoints, newest_intact, remove_stale_staging, save_checkpoint
 
-HOME = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_every_rank_killed_before_each_of_its_operations(size: int, tmp_path: Path) -> None:
-    paths = os.pathsep.join([str(HOME.parents[2]), str(HOME)])
+    paths = os.pathsep.join([str(TESTS.parent), str(TESTS)])
     done = subprocess.run(
-        [sys.executable, str(HOME / "killed_ranks.py"), str(tmp_path), str(size)],
+        [sys.executable, str(TESTS / "killed_ranks.py"), str(tmp_path), str(size)],
         capture_output=True,
         text=True,
         timeout=240,
