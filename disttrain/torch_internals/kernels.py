@@ -50,7 +50,9 @@ def _zero_loop(tensors: Sequence[Tensor]) -> None:
 
 def _multiply_loop(tensors: Sequence[Tensor], factor: float | Tensor) -> None:
     for tensor in tensors:
-        tensor.mul_(factor)
+        # On a CPU the kernel first rounds a number to the tensor's dtype (torch 2.13), which bfloat16 shows.
+        rounds = isinstance(factor, float) and tensor.device.type == "cpu"
+        tensor.mul_(torch.tensor(factor, dtype=tensor.dtype, device="cpu") if rounds else factor)
 
 
 def _divide_loop(tensors: Sequence[Tensor], divisor: Tensor) -> None:

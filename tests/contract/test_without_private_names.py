@@ -66,7 +66,7 @@ def looked_up() -> list[str]:
 
 @contextmanager
 def without(names: Collection[str]) -> Iterator[set[str]]:
-    """Meanwhile those names raise: a function when it is called, anything else when it is looked up.
+    """Meanwhile those names raise: a function with an alternative when it is called, all else when it is looked up.
 
     Yields the names that somebody looks up, replaced or not.
     """
@@ -84,7 +84,7 @@ def without(names: Collection[str]) -> Iterator[set[str]]:
         if name not in names:
             return plain_private(owner, name, *default)
         found = plain_private(owner, name, *default)
-        if callable(found) and not isinstance(found, type) and name not in FSDP_ONLY:
+        if callable(found) and not isinstance(found, type) and name not in {*FSDP_ONLY, *BUDGET_ONLY}:
             return raises
         raise AttributeError(f"replaced by a test: {name}")
 
