@@ -56,7 +56,7 @@ class Machines:
             subprocess.Popen(
                 ["bash", "-c", typed],
                 cwd=self.folder / name,
-                # Each rank takes the threads of a machine, but both machines share these cores: idle threads must not spin.
+                # Both machines share these cores: idle threads must not spin.
                 env=user_environment(THIS_TEST=str(self.folder), OMP_WAIT_POLICY="PASSIVE"),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
