@@ -210,13 +210,15 @@ class Engine(Session):
     def step(self, name: str = "model") -> StepOutcome:
         """Scale and clip the gradients, step the optimizer and the schedule, and zero the gradients. Collective.
 
-        A step whose weight is zero, or whose loss or gradient is not finite, changes nothing and counts as skipped.
+        A step whose weight is zero changes nothing and counts as skipped. The gradient is checked for finite values on
+        steps that are clipped, reported or saved, before a weight changes.
 
         Returns:
             The outcome: `applied`, `grad_norm` before clipping, `lr`. Reading a value waits for the device.
 
         Raises:
             ConfigError: nothing was accumulated for this model.
+            TrainingError: a checked gradient is not finite.
         """
         return self._step.step(name, self._falls_on, self.total_steps)
 
