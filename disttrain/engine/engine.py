@@ -108,7 +108,7 @@ class Engine(Session):
         name: str = "train",
         global_batch: int | None = None,
         micro_batch: int | None = None,
-        own_draws: bool = True,
+        seed_generators: bool = True,
         **options: Any,
     ) -> Iterator[StepBatch]:
         """Yield this rank's list of micro-batches for each optimizer step, on the device. Collective.
@@ -121,7 +121,7 @@ class Engine(Session):
             name: the name of this dataset's position in checkpoints. Give each further dataset its own name.
             global_batch: samples in one optimizer step, over all ranks. Default: `data.global_batch`.
             micro_batch: samples in one forward pass of one rank. Default: `data.micro_batch`, else one rank's samples.
-            own_draws: whether each `next` seeds torch, numpy and Python from (seed, step, part of the data). Random
+            seed_generators: whether each `next` seeds torch, numpy and Python from (seed, step, part of the data). Random
                 numbers drawn in your loop are then the same after a resume. False saves 15 microseconds a step;
                 micro-batches are seeded either way.
             **options: `shuffle`, `last`, `workers`, `prefetch`, `on_resume` and `collate`, as in the config's `data`.
@@ -132,9 +132,9 @@ class Engine(Session):
             DataError: the dataset is empty, too small, or cannot be read.
         """
         batches = self._datasets.batches(name, dataset, global_batch, micro_batch, options)
-        return self._steps(batches, name, own_draws)
+        return self._steps(batches, name, seed_generators)
 
-    def _steps(self, batches: Batches, name: str, own_draws: bool) -> Iterator[StepBatch]:
+    def _steps(self, batches: Batches, name: str, seed_generators: bool) -> Iterator[StepBatch]:
         self.resume()
         if name in self.progress.positions:
             batches.load_state_dict(self.progress.positions[name])
@@ -146,7 +146,7 @@ class Engine(Session):
                 for index, micro in enumerate(step):
                     step[index] = to_device(micro, self.device)
                 self._taken.append((name, step.position, step.samples, step.samples * tokens))
-                if own_draws:
+                if seed_generators:
                     key = derive_seed(self.world.seed, "loop", self.progress.steps, self.world.mesh.part[0])
                     seed_all(key, self.device)
                 yield step

@@ -54,7 +54,7 @@ def train(
     loaded = load_to_train(config, given)
     with Engine(loaded, logs=logs) as engine:
         engine.prepare("model")
-        batches = engine.batches(own_draws=False)
+        batches = engine.batches(seed_generators=False)
         evaluation: dict[str, float] = {}
         for micro_batches in batches:
             engine.accumulate("model", micro_batches)

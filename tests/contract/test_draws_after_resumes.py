@@ -150,7 +150,7 @@ def on_each(folder: Path, stop_at: int) -> list[list[float]]:
         np.random.seed(1000 + engine.rank)
         random.seed(2000 + engine.rank)
         batches: Iterator[Any] = engine.batches(
-            user.Augmented(SAMPLES), global_batch=BATCH, micro_batch=MICRO, own_draws=False
+            user.Augmented(SAMPLES), global_batch=BATCH, micro_batch=MICRO, seed_generators=False
         )
         for step in batches:
             found.append([*draws()[1:], own.draw()])
