@@ -121,8 +121,8 @@ class Engine(Session):
             name: the name of this dataset's position in checkpoints. Give each further dataset its own name.
             global_batch: samples in one optimizer step, over all ranks. Default: `data.global_batch`.
             micro_batch: samples in one forward pass of one rank. Default: `data.micro_batch`, else one rank's samples.
-            seed_generators: whether each `next` seeds torch, numpy and Python from (seed, step, part of the data). Random
-                numbers drawn in your loop are then the same after a resume. False saves 15 microseconds a step;
+            seed_generators: whether each `next` seeds torch, numpy and Python from (seed, step, part of the data).
+                Random numbers drawn in your loop are then the same after a resume. False saves 15 microseconds a step;
                 micro-batches are seeded either way.
             **options: `shuffle`, `last`, `workers`, `prefetch`, `on_resume` and `collate`, as in the config's `data`.
 
