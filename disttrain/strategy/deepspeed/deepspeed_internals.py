@@ -2,8 +2,8 @@
 
 DeepSpeed documents `initialize`, its engine, `zero.Init` and `zero.GatheredParameters`. It documents no interface to
 read or write the flat partitions that its optimizers step, to discard gradients, or to start again after a process
-group. `probe_package` runs before the process group exists, `probe_optimizer` in `prepare`. Neither depends on the version's
-number. Imports no deepspeed: every function takes the module or the object that it reads.
+group. `probe_package` runs before the process group exists, `probe_optimizer` in `prepare`. Neither depends on the
+version's number. Imports no deepspeed: every function takes the module or the object that it reads.
 """
 
 from __future__ import annotations
