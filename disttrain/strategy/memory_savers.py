@@ -105,7 +105,7 @@ def _compiled(forward: Callable[..., Any], block: nn.Module, memory: MemoryConfi
     budget = memory.budget if memory.recompute == "budget" else None
     function = getattr(forward, "__func__", None)
     if function is None or getattr(forward, "__self__", None) is not block:
-        return _compiled_anew(forward, budget)
+        return _compile_function(forward, budget)
     return MethodType(_compiled_function(function, budget), block)
 
 
@@ -116,10 +116,10 @@ def _compiled_function(function: Callable[..., Any], budget: float | None) -> Ca
     torch finds compiled code by function and backend. With a backend per block it would compile every block again, and
     after eight blocks none.
     """
-    return _compiled_anew(function, budget)
+    return _compile_function(function, budget)
 
 
-def _compiled_anew(function: Callable[..., Any], budget: float | None) -> Callable[..., Any]:
+def _compile_function(function: Callable[..., Any], budget: float | None) -> Callable[..., Any]:
     compiled: Callable[..., Any] = (
         torch.compile(function, options=_OPTIONS)
         if budget is None

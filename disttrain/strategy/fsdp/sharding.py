@@ -155,7 +155,7 @@ class Groups:
 def gather_once(model: nn.Module, world: World) -> None:
     """Gather and free once each group whose policy states the dtype of reductions. Collective.
 
-    At the end of a backward without a reduction, torch 2.13 reads the gathered parameters of such a group, which do not
+    torch 2.13 reads the gathered parameters of such a group at the end of a backward without a reduction. They do not
     exist for a block that no forward has called yet.
     """
     for module in model.modules():

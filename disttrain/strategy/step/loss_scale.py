@@ -2,8 +2,8 @@
 
 The rates are those of torch.amp.GradScaler (torch 2.13). The scale starts at 2**16, doubles after 2000 applied steps in
 a row, and halves when a step is skipped because its gradient is not finite. It scales the step's *mean* loss: a sum
-over thousands of items is first divided by their number, rounded to a power of two, so that the scale does not depend
-on the batch size. All factors are powers of two and come from sums over all ranks. They are therefore equal on every
+over thousands of items is first divided by their number, rounded to a power of two. The scale then does not depend on
+the batch size. All factors are powers of two and come from sums over all ranks. They are therefore equal on every
 rank, for every strategy and world size.
 """
 
