@@ -212,4 +212,4 @@ def test_heads_that_do_not_divide_are_refused_before_the_group_where_that_can_be
     for (gpt, early), (other, late) in run_world(3, three_ways, outside):
         assert not early and "ConfigError" in gpt and "heads=4, kv_heads=2" in gpt and "mesh.tensor=3" in gpt
         # A model that does not say how it is filled is not built before.
-        assert not late and "ConfigError" in other and "4 head(s) in 'layers.0.self_attn.q_proj'" in other
+        assert not late and "ConfigError" in other and "'layers.0.self_attn.q_proj' has 4 head(s)" in other
