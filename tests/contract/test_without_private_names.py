@@ -46,7 +46,10 @@ FSDP_ONLY = {
     "reduce_dtype",
     "_version",
 }
-"""Names without a public alternative: strategy fsdp is rejected, and no other."""
+"""Names without a public alternative: strategy fsdp is rejected."""
+
+NEEDED = {"fsdp": FSDP_ONLY, "deepspeed, stage 3": {"_version"}}
+"""The names without which a strategy is rejected, by variation. Every other variation trains without any of them."""
 
 BUDGET_ONLY = ("torch._inductor.compile_fx", "torch._functorch.config", "activation_memory_budget", "compile_fx")
 """Names without a public alternative that memory.recompute=budget needs, and nothing else."""
@@ -121,11 +124,11 @@ def forget_choices() -> None:
 class Net(nn.Module):
     """With blocks, a batch norm that runs on one sample, dropout, and a parameter that no forward uses."""
 
-    def __init__(self) -> None:
+    def __init__(self, scale_shape: tuple[int, ...] = ()) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(2))
         self.norm, self.dropout = nn.BatchNorm1d(6), nn.Dropout(0.1)
-        self.unused, self.scale = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(()))
+        self.unused, self.scale = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(scale_shape))
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
@@ -143,6 +146,13 @@ VARIATIONS: dict[str, dict[str, Any]] = {
     "ddp": {"strategy": {"name": "ddp"}},
     "ddp, in buckets": {"strategy": {"name": "ddp", "ddp": {"bucket_mb": 0.0001, "find_unused": True}}},
     "fsdp": {"strategy": {"name": "fsdp"}},
+    **{
+        f"deepspeed, stage {stage}": {
+            "strategy": {"name": "deepspeed", "deepspeed": {"stage": stage}},
+            "model": {"target": Net, "args": {"scale_shape": (1,)}},  # DeepSpeed takes no 0-d parameter
+        }
+        for stage in (1, 3)
+    },
 }
 
 
@@ -184,21 +194,32 @@ def compare(folder: Path, variations: list[str]) -> list[str]:
             wrong.append(f"{variation} asks for {unknown}, which looked_up does not list")
         if variation == "fsdp" and not asked >= FSDP_ONLY:
             wrong.append(f"fsdp never asks for {FSDP_ONLY - asked}")
-        for absent in [*([name] for name in sorted(asked)), sorted(known)]:
+        singles = [[name] for name in sorted(asked)]
+        if variation.startswith("deepspeed"):  # which takes longer to start; the other strategies try each name
+            singles = [["_version"], sorted(known - {"_version"})]
+        needed, name = NEEDED.get(variation, set()), variation.split(",")[0]
+        for absent in [*singles, sorted(known)]:
             with without(absent):
                 try:
                     found: Any = losses(folder / f"{next(trials)}", VARIATIONS[variation])
                 except Exception as error:  # noqa: BLE001 - reported with its variation
                     found = error
-            if variation == "fsdp" and FSDP_ONLY & set(absent):
-                if not isinstance(found, LaunchError) or "Cannot use strategy fsdp" not in str(found):
+            if needed & set(absent):
+                if not isinstance(found, LaunchError) or f"Cannot use strategy {name}" not in str(found):
                     wrong.append(f"{variation} without {absent}: {found!r}, not rejected by name")
             elif found != expected:
                 wrong.append(f"{variation} without {absent}: {found!r}, not {expected}")
     return wrong
 
 
-@pytest.mark.parametrize(("size", "variations"), [(1, ["none", "none, fp64"]), (2, ["ddp", "ddp, in buckets", "fsdp"])])
+WORLDS = [
+    (1, ["none", "none, fp64"]),
+    (2, ["ddp", "ddp, in buckets", "fsdp"]),
+    (2, ["deepspeed, stage 1", "deepspeed, stage 3"]),
+]
+
+
+@pytest.mark.parametrize(("size", "variations"), WORLDS)
 def test_losses_are_equal_by_the_public_way(size: int, variations: list[str], tmp_path: Path) -> None:
     for wrong in run_world(size, compare, tmp_path, variations, timeout_s=550.0):
         assert wrong == []

@@ -26,7 +26,7 @@ from disttrain.checkpoint import Shard
 from disttrain.config.foreign.deepspeed_native import CLIP_DEFAULT, clip_left_out, ranks_of
 from disttrain.config.schema import PrecisionConfig
 from disttrain.data import MicroBatch
-from disttrain.errors import ConfigError, explain
+from disttrain.errors import ConfigError, LaunchError, explain
 from disttrain.logs import package_logger
 from disttrain.model import build_model, says_how
 from disttrain.objective import Objective
@@ -67,7 +67,7 @@ from disttrain.strategy.deepspeed.requirements import (
     refuse_parameters,
 )
 from disttrain.strategy.step.arithmetic import reject_non_finite, run_micro_batches
-from disttrain.torch_internals import version_of
+from disttrain.torch_internals import version_of, version_reader
 
 _log = package_logger("strategy")
 
@@ -84,6 +84,14 @@ class DeepSpeed(AbstractStrategy):
         reject_axes("deepspeed", sizes, "replicate", "tensor")
         module = import_deepspeed(device.device)
         internals.probe_package(module)
+        if options.stage == 3 and version_reader() is None:
+            raise LaunchError(
+                explain(
+                    "Cannot use strategy deepspeed with stage 3.",
+                    f"torch {torch.__version__} has no usable Tensor._version, which shows changes that would be lost",
+                    "install torch 2.11 to 2.14, or use stage 1 or 2",
+                )
+            )
         if "nvme" in (options.offload, options.offload_parameters):
             refuse_nvme(module)
         ranks = ranks_of(options.native)
