@@ -197,7 +197,7 @@ def test_several_terms_accumulated_twice_are_refused_in_words(tmp_path: Path) ->
     with alone(tmp_path) as engine:
         engine.prepare("model", Net, lambda parameters: torch.optim.SGD(parameters, lr=RATE))
         engine.accumulate("model", engine.micro_batches(batches(0)), TwoTerms())
-        with pytest.raises(ConfigError, match="accumulate a loss of several terms once a step"):
+        with pytest.raises(ConfigError, match="accumulate a loss of several terms once per step"):
             engine.accumulate("model", engine.micro_batches(batches(0)), TwoTerms())
 
 

@@ -216,9 +216,9 @@ def sam(parameters: Any) -> torch.optim.Optimizer:
 @pytest.mark.parametrize(
     ("make_optimizer", "make_schedule", "told"),
     [
-        (torch.optim.LBFGS, None, r"LBFGS\.step, which needs closure"),
+        (torch.optim.LBFGS, None, r"LBFGS\.step needs closure"),
         (sam, None, r"SAM only steps with a closure"),
-        (sgd, lambda optimizer: Plateau(optimizer), r"step, which needs metrics"),
+        (sgd, lambda optimizer: Plateau(optimizer), r"step needs metrics"),
     ],
     ids=["LBFGS", "SAM", "ReduceLROnPlateau"],
 )

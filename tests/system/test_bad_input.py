@@ -74,19 +74,19 @@ def first_cause(ends: list[Ended], code: int, *words: str) -> str:
 @pytest.mark.parametrize(
     ("overrides", "code", "words"),
     [
-        (["data.train.args.size=0"], 4, ["TensorDataset is empty", "to do"]),
+        (["data.train.args.size=0"], 4, ["TensorDataset is empty", "fix:"]),
         (["data.train.args.size=5"], 4, ["data.global_batch=8", "TensorDataset has 5", "lower data.global_batch"]),
-        (["data.global_batch=1", "data.micro_batch=1"], 2, ["data.global_batch=1", "2 of them", "to do"]),
+        (["data.global_batch=1", "data.micro_batch=1"], 2, ["data.global_batch=1", "2 of them", "fix:"]),
         (["data.train.target=troubles:Odd"], 4, ["item 17", "(4,)", "(3,)", "data.collate"]),
         (["data.train.target=troubles:Unreadable"], 1, ["/nowhere/17.png", "while fetching index 17 of Unreadable"]),
         (["objective.target=troubles:Raises"], 1, ["BoomError: the user's own words"]),
         (["objective.target=troubles:NotFinite"], 6, ["finite", "nan", "The weights are unchanged"]),
-        (["objective.target=troubles:Steep", "optim.clip_norm=1"], 6, ["finite", "gradient norm", "to do"]),
+        (["objective.target=troubles:Steep", "optim.clip_norm=1"], 6, ["finite", "gradient norm", "fix:"]),
         (["objective.target=troubles:below_zero"], 6, ["-6.0", "not negative"]),
         (["objective.target=troubles:Exits"], 1, ["SystemExit"]),
         (["model.args.inputs=4"], 1, ["mat1 and mat2 shapes"]),
-        (["model.target=troubles:other_weights"], 2, ["same weights on every rank", "rank 1 differs", "line.weight"]),
-        (["model.target=troubles:other_frozen"], 2, ["same weights on every rank", "whether 'line.bias' is frozen"]),
+        (["model.target=troubles:other_weights"], 2, ["weights on different ranks", "rank 1 differs", "line.weight"]),
+        (["model.target=troubles:other_frozen"], 2, ["weights on different ranks", "whether 'line.bias' is frozen"]),
         (["strategy.name=none"], 2, ["strategy none", "2 processes", "ddp"]),
         (["model.weights=runs/nowhere"], 5, ["runs/nowhere", "no such folder"]),
         (["checkpoint.resume=runs/nowhere"], 5, ["runs/nowhere", "no such folder"]),
@@ -152,7 +152,7 @@ def test_a_damaged_folder_is_named_or_the_run_goes_on_from_what_is_whole(damage:
     if damage in ("config", "status"):
         file = mine / {"config": "config.yaml", "status": "status.json"}[damage]
         file.write_text("{")
-        first_cause(run(), 5, file.name, "to do")
+        first_cause(run(), 5, file.name, "fix:")
         return
     file = newest / "manifest.json" if damage == "manifest" else next(newest.glob("*.safetensors"))
     raw = bytearray(file.read_bytes())
@@ -174,7 +174,7 @@ def test_a_full_disk_while_saving_keeps_what_was_committed(small_disk: Path) -> 
             file.write(b"x" * 4096)
             file.flush()
     told = first_cause(run(where), 5, "No space left on device")
-    assert "to do" in told
+    assert "fix:" in told
     filler.unlink()
     assert disttrain.load(small_disk / "mine").line.weight.shape == (1, 3)
     assert [one.code for one in run(where)] == [0, 0]

@@ -195,7 +195,7 @@ SITUATIONS = {
     "The same, with `strategy.fsdp.blocks: []`": Situation(Routed, options={"fsdp": "strategy.fsdp.blocks=[]"}),
     "The optimizer reads complete parameters": Situation(Net, adafactor),
     "The optimizer needs a closure": Situation(Net, lbfgs),
-    "The optimizer makes state in its constructor": Situation(Net, Eager),
+    "The optimizer creates state in its constructor": Situation(Net, Eager),
     "The loop changes weights between steps": Situation(Net, between_steps=clamp),
     "The forward changes weights": Situation(Clamped),
     "An embedding has `max_norm`": Situation(Renormed),
