@@ -76,7 +76,7 @@ def reference(
 
 
 @pytest.mark.parametrize("size", [2, *(pytest.param(size, marks=pytest.mark.slow) for size in (1, 3, 4))])
-@pytest.mark.parametrize("fp64", [False, True], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("fp64", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["fp32", "fp64"])
 def test_equals_a_plain_loop(size: int, fp64: bool, text: Path, tmp_path: Path) -> None:
     found = run_world(size, train_all, CONFIG, tmp_path, cases(text, size, fp64=fp64))
     dtype, bound = (torch.float64, 1e-9) if fp64 else (torch.float32, 2e-5)

@@ -55,6 +55,10 @@ VARIATIONS = {
 }
 
 
+LONG = ("ZeRO2Offload", "ZeRO3Offload")
+"""Left out of CI, where tests/contract/test_deepspeed.py covers offload."""
+
+
 def contract(name: str, variation: Variation, *, whole: bool) -> type[StrategyContract]:
     """The tests of one strategy: all cases, or a sample that differs from strategy to strategy."""
 
@@ -68,7 +72,9 @@ def contract(name: str, variation: Variation, *, whole: bool) -> type[StrategyCo
     Contract.every_case, Contract.turn = whole, list(VARIATIONS).index(name)
     Contract.timeout_s = 7000.0 if whole else 600.0
     Contract.__name__ = Contract.__qualname__ = f"Test{name}{'Whole' if whole else ''}"
-    return pytest.mark.slow(pytest.mark.timeout(7200)(Contract)) if whole else Contract
+    if whole:
+        return pytest.mark.slow(pytest.mark.timeout(7200)(Contract))
+    return pytest.mark.slow(Contract) if name in LONG else Contract
 
 
 for _name, _variation in VARIATIONS.items():

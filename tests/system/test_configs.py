@@ -55,7 +55,14 @@ def test_config_passes_check(name: str, tmp_path: Path) -> None:
     assert isinstance(json.loads(done.stdout), dict)
 
 
-@pytest.mark.parametrize("name", sorted(EXPECTED))
+@pytest.mark.parametrize(
+    "name",
+    [
+        # The quick start is trained by other tests too, and the regression is like the digits.
+        pytest.param(name, marks=pytest.mark.slow) if name in ("quickstart.yaml", "regression.yaml") else name
+        for name in sorted(EXPECTED)
+    ],
+)
 def test_config_trains_on_two_processes(name: str, tmp_path: Path) -> None:
     expected = EXPECTED[name]
     torchrun(2, CONFIGS / name, f"run.dir={tmp_path}", "report.progress=false", *expected.overrides)

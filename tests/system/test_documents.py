@@ -77,6 +77,7 @@ def test_the_step_benchmark_prints_a_table(strategy: str) -> None:
     assert [row.split()[1] for row in rows[:4]] == ["loop", "raw", "Engine", "train"]
 
 
+@pytest.mark.slow
 def test_the_checkpoint_benchmark_prints_its_tables() -> None:
     asked = ("--mib", "4", "--rounds", "1", "--simulated", "64")
     done = launch(sys.executable, "benchmarks/checkpoint.py", *asked, timeout_s=300)

@@ -112,7 +112,9 @@ def test_goes_on_bit_equal_alone(folder: Path) -> None:
         shutil.rmtree("runs")
 
 
-@pytest.mark.parametrize("name", ["ddp", "ddp-buckets", "fsdp", pytest.param("zero3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["ddp-buckets", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ddp", "fsdp", "zero3"))]
+)
 def test_goes_on_at_three_ranks(name: str, folder: Path) -> None:
     overrides = STRATEGIES[name]
     expected = uninterrupted(3, overrides)

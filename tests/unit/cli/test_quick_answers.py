@@ -53,6 +53,7 @@ def least_cpu_s(command: list[str], cwd: Path, times: int = 3) -> float:
     return min(spent)
 
 
+@pytest.mark.slow
 def test_the_answer_takes_less_than_half_of_importing_torch(tmp_path: Path) -> None:
     torch = least_cpu_s([sys.executable, "-c", "import torch"], tmp_path)
     for asked in ("help", "check"):

@@ -120,6 +120,7 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
     assert abs(sum(equal) - len(equal)) < 6 * math.sqrt(len(equal))
 
 
+@pytest.mark.slow
 def test_every_arrangement_of_four_is_as_likely() -> None:
     seen = dict.fromkeys(itertools.permutations(range(4)), 0)
     for epoch in range(2400):

@@ -90,6 +90,7 @@ def test_recomputing_changes_no_bit_and_no_name(recompute: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.slow
 def test_a_budget_keeps_less_and_draws_no_number_twice() -> None:
     found = []
     for memory in ({}, {"compile": True}, {"compile": True, "recompute": "budget", "budget": 0.0}):
