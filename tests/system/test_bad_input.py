@@ -76,7 +76,7 @@ def first_cause(ends: list[Ended], code: int, *words: str) -> str:
     [
         (["data.train.args.size=0"], 4, ["TensorDataset is empty", "fix:"]),
         (["data.train.args.size=5"], 4, ["data.global_batch=8", "TensorDataset has 5", "lower data.global_batch"]),
-        (["data.global_batch=1", "data.micro_batch=1"], 2, ["data.global_batch=1", "2 of them", "fix:"]),
+        (["data.global_batch=1", "data.micro_batch=1"], 2, ["data.global_batch=1", "of 2 ranks", "fix:"]),
         (["data.train.target=troubles:Odd"], 4, ["item 17", "(4,)", "(3,)", "data.collate"]),
         (["data.train.target=troubles:Unreadable"], 1, ["/nowhere/17.png", "while fetching index 17 of Unreadable"]),
         (["objective.target=troubles:Raises"], 1, ["BoomError: the user's own words"]),
