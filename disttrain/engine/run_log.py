@@ -284,21 +284,22 @@ class RunLog:
             self._reporter.finish(state, progress.steps, code, "stopped by Ctrl-C" if interrupted else None)
         return state
 
-    def failed(self, progress: Progress, cause: str, exit_code: int) -> None:
-        """Write that this rank failed first, and why. Local.
+    def failed(self, progress: Progress, cause: str, exit_code: int, *, rank: int, in_ledger: bool) -> None:
+        """Write the status of a run that failed first on `rank`, and a line of the ledger if asked. Local.
 
         Before the first batch the status keeps the step of the run in the folder. A run that had finished before stays
         finished: otherwise a failed second attempt would make the third attempt train it again.
         """
         if not self.folder.path.is_dir():
             return
-        rank, started = self._group.rank, self._reporter is not None
+        started = self._reporter is not None
         state = "interrupted" if exit_code == INTERRUPTED else "failed"
         step = progress.steps if started else int(self.earlier.get("step") or 0)
         try:
             if started or self.earlier.get("state") != "finished":
                 self.folder.write_status(state, step, exit_code, f"rank {rank}: {cause}")
-            self.folder.append_ledger(state, step=step, rank=rank, reason=cause)
+            if in_ledger:
+                self.folder.append_ledger(state, step=step, rank=rank, reason=cause)
         except CheckpointError as unwritable:  # a full disk must not hide the first cause
             _log.warning("could not write how the run ended: %s", unwritable)
 

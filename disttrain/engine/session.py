@@ -205,8 +205,11 @@ class Session:
         """Record an error as this run's end: in status.json, for the other ranks, and on the error itself. Local."""
         failure = settle(self.world.group, error)
         error.first_cause = failure  # type: ignore[attr-defined]
-        if failure.mine:
-            self.run_log.failed(self.progress, failure.text, failure.exit_code)
+        # Rank 0 writes the status too: its last report may have replaced what the failed rank wrote, and the failed
+        # rank may be on a machine without the run's folder.
+        if failure.mine or self.rank == 0:
+            rank = max(failure.rank, 0)
+            self.run_log.failed(self.progress, failure.text, failure.exit_code, rank=rank, in_ledger=failure.mine)
 
     def close(self) -> None:
         """Release signal handlers, files and the process group, unless the group existed before. Collective."""
