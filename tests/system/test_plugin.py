@@ -70,7 +70,7 @@ def test_absent_or_misspelt_it_is_missed(environment: dict[str, str], folder: Pa
         "did you mean 'one_sum'" in launch(*near, timeout_s=240, cwd=folder, environment=environment, expect=2).stderr
     )
     done = launch(*COMMANDS[1].split(), timeout_s=240, cwd=folder, expect=2)
-    assert "no built-in or installed strategy of that name" in done.stderr
+    assert "no built-in or installed strategy has that name" in done.stderr
     assert "or pip install its package" in done.stderr
 
 
