@@ -19,6 +19,7 @@ from disttrain.errors import FINISHED, INTERRUPTED, ConfigError, DisttrainError,
 from disttrain.launch.accelerate import settle_strategy
 from disttrain.logs import package_logger, start_logs
 from disttrain.runtime.environment import Launch, quiet_torch, read_launch
+from disttrain.runtime.imports import fast_imports
 from disttrain.runtime.leaving import leave
 
 USAGE = "usage: python -m disttrain.run CONFIG [section.key=value ...]"
@@ -90,7 +91,8 @@ def _wait_for_first_process(launch: Launch | None) -> None:
 def _train(config: str, overrides: Sequence[str]) -> int:
     loaded = settle_strategy(load_to_train(config, overrides))  # an invalid config is reported before torch is loaded
     quiet_torch()
-    from disttrain.engine.loop import train
+    with fast_imports():
+        from disttrain.engine.loop import train
 
     run = train(loaded)
     package_logger("run").info("%s at step %d; %s", run.state, run.step, run.folder)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sysconfig
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -103,9 +103,7 @@ def _files_of(source: str) -> tuple[Path, list[Path]]:
     """
     if source == STDLIB:
         root = Path(sysconfig.get_path("stdlib"))
-        return root, sorted(
-            path for path in root.rglob("*.py") if not _EXCLUDED_FOLDERS & set(path.relative_to(root).parts)
-        )
+        return root, sorted(_python_files_below(root))
     root = Path(source).expanduser()
     if root.is_file():
         return root.parent, [root]
@@ -119,6 +117,12 @@ def _files_of(source: str) -> tuple[Path, list[Path]]:
         names = ", ".join(str(path.relative_to(root)) for path in binary[:3]) + (", ..." if len(binary) > 3 else "")
         package_logger("data").warning("byte_text leaves out %d binary file(s) of %s: %s", len(binary), root, names)
     return root, [path for path in shown if path not in set(binary)]
+
+
+def _python_files_below(root: Path) -> Iterator[Path]:
+    for folder, inner, names in os.walk(root):
+        inner[:] = [name for name in inner if name not in _EXCLUDED_FOLDERS]
+        yield from (Path(folder, name) for name in names if name.endswith(".py"))
 
 
 def _is_hidden(path: Path) -> bool:
