@@ -26,7 +26,7 @@ from disttrain.objective import Objective
 from disttrain.optim import optimizer_factory, schedule_factory
 from disttrain.optim.combined import Part, SeveralFactory
 from disttrain.optim.named import MakeOptimizer, MakeSchedule
-from disttrain.optim.trials import refuse_closures
+from disttrain.optim.trials import reject_closures
 from disttrain.runtime import (
     Device,
     Group,
@@ -94,7 +94,7 @@ def plan_run(config: Config, launch: Launch | None = None) -> Plan:
         strategy.check_model(config.strategy.options, sizes, model_factory(config))
     if config.optim is not None:
         make = optimizer_factory_of(config)
-        refuse_closures(make, "optim.target")
+        reject_closures(make, "optim.target")
         strategy.check_optimizer(make)
     schedule_factory_of(config, 1)
     for section in ("objective", "data.train", "data.collate"):

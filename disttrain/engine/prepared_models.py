@@ -20,7 +20,7 @@ from disttrain.errors import ConfigError, explain
 from disttrain.model.batch_norm import synchronized
 from disttrain.objective import Objective
 from disttrain.optim.build import users_optimizer, users_schedule
-from disttrain.optim.trials import refuse_closures
+from disttrain.optim.trials import reject_closures
 from disttrain.strategy import AbstractStrategy, Ingredients, Prepared, World
 from disttrain.strategy.construction import check_same_everywhere
 
@@ -62,7 +62,7 @@ class PreparedModels:
             )
         if ingredients.make_optimizer is not None:
             if make_optimizer is not None:
-                refuse_closures(ingredients.make_optimizer, f"The optimizer of {name!r}")
+                reject_closures(ingredients.make_optimizer, f"The optimizer of {name!r}")
             self._strategy.check_optimizer(ingredients.make_optimizer, self._world.mesh)
         prepared = self._strategy.prepare(ingredients)
         self.by_name[name] = prepared

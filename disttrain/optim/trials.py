@@ -57,7 +57,7 @@ def kind_of(make: MakeOptimizer) -> type[Optimizer] | None:
         return None
 
 
-def refuse_closures(make: MakeOptimizer, what: str) -> None:
+def reject_closures(make: MakeOptimizer, what: str) -> None:
     """Raise ConfigError for an optimizer that only steps with a closure, as LBFGS or SAM do. Local.
 
     Its signature shows that, or a trial: it steps with a closure and fails without.

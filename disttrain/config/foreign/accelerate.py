@@ -64,7 +64,7 @@ def translate(settings: Settings, config: Config) -> Config:
     found = Translation(settings, config, problems=list(settings.problems))
     for key, (fine, fix) in _ANYWAY.items():
         if key in settings.values and settings.values[key] not in fine:
-            found.refuse(key, "which disttrain does not support", fix)
+            found.reject(key, "which disttrain does not support", fix)
     name = _strategy(found)
     if name is not None:
         found.put("strategy.name", name, "distributed_type", TRANSLATED)
@@ -96,16 +96,16 @@ def _strategy(found: Translation) -> str | None:
     kind, processes, machines = (found.said(key) for key in ("distributed_type", "num_processes", "num_machines"))
     if kind not in _STRATEGIES:
         why = "which disttrain does not support" if kind else "so accelerate does not know what to start"
-        found.refuse("distributed_type", why, *_OTHERS)
+        found.reject("distributed_type", why, *_OTHERS)
         return None
     if processes is not None and processes > 1 and _STRATEGIES[kind] == "none":
-        found.refuse("num_processes", f"but accelerate starts one for distributed_type: {kind}", *_OTHERS)
+        found.reject("num_processes", f"but accelerate starts one for distributed_type: {kind}", *_OTHERS)
     elif processes is not None and machines and processes % machines:
         fix = f"make it a multiple of {machines}"
-        found.refuse("num_processes", f"of which accelerate starts {processes // machines} on each machine", fix)
+        found.reject("num_processes", f"of which accelerate starts {processes // machines} on each machine", fix)
     if kind == "FSDP" and found.said("fsdp_config.fsdp_version") != 2:
         fix = "set fsdp_version: 2 (`accelerate to-fsdp2` converts the file)"
-        found.refuse("fsdp_config.fsdp_version", "the FSDP that torch no longer develops", fix)
+        found.reject("fsdp_config.fsdp_version", "the FSDP that torch no longer develops", fix)
     return _STRATEGIES[kind]
 
 
@@ -121,7 +121,7 @@ def _mesh(found: Translation) -> None:
         degrees = " x ".join(str(size) for size in sizes.values())
         fix = "let dp_replicate_size x dp_shard_size x tp_size be the number of processes"
         why = f"with which {degrees} = {product} is not the world's {world} process(es)"
-        found.refuse("parallelism_config.parallelism_config_dp_shard_size", why, fix)
+        found.reject("parallelism_config.parallelism_config_dp_shard_size", why, fix)
 
 
 def _compile(found: Translation) -> None:
@@ -129,7 +129,7 @@ def _compile(found: Translation) -> None:
     if backend == "INDUCTOR":
         found.put("memory.compile", True, "dynamo_config.dynamo_backend")
     elif backend != "NO":
-        found.refuse("dynamo_config.dynamo_backend", "which disttrain does not use to compile", "write INDUCTOR or NO")
+        found.reject("dynamo_config.dynamo_backend", "which disttrain does not use to compile", "write INDUCTOR or NO")
 
 
 def _fsdp(found: Translation) -> None:
@@ -140,7 +140,7 @@ def _fsdp(found: Translation) -> None:
     if isinstance(reshard, bool):
         found.put("strategy.fsdp.reshard", reshard, key("reshard_after_forward"))
     else:
-        found.refuse(key("reshard_after_forward"), "which is a value for FSDP1", "write true or false")
+        found.reject(key("reshard_after_forward"), "which is a value for FSDP1", "write true or false")
     found.put("strategy.fsdp.offload", found.said(key("offload_params")), key("offload_params"))
     if found.said(key("forward_prefetch")):
         found.put("strategy.fsdp.prefetch_forward", 1, key("forward_prefetch"))
@@ -154,7 +154,7 @@ def _fsdp(found: Translation) -> None:
         found.put("strategy.fsdp.blocks", names, key("transformer_layer_cls_to_wrap"))
     elif policy not in (None, "TRANSFORMER_BASED_WRAP"):
         fix = "write TRANSFORMER_BASED_WRAP with fsdp_transformer_layer_cls_to_wrap, or neither for repeated blocks"
-        found.refuse(key("auto_wrap_policy"), "but disttrain chooses blocks by class or name", fix)
+        found.reject(key("auto_wrap_policy"), "but disttrain chooses blocks by class or name", fix)
 
 
 def _precision(found: Translation, native: Native) -> None:
@@ -166,8 +166,8 @@ def _precision(found: Translation, native: Native) -> None:
             named, key = one, "deepspeed_config.deepspeed_config_file"
         elif enabled is not None and enabled != (named == one):
             fix = 'make both equal, or write "auto" there'
-            found.refuse("mixed_precision", f"but DeepSpeed's JSON has {one}.enabled: {shown(enabled)}", fix)
+            found.reject("mixed_precision", f"but DeepSpeed's JSON has {one}.enabled: {shown(enabled)}", fix)
     if named not in ("no", "bf16", "fp16"):
-        found.refuse("mixed_precision", "which disttrain does not support", "write bf16, fp16 or 'no'")
+        found.reject("mixed_precision", "which disttrain does not support", "write bf16, fp16 or 'no'")
     elif named != "no" or found.config.precision.compute != "fp64":  # fp64 is not mixed precision either
         found.put("precision.compute", "fp32" if named == "no" else named, key)

@@ -53,7 +53,7 @@ def translate_deepspeed(found: Translation, native: Native) -> None:
     else:
         fix = "write distributed_type: MULTI_GPU for ddp, or stage 1, 2 or 3"
         why = "which is ZeRO stage 0 and partitions nothing" if stage == 0 else "which is not a ZeRO stage"
-        found.refuse(key, why, fix)
+        found.reject(key, why, fix)
     _offload(found, native, "optimizer", "strategy.deepspeed.offload")
     _offload(found, native, "param", "strategy.deepspeed.offload_parameters")
     _accumulation(found, *_said(found, native, "gradient_accumulation_steps", "gradient_accumulation_steps"))
@@ -71,7 +71,7 @@ def _said(found: Translation, native: Native, name: str, path: str) -> _Said:
     if value is None:
         return (None if inner == "none" else inner), (key if inner is None else _FILE)
     if inner not in (None, value):
-        found.refuse(key, f"but {found.said(_FILE)} has {path}: {shown(inner)}", "remove one of them")
+        found.reject(key, f"but {found.said(_FILE)} has {path}: {shown(inner)}", "remove one of them")
     return value, key
 
 
@@ -81,7 +81,7 @@ def _offload(found: Translation, native: Native, what: str, ours: str) -> None:
     path, path_key = _said(found, native, f"offload_{what}_nvme_path", f"{inner}.nvme_path")
     found.put(ours, device or "none", key)
     if what == "param" and device and found.values.get("strategy.deepspeed.stage", (3, ""))[0] != 3:
-        found.refuse(key, "but only stage 3 partitions parameters", "write none, or zero_stage: 3")
+        found.reject(key, "but only stage 3 partitions parameters", "write none, or zero_stage: 3")
     stated = found.config.strategy.deepspeed.nvme_path
     if device != "nvme":
         return
@@ -89,9 +89,9 @@ def _offload(found: Translation, native: Native, what: str, ours: str) -> None:
         found.put("strategy.deepspeed.nvme_path", path, path_key)
     elif stated is None:
         fix = "set strategy.deepspeed.nvme_path in the config"
-        found.refuse(key, "but `accelerate launch` passes no path to its processes", fix)
+        found.reject(key, "but `accelerate launch` passes no path to its processes", fix)
     elif path not in (None, stated):
-        found.refuse(path_key, f"but strategy.deepspeed.nvme_path is {stated!r}", "make both equal")
+        found.reject(path_key, f"but strategy.deepspeed.nvme_path is {stated!r}", "make both equal")
 
 
 def _accumulation(found: Translation, steps: Any, key: str) -> None:
@@ -102,7 +102,7 @@ def _accumulation(found: Translation, steps: Any, key: str) -> None:
     batch, micro = (data.global_batch, data.micro_batch) if data is not None else (None, None)
     fix = "remove it: it follows from data.global_batch, data.micro_batch and the number of ranks"
     if not isinstance(batch, int) or not isinstance(micro, int | None):
-        found.refuse(key, "but the config's batch sizes are not numbers of samples to compare it with", fix)
+        found.reject(key, "but the config's batch sizes are not numbers of samples to compare it with", fix)
     elif world is not None:
         tensor = found.values.get("mesh.tensor", (found.config.mesh.tensor, ""))[0]
         ranks = max(1, world // max(1, tensor))
@@ -110,18 +110,18 @@ def _accumulation(found: Translation, steps: Any, key: str) -> None:
         ours = ceil(ceil(batch / size) / ranks)
         if steps != ours:
             why = f"but data.global_batch={batch} in micro-batches of {size} over {ranks} rank(s) takes {ours}"
-            found.refuse(key, why, fix)
+            found.reject(key, why, fix)
 
 
 def _clipping(found: Translation, norm: Any, key: str) -> None:
     if norm is None:
         return
     if found.config.optim is None:
-        found.refuse(key, "but the config has no section optim", "add optim.clip_norm, or remove it")
+        found.reject(key, "but the config has no section optim", "add optim.clip_norm, or remove it")
     elif isinstance(found.config.optim, tuple):
         if float(norm) != (found.config.clip_norm or 0.0):
             stated = shown(found.config.clip_norm)
-            found.refuse(key, f"but the list under optim has clip_norm={stated}", "make both equal, or remove it here")
+            found.reject(key, f"but the list under optim has clip_norm={stated}", "make both equal, or remove it here")
     else:
         found.put("optim.clip_norm", float(norm), key, *([None] if norm == 0 else []))
 
@@ -134,4 +134,4 @@ def _batches(found: Translation, native: Native) -> None:
         stated = getattr(data, ours, None)
         if size is not None and size != stated:
             why = f"with {path}: {shown(size)}, but data.{ours} is {shown(stated)}"
-            found.refuse(_FILE, why, 'write "auto" there: the config decides')
+            found.reject(_FILE, why, 'write "auto" there: the config decides')

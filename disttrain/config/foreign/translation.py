@@ -27,7 +27,7 @@ class Translation:
         """The value in accelerate's settings, or its default, or None."""
         return self.settings.values.get(key)
 
-    def refuse(self, key: str, why: str, fix: str) -> None:
+    def reject(self, key: str, why: str, fix: str) -> None:
         """Record that accelerate's value cannot be used."""
         places = self.settings.places
         silent = "" if key in places else " (accelerate's default)"
@@ -41,7 +41,7 @@ class Translation:
         if source is None or stated == value or stated in open_values:
             self.values[ours] = (value, key)
         else:
-            self.refuse(
+            self.reject(
                 key, f"but {ours} is {shown(stated, ours)} ({source})", "make both equal, or remove one of them"
             )
 

@@ -48,7 +48,7 @@ def resolve_target(target: str | Callable[..., Any], *, section: str, folder: Pa
             continue
         found: Any = importlib.import_module(module_name)
         if path == target:  # a short name always means disttrain's part
-            _refuse_namesake(section, target, module_name, folder)
+            _reject_namesake(section, target, module_name, folder)
         for part in attribute.split("."):
             if not hasattr(found, part):
                 if ":" in path or inspect.ismodule(found):
@@ -145,7 +145,7 @@ def _module_exists(name: str) -> bool:
         return False
 
 
-def _refuse_namesake(section: str, target: str, module: str, folder: Path | None) -> None:
+def _reject_namesake(section: str, target: str, module: str, folder: Path | None) -> None:
     """Reject a module of the same name that an earlier import loaded from another file.
 
     Python keeps one module for each name, and would return the other file's module.

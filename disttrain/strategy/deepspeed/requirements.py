@@ -49,7 +49,7 @@ def _is_worth_a_line(record: logging.LogRecord) -> bool:
     return "untested optimizer" not in record.getMessage()
 
 
-def refuse_nvme(deepspeed: Any) -> None:
+def reject_nvme(deepspeed: Any) -> None:
     """Reject offload to disk: LaunchError where DeepSpeed's asynchronous file access is missing, else ConfigError."""
     failed = "Cannot offload to nvme under strategy deepspeed."
     builder = importlib.import_module("deepspeed.ops.op_builder").AsyncIOBuilder()
@@ -60,7 +60,7 @@ def refuse_nvme(deepspeed: Any) -> None:
     raise ConfigError(explain(failed, problem, "use strategy.deepspeed.offload=cpu until a later release"))
 
 
-def refuse_early_state(optimizer: Optimizer) -> None:
+def reject_early_state(optimizer: Optimizer) -> None:
     """Raise ConfigError for an optimizer that has state for its parameters before its first step. Local.
 
     DeepSpeed replaces the parameters by flat parts, for which that state has the wrong shape. Of torch's optimizers
@@ -81,7 +81,7 @@ def early_state_error(kind: str) -> ConfigError:
     )
 
 
-def refuse_parameters(model: nn.Module, *, stage: int) -> None:
+def reject_parameters(model: nn.Module, *, stage: int) -> None:
     """Raise ConfigError for parameters that DeepSpeed 0.19 cannot train correctly. Local.
 
     DeepSpeed views every parameter as bytes, which torch cannot do with 0 dimensions. It silently drops the imaginary

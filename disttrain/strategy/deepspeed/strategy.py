@@ -62,9 +62,9 @@ from disttrain.strategy.deepspeed.reached_parameters import agree_on_reached
 from disttrain.strategy.deepspeed.requirements import (
     early_state_error,
     import_deepspeed,
-    refuse_early_state,
-    refuse_nvme,
-    refuse_parameters,
+    reject_early_state,
+    reject_nvme,
+    reject_parameters,
 )
 from disttrain.strategy.step.arithmetic import reject_non_finite, run_micro_batches
 from disttrain.torch_internals import version_of, version_reader
@@ -93,7 +93,7 @@ class DeepSpeed(AbstractStrategy):
                 )
             )
         if "nvme" in (options.offload, options.offload_parameters):
-            refuse_nvme(module)
+            reject_nvme(module)
         ranks = ranks_of(options.native)
         if ranks not in (None, sizes.data_parallel):
             raise ConfigError(
@@ -146,7 +146,7 @@ class DeepSpeed(AbstractStrategy):
         equip(prepared, ingredients, tuple(map(with_global_shape, named)))
         if prepared.optimizer is None:
             return prepared
-        refuse_early_state(prepared.optimizer)
+        reject_early_state(prepared.optimizer)
         engine = self._initialize(prepared, prepared.optimizer)
         zero, stage = engine.optimizer, self.options.stage
         internals.probe_optimizer(zero, prepared.parameters, stage=stage, version=self._deepspeed.__version__)
@@ -169,7 +169,7 @@ class DeepSpeed(AbstractStrategy):
         partitions = self.options.stage == 3 and ingredients.make_optimizer is not None
         if not partitions or not says_how(ingredients.make_model):
             model = build_on_host(self.world, ingredients)
-            refuse_parameters(model, stage=3 if partitions else 0)
+            reject_parameters(model, stage=3 if partitions else 0)
             lay_out_rows(model)
             if not partitions:
                 return model.to(device)
@@ -177,7 +177,7 @@ class DeepSpeed(AbstractStrategy):
             return model
         model = build_model(ingredients.make_model, seed=seed, meta=True)
         settle(self.world, model)
-        refuse_parameters(model, stage=3)
+        reject_parameters(model, stage=3)
         fill_partitioned(model, device, self._partition(), seed=seed)
         return model
 
@@ -221,15 +221,15 @@ class DeepSpeed(AbstractStrategy):
             with torch.autocast(self.world.device.type, enabled=False):
                 return engine(*call)
 
-        self._refuse_changed(prepared, "between steps")
+        self._reject_changed(prepared, "between steps")
         order = self._orders.get(prepared.name)
         checked = order.checked if order is not None else nullcontext
         step = self.world, prepared, micro_batches, objective, flags
         sums = run_micro_batches(*step, through=through, backward=backward, checked=checked)
-        self._refuse_changed(prepared, "in the forward")
+        self._reject_changed(prepared, "in the forward")
         return sums
 
-    def _refuse_changed(self, prepared: Prepared, when: str) -> None:
+    def _reject_changed(self, prepared: Prepared, when: str) -> None:
         """Raise TrainingError for parameters that were written into since the last call, under stage 3.
 
         Stage 3 has partitioned such a parameter, or will do so again, and the change is lost. Torch counts all writes

@@ -14,7 +14,7 @@ from disttrain.errors import ConfigError
 from disttrain.optim import optimizer_factory
 from disttrain.optim.combined import Part, SeveralFactory
 from disttrain.optim.named import MakeOptimizer
-from disttrain.optim.trials import has_early_state, is_elementwise, is_exact_on_shards, kind_of, refuse_closures
+from disttrain.optim.trials import has_early_state, is_elementwise, is_exact_on_shards, kind_of, reject_closures
 
 
 def factory(make: Any, **args: Any) -> MakeOptimizer:
@@ -78,19 +78,19 @@ class SAM(torch.optim.SGD):
 def test_those_that_need_a_closure_are_refused_by_name(make: Any) -> None:
     message = f"Cannot use optim.target, which is stepped without(.|\n)*{make.__name__}.*closure"
     with pytest.raises(ConfigError, match=message):
-        refuse_closures(factory(make, lr=0.1), "optim.target")
+        reject_closures(factory(make, lr=0.1), "optim.target")
 
 
 @pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Muon, torch.optim.Adafactor, NormedSGD])
 def test_those_that_only_take_one_are_not(make: Any) -> None:
     assert kind_of(factory(make, lr=0.1)) is make, "it was tried"
-    refuse_closures(factory(make, lr=0.1), "optim.target")  # raises nothing
+    reject_closures(factory(make, lr=0.1), "optim.target")  # raises nothing
 
 
 def test_one_that_cannot_be_tried_is_trusted() -> None:
     picky = lambda named: SAM([named[7].parameter], lr=0.1)  # noqa: E731
     assert kind_of(picky) is None, "it could not be tried"
-    refuse_closures(picky, "optim.target")  # raises nothing
+    reject_closures(picky, "optim.target")  # raises nothing
 
 
 class Masked(torch.optim.SGD):
