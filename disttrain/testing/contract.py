@@ -1,7 +1,7 @@
 """Provides `StrategyContract`, the contract suite as a class of pytest tests.
 
 The author of a strategy derives from it and names the strategy. One world per size runs all cases. There is one test
-for each size, model and precision.
+for each size, model and precision, and for each size of a sample.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from disttrain.testing.world import WorldError, run_world
 
 _PATIENCE = 3
 """After so many failed cases of one strategy and size, the remaining cases are not run."""
+
+_SAMPLE = "sample"
 
 
 class StrategyContract:
@@ -54,10 +56,15 @@ class StrategyContract:
         return [case for case in some if case.model in cls.models and case.precision in cls.precisions]
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        """Generates a test for each size, model and precision. Called by pytest."""
+        """Generates a test for each size, model and precision, or for each size of a sample. Called by pytest."""
         if {"size", "group"} <= set(metafunc.fixturenames):
-            found = [(size, group) for size in self.sizes for group in dict.fromkeys(c.group for c in self.cases(size))]
+            found = [(size, group) for size in self.sizes for group in self._groups(size)]
             metafunc.parametrize(("size", "group"), found, ids=[f"{size}-{group}" for size, group in found])
+
+    @classmethod
+    def _groups(cls, size: int) -> list[str]:
+        """Returns the groups of cases. A sample is one group, so that parallel pytest workers never repeat its world."""
+        return list(dict.fromkeys(case.group for case in cls.cases(size))) if cls.every_case else [_SAMPLE]
 
     @classmethod
     def setup_class(cls) -> None:
@@ -78,7 +85,7 @@ class StrategyContract:
         faults = [
             f"{' '.join(overrides)} at {size} rank(s), {verdict.case}: {fault}"
             for verdict in self._found[size]
-            if verdict.case.group == group
+            if group in (verdict.case.group, _SAMPLE)
             for fault in verdict.faults
         ]
         assert not faults, "\n".join(["the strategy contract does not hold:", *faults])

@@ -282,7 +282,7 @@ def test_a_group_of_an_open_engine_is_not_shared() -> None:
 # ---------------------------------------------------------------------- the process's end
 
 ENDINGS = """
-import os, sys
+import gc, os, sys
 import torch, torch.distributed as dist
 from disttrain.runtime import Group, Launch, choose_device
 
@@ -300,6 +300,7 @@ def work():
     group.close()
 
 kept, codes = [], []
+gc.freeze()  # otherwise each child traverses torch's objects when it ends, which takes a second
 for _ in range(30):
     child = os.fork()
     if child == 0:

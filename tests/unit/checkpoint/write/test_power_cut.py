@@ -140,12 +140,17 @@ def shape(tree: object) -> object:
     return {name: shape(child) for name, child in tree.items()} if isinstance(tree, dict) else len(tree)  # type: ignore[arg-type]
 
 
-def test_every_state_after_a_power_cut_has_the_previous_or_the_new_checkpoint(recorded, tmp_path: Path) -> None:
+@pytest.mark.parametrize("limit", [8, pytest.param(500, marks=pytest.mark.slow)])
+def test_every_state_after_a_power_cut_has_the_previous_or_the_new_checkpoint(
+    recorded, tmp_path: Path, limit: int
+) -> None:
+    """At most eight states of each crash point in CI, chosen by a fixed seed. The slow test reads every state."""
     run, operations = recorded
-    tally = replay(run, operations, tmp_path / "cut", limit=500)
+    tally = replay(run, operations, tmp_path / "cut", limit)
     print(f"\n{tally.points} crash points, {tally.looked_at} of {tally.possible} disk states looked at")
     assert tally.points > 50
-    assert tally.looked_at == tally.possible > 1000
+    assert tally.possible > 1000
+    assert tally.looked_at == tally.possible if limit == 500 else tally.looked_at > 200
     assert not tally.faults, f"{len(tally.faults)} states:\n" + "\n".join(tally.faults[:10])
 
 
