@@ -17,8 +17,7 @@ from typing import Any
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-# Importing torch._dynamo takes two seconds, and DeepSpeed always imports it.
-_CONTEXT.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "disttrain.engine"])
+_CONTEXT.set_forkserver_preload(["disttrain.testing.preloaded"])
 
 
 class WorldError(AssertionError):

@@ -65,9 +65,9 @@ def assert_one_world(run: Path, alone: Path, strategy: str) -> None:
 
 
 CASES: list[Any] = [
-    ("ddp", "accelerate", {"name": "ddp"}),
-    ("fsdp", "accelerate", {"name": "fsdp"}),
-    pytest.param("zero2", "accelerate", {"name": "deepspeed", "stage": 2}, marks=needs_deepspeed),
+    pytest.param("ddp", "accelerate", {"name": "ddp"}, marks=pytest.mark.slow),
+    pytest.param("fsdp", "accelerate", {"name": "fsdp"}, marks=pytest.mark.slow),  # two machines below are FSDP, too
+    pytest.param("zero2", "accelerate", {"name": "deepspeed", "stage": 2}, marks=(needs_deepspeed, pytest.mark.slow)),
     pytest.param("zero3", "accelerate", {"name": "deepspeed", "stage": 3}, marks=needs_deepspeed),
     ("fsdp", "ddp", {"name": "ddp"}),  # the README's: accelerate only starts the processes
 ]
