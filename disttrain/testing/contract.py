@@ -63,7 +63,7 @@ class StrategyContract:
 
     @classmethod
     def _groups(cls, size: int) -> list[str]:
-        """Returns the groups of cases. A sample is one group, so that parallel pytest workers never repeat its world."""
+        """Returns the groups of cases. A sample is one group, so that pytest workers never repeat its world."""
         return list(dict.fromkeys(case.group for case in cls.cases(size))) if cls.every_case else [_SAMPLE]
 
     @classmethod
