@@ -10,6 +10,7 @@ import typer
 from disttrain.cli.ckpt.commands import ckpt
 from disttrain.errors import DisttrainError
 from disttrain.logs import start_logs
+from disttrain.runtime.imports import end_without_collection
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -137,3 +138,5 @@ def main() -> None:
         sys.exit(error.exit_code)
     except BrokenPipeError:
         sys.exit(1)
+    finally:
+        end_without_collection()

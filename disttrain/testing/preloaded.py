@@ -11,7 +11,7 @@ with fast_imports():
     import torch._dynamo  # takes a second, and the first optimizer of a process imports it
     import torch.distributed.fsdp
 
-    importlib.import_module("disttrain.engine")
+    importlib.import_module("disttrain.engine.loop")
     # With CUDA, DeepSpeed would create a context here, which forked processes cannot use. Without CUDA, the first ZeRO
     # optimizer of each rank would import this module, which takes three seconds because it compiles functions.
     if not torch.cuda.device_count():
