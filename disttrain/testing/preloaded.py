@@ -8,7 +8,6 @@ import importlib
 from disttrain.runtime.imports import fast_imports
 
 with fast_imports():
-    import torch._dynamo  # takes a second, and the first optimizer of a process imports it
     import torch.distributed.fsdp
 
     importlib.import_module("disttrain.engine.loop")
