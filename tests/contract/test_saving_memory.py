@@ -67,10 +67,18 @@ def highest(seen: Any) -> int:
     return most
 
 
-@pytest.mark.parametrize("size", [1, 2])
-def test_recomputing_changes_no_bit_and_saves_memory(size: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("size", "names"),
+    [
+        (1, ["none"]),
+        (2, ["ddp", "fsdp", "zero3"]),
+        pytest.param(
+            2, [name for name in strategies_at(2) if name not in ("ddp", "fsdp", "zero3")], marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_recomputing_changes_no_bit_and_saves_memory(size: int, names: list[str], tmp_path: Path) -> None:
     kinds = ("none", "full", "selective")
-    names = strategies_at(size) if size > 1 else ["none"]
     cases = {f"{name}/{kind}": [*STRATEGIES[name], f"memory.recompute={kind}"] for name in names for kind in kinds}
     micro_batch = BATCH // size // 2
     found = run_world(size, train, tmp_path, cases, micro_batch)[0]

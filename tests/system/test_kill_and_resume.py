@@ -161,7 +161,15 @@ def test_goes_on_under_other_strategies_at_other_sizes(compute: str, folder: Pat
 def test_the_same_torchrun_command_again(folder: Path) -> None:
     """As a user does it: real agents, a real kill, the very same command line."""
     expected = uninterrupted(2, [])
-    command = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "disttrain.run", "mortal.yaml")
+    command = (
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "-m",
+        "disttrain.run",
+        "mortal.yaml",
+    )
     environment = user_environment(PYTHONPATH=str(PROJECT))
     python = shutil.which("python", path=environment["PATH"]) or "python"
     kill = {**environment, "KILL": "1:7:forward"}

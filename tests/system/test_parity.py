@@ -119,6 +119,7 @@ def test_a_config_that_cannot_be_read_is_told_before_anything_runs(folder: Path)
         assert "fix:" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_clip_that_a_native_json_leaves_to_deepspeed_is_named(folder: Path) -> None:
     """DeepSpeed alone would clip at 1.0; here `optim.clip_norm` decides, and what the other would do is measured."""
     native = "strategy.deepspeed.native={zero_optimization: {stage: 2}}"
