@@ -59,6 +59,10 @@ LONG = ("ZeRO2Offload", "ZeRO3Offload")
 """Left out of CI, where tests/contract/test_deepspeed.py covers offload."""
 
 
+FOUR = ("DDPBuckets", "FSDPTensor")
+"""Run at four ranks in CI, too. The others are sampled at one to three ranks, with the same cases."""
+
+
 def contract(name: str, variation: Variation, *, whole: bool) -> type[StrategyContract]:
     """The tests of one strategy: all cases, or a sample that differs from strategy to strategy."""
 
@@ -67,8 +71,9 @@ def contract(name: str, variation: Variation, *, whole: bool) -> type[StrategyCo
         def overrides_at(cls, size: int) -> Sequence[str]:
             return (*cls.overrides, *(variation.at or {}).get(size, ()))
 
-    for attribute in ("overrides", "sizes", "models", "precisions"):
+    for attribute in ("overrides", "models", "precisions"):
         setattr(Contract, attribute, getattr(variation, attribute))
+    Contract.sizes = variation.sizes if whole or name in FOUR else tuple(size for size in variation.sizes if size < 4)
     Contract.every_case, Contract.turn = whole, list(VARIATIONS).index(name)
     Contract.timeout_s = 7000.0 if whole else 600.0
     Contract.__name__ = Contract.__qualname__ = f"Test{name}{'Whole' if whole else ''}"

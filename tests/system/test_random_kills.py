@@ -208,12 +208,12 @@ def judge(found: Hunt, kills: int, most: int = 2 * EVERY) -> None:
     assert found.finished >= 1
     # A save that falls due waits for the one before it: of an interval of steps that were told, and of the one that
     # was still being written when the kill came, nothing more is computed again.
-    assert max(found.lost) <= most
+    assert max(found.lost, default=0) <= most
 
 
 @pytest.mark.parametrize(("name", "seed"), [("ddp", 1), ("fsdp", 2)])
-def test_twenty_kills_while_saving_in_the_background(name: str, seed: int, run: Path) -> None:
-    judge(hunt(run, STRATEGIES[name], random.Random(seed), 10), 10)
+def test_ten_kills_while_saving_in_the_background(name: str, seed: int, run: Path) -> None:
+    judge(hunt(run, STRATEGIES[name], random.Random(seed), 5), 5)
 
 
 @pytest.mark.slow
