@@ -64,7 +64,7 @@ def config_with(**sections: Any) -> Config:
 
 
 def from_accelerate(config: Config) -> dict[str, Any]:
-    """Our key -> value, of those that accelerate gave."""
+    """Maps each key that accelerate set to its value."""
     found = {}
     for key, source in config.sources.items():
         if source.startswith("accelerate: "):

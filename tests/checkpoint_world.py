@@ -46,7 +46,7 @@ class ThreadRanks:
 
 @contextmanager
 def empty_store() -> Iterator[Any]:
-    """fsspec's store in this process's memory, empty before and after: keys to files."""
+    """fsspec's in-memory store as a mapping from keys to files, empty before and after."""
     system = fsspec.filesystem("memory")
     system.store.clear()
     system.pseudo_dirs[:] = [""]
@@ -58,13 +58,13 @@ def empty_store() -> Iterator[Any]:
 
 
 def on_ranks(size: int, act: Callable[[ThreadRanks], Any]) -> list[Any]:
-    """What `act` returned on each rank; an exception that it raised stands in its place."""
+    """Returns what `act` returned on each rank, or the exception that it raised there."""
     barrier, slots, results = threading.Barrier(size), [None] * size, [None] * size
 
     def work(rank: int) -> None:
         try:
             results[rank] = act(ThreadRanks(rank, size, barrier, slots))
-        except Exception as error:  # noqa: BLE001 - handed to the test
+        except Exception as error:  # noqa: BLE001 - passed to the test
             results[rank] = error
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
@@ -76,12 +76,15 @@ def on_ranks(size: int, act: Callable[[ThreadRanks], Any]) -> list[Any]:
 
 
 def whole_on_every_rank(tensors: Mapping[str, Tensor], rank: int, size: int) -> list[Shard]:
-    """As DDP holds them."""
+    """The shards that DDP holds."""
     return [full_shard(name, tensor.clone(), (rank, size)) for name, tensor in tensors.items()]
 
 
 def cut_along(dim: int) -> Callable[[Mapping[str, Tensor], int, int], list[Shard]]:
-    """As FSDP2 (dim 0) and column-wise tensor parallelism (dim 1) hold them: torch.chunk's rule; scalars replicated."""
+    """The shards of FSDP2 (dim 0) and column-wise tensor parallelism (dim 1), by torch.chunk's rule.
+
+    Scalars are replicated.
+    """
 
     def shards(tensors: Mapping[str, Tensor], rank: int, size: int) -> list[Shard]:
         made = []
@@ -102,7 +105,7 @@ def cut_along(dim: int) -> Callable[[Mapping[str, Tensor], int, int], list[Shard
 
 
 def flat_parts(tensors: Mapping[str, Tensor], rank: int, size: int) -> list[Shard]:
-    """As DeepSpeed holds them: each rank a flat range of every tensor, as boxes."""
+    """The shards of DeepSpeed: each rank holds a flat range of every tensor, as boxes."""
     made = []
     for name, tensor in tensors.items():
         per = -(-tensor.numel() // size)
@@ -116,7 +119,7 @@ def flat_parts(tensors: Mapping[str, Tensor], rank: int, size: int) -> list[Shar
 
 
 def hybrid(tensors: Mapping[str, Tensor], rank: int, size: int) -> list[Shard]:
-    """As HSDP on a mesh of two replicas holds them (an odd world: one replica): boxes with several holders."""
+    """The shards of HSDP on a mesh of two replicas (one replica in an odd world): boxes with several holders."""
     replicas = 2 if size % 2 == 0 else 1
     cut = cut_along(0)(tensors, rank % (size // replicas), size // replicas)
     made = []
@@ -136,7 +139,7 @@ LAYOUTS: dict[str, Callable[[Mapping[str, Tensor], int, int], list[Shard]]] = {
 
 
 def some_tensors() -> dict[str, Tensor]:
-    """A small state with the dtypes and shapes that hurt."""
+    """A small state with difficult dtypes and shapes."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -161,7 +164,7 @@ def some_tensors() -> dict[str, Tensor]:
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equal in shape, dtype and every bit."""
+    """Whether two tensors have equal shape, dtype and bits."""
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
     left, right = (torch.empty(t.shape, dtype=t.dtype).copy_(t.detach()).reshape(-1).view(torch.uint8) for t in (a, b))
@@ -169,7 +172,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def blank(shards: list[Shard]) -> list[Shard]:
-    """The same shards over fresh memory with other content."""
+    """The same shards over newly allocated memory with other content."""
     return [
         Shard(s.name, s.shape, s.box, torch.zeros_like(s.tensor, memory_format=torch.contiguous_format), s.replica)
         for s in shards
@@ -177,7 +180,7 @@ def blank(shards: list[Shard]) -> list[Shard]:
 
 
 def seal(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change a manifest as an attacker would: with a digest that fits."""
+    """Change a manifest as an attacker would, with a matching digest."""
     content = json.loads((path / "manifest.json").read_text())
     del content["digest"]
     change(content)

@@ -13,18 +13,17 @@ from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-# A package of its own, with tests that need it installed: test_plugin.py does both.
+# The plug-in is a separate package. Its tests need it installed, and test_plugin.py installs and runs it.
 collect_ignore = ["plugin_package"]
 
-# No deadline on a busy machine. In CI the same examples every time: what a search for new ones finds is for the one who
-# runs it to mend.
+# No deadline, because machines can be busy. CI uses the same examples every time. A search for new ones is run by hand.
 settings.register_profile("here", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("here")
 
 
 @pytest.fixture(autouse=True)
 def left_as_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Environment, import path, process group and children are as they were."""
+    """Environment, import path, process group and children are unchanged after each test."""
     environ, path = dict(os.environ), list(sys.path)
     yield
     monkeypatch.undo()
@@ -39,7 +38,7 @@ def left_as_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of one MiB, to be filled."""
+    """A file system of one MiB that tests can fill."""
     place = tmp_path / "small"
     place.mkdir()
     made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", place], capture_output=True, text=True)

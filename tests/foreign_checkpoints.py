@@ -19,7 +19,7 @@ Told = dict[str, dict[str, Any]]
 
 
 class Small(nn.Module):
-    """Nothing divides evenly; one weight has two names, one is frozen, one buffer counts."""
+    """Nothing divides evenly. One weight has two names, one is frozen, one buffer counts."""
 
     def __init__(self, vocab: int = 11, width: int = 5) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ def batch(step: int) -> Tensor:
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Gloo, as the launcher's environment says."""
+    """Gloo, as set by the launcher's environment."""
     dist.init_process_group("gloo")
     try:
         yield
@@ -64,7 +64,7 @@ def process_group() -> Iterator[None]:
 
 
 def as_arrays(found: Mapping[str, Mapping[str, Tensor]]) -> Told:
-    """On rank 0, as processes can send it."""
+    """The tensors on rank 0, as arrays that processes can exchange."""
     if dist.get_rank():
         return {}
     return {
@@ -77,7 +77,7 @@ def as_arrays(found: Mapping[str, Mapping[str, Tensor]]) -> Told:
 
 
 def write_dcp(folder: Path, kind: str, state_of_its_own: bool = False) -> Told:
-    """Train by `ddp` or `fsdp` and save by torch.distributed.checkpoint; what was saved, by rank 0's own gathering."""
+    """Train with `ddp` or `fsdp` and save with torch.distributed.checkpoint. Returns what rank 0 gathered."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
     from torch.distributed.fsdp import fully_shard
@@ -96,7 +96,7 @@ def write_dcp(folder: Path, kind: str, state_of_its_own: bool = False) -> Told:
             nn.functional.cross_entropy(model(tokens), tokens).backward()
             optimizer.step()
             optimizer.zero_grad()
-        for buffer in model.buffers():  # of what ranks hold each its own, DCP keeps some rank's
+        for buffer in model.buffers():  # of values that differ between ranks, DCP keeps those of some rank
             dist.broadcast(buffer, 0)
         saved, held = get_state_dict(model, optimizer)
         state: dict[str, Any] = {"model": saved, "optim": held, "extra": {"step": STEPS, "note": "hello"}}
@@ -111,8 +111,11 @@ def write_dcp(folder: Path, kind: str, state_of_its_own: bool = False) -> Told:
 
 
 def write_deepspeed_stages(root: Path, cases: Mapping[str, Mapping[str, Any]]) -> dict[str, Told]:
-    """Train by DeepSpeed's own loop, one case (arguments of `write_deepspeed`) after the other, and save each by
-    `save_checkpoint` into a folder of its name; what each holds, by DeepSpeed's own words."""
+    """Train with DeepSpeed's loop, one case (arguments of `write_deepspeed`) after the other.
+
+    Saves each with `save_checkpoint` into a folder named after the case. Returns the content of each, as DeepSpeed
+    reports it.
+    """
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     os.environ.update(DS_ACCELERATOR="cpu", DS_BUILD_OPS="0")
     import deepspeed.ops
@@ -125,7 +128,7 @@ def write_deepspeed_stages(root: Path, cases: Mapping[str, Mapping[str, Any]]) -
 def write_deepspeed(
     folder: Path, *, stage: int, optimizer: str = "adamw", zero: Mapping[str, Any] | None = None, bf16: bool = False
 ) -> Told:
-    """One of them, in a world that stands; `zero` is more of its zero_optimization."""
+    """Write one checkpoint in an existing world. `zero` extends its zero_optimization."""
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 

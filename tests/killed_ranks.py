@@ -36,7 +36,10 @@ def state_of(step: int) -> dict[str, torch.Tensor]:
 
 
 class PipeRanks:
-    """Ranks as processes: rank 0 has a pipe to each other. A peer's death is an EOFError, as a lost connection is."""
+    """Ranks as processes.
+
+    Rank 0 has a pipe to each other rank. A peer's death is an EOFError, like a lost connection.
+    """
 
     def __init__(self, rank: int, size: int, links: list[Connection]) -> None:
         self.rank, self.size, self._links = rank, size, links
@@ -59,7 +62,7 @@ class PipeRanks:
 
 
 def save(root: Path, step: int, ranks: PipeRanks, disk: Disk) -> None:
-    """As a run does it: save, then let go of what is older."""
+    """Save as a run does, then remove older checkpoints."""
     shards = LAYOUTS["rows"](state_of(step), ranks.rank, ranks.size)
     save_checkpoint(root, step, shards, {"step": step}, ranks, disk=disk, chunk_bytes=4096)
     if ranks.rank == 0:
@@ -67,7 +70,7 @@ def save(root: Path, step: int, ranks: PipeRanks, disk: Disk) -> None:
 
 
 def fork_rank(rank: int, size: int, pipes: list[tuple[Connection, Connection]], root: Path, step: int, at: int) -> int:
-    """Start one rank; it dies before its operation number `at`, if that is not negative. Returns its process id."""
+    """Start one rank. It dies before its operation number `at`, unless that is negative. Returns its process id."""
     pid = os.fork()
     if pid:
         return pid
@@ -95,7 +98,7 @@ def fork_rank(rank: int, size: int, pipes: list[tuple[Connection, Connection]], 
 
 
 def save_with(root: Path, size: int, step: int, victim: int = -1, at: int = -1) -> list[int]:
-    """A save by `size` ranks; how each ended, as `os.waitpid` has it."""
+    """A save by `size` ranks. Returns how each ended, as reported by `os.waitpid`."""
     pipes = [Pipe() for _ in range(size - 1)]
     pids = [fork_rank(rank, size, pipes, root, step, at if rank == victim else -1) for rank in range(size)]
     for end in [end for pair in pipes for end in pair]:

@@ -28,11 +28,11 @@ class PlainGPT(nn.Module):
         return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * self.value(name)
 
     def turn(self, x: Tensor) -> Tensor:
-        """x: [batch, time, heads, d]; each neighbouring pair turned by position * base ** (-pair / pairs)."""
+        """x: [batch, time, heads, d]. Each neighbouring pair is rotated by position * base ** (-pair / pairs)."""
         pairs = x.shape[-1] // 2
         speed = self.base ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
         angle = torch.arange(x.shape[1], dtype=torch.float64)[:, None] * speed
-        # gpt keeps its table in float32: what is compared is the training, not the table's rounding
+        # gpt keeps its table in float32. The test compares the training, not the rounding of the table.
         cos, sin = (part.float().to(x.dtype)[None, :, None, :] for part in (angle.cos(), angle.sin()))
         even, odd = x[..., 0::2], x[..., 1::2]
         return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)

@@ -24,7 +24,7 @@ class File:
     synced: int = 0
 
     def possible(self) -> list[bytes]:
-        """Every content that it may have after a cut."""
+        """Every content that the file may have after a cut."""
         sure, rest = self.content[: self.synced], self.content[self.synced :]
         if not rest:
             return [sure]
@@ -42,11 +42,11 @@ class Folder:
     changes: list[Change] = field(default_factory=list)
 
     def entries(self) -> dict[str, File | Folder]:
-        """What a process sees."""
+        """The entries that a process sees."""
         return self.after([True] * len(self.changes))
 
     def after(self, kept: list[bool]) -> dict[str, File | Folder]:
-        """The entries where of the changes only these reached the disk."""
+        """The entries if only these changes reached the disk."""
         found = dict(self.sure)
         for keep, (name, node) in zip(kept, self.changes, strict=True):
             if keep and node is None:
@@ -56,7 +56,7 @@ class Folder:
         return found
 
     def possible(self) -> Iterator[dict[str, File | Folder]]:
-        """Every set of entries that it may have after a cut, each once."""
+        """Every set of entries that the folder may have after a cut, each once."""
         seen: set[tuple[tuple[str, int], ...]] = set()
         for kept in product((False, True), repeat=len(self.changes)):
             entries = self.after(list(kept))
@@ -70,7 +70,7 @@ Tree = "bytes | dict[str, Tree]"
 
 
 def count_states(node: File | Folder) -> int:
-    """How many trees may be found in place of `node` after a cut."""
+    """How many trees may exist in place of `node` after a cut."""
     if isinstance(node, File):
         return len(node.possible())
     total = 0
@@ -83,7 +83,7 @@ def count_states(node: File | Folder) -> int:
 
 
 def every_state(node: File | Folder) -> Iterator[Tree]:
-    """Each of them."""
+    """Yields each of these trees."""
     if isinstance(node, File):
         yield from node.possible()
         return
@@ -93,26 +93,26 @@ def every_state(node: File | Folder) -> Iterator[Tree]:
 
 
 def some_state(node: File | Folder, chosen: random.Random) -> Tree:
-    """One of them by chance."""
+    """One of these trees, chosen at random."""
     if isinstance(node, File):
         return chosen.choice(node.possible())
     entries = chosen.choice(list(node.possible()))
     return {name: some_state(child, chosen) for name, child in entries.items()}
 
 
-def lay_out(tree: Tree, path: Path) -> None:
-    """Make files and folders of a tree."""
+def write_tree(tree: Tree, path: Path) -> None:
+    """Make the files and folders of a tree."""
     if isinstance(tree, bytes):
         path.write_bytes(tree)
         return
     path.mkdir()
     for name, child in tree.items():
-        lay_out(child, path / name)
+        write_tree(child, path / name)
 
 
 @dataclass(frozen=True)
 class Operation:
-    """What was done; `content` is a write's bytes, `source` what a rename renamed."""
+    """One operation. `content` is what a write wrote, `source` is what a rename renamed."""
 
     name: str
     path: Path
@@ -121,7 +121,7 @@ class Operation:
 
 
 class Recorder:
-    """What all ranks' disks did, in the order in which they did it."""
+    """The operations of all ranks' disks, in order."""
 
     def __init__(self) -> None:
         self.operations: list[Operation] = []
@@ -132,19 +132,19 @@ class Recorder:
         return RecordingDisk(self)
 
     def announce(self, operation: str, path: Path) -> None:
-        """The disk's own hook: every operation must be recorded too."""
+        """The disk's hook. Every operation must also be recorded."""
         self.announced += 1
 
     def note(self, name: str, path: Path, content: bytes = b"", source: Path | None = None) -> None:
         self.operations.append(Operation(name, path, content, source))
 
     def mark(self, name: str) -> None:
-        """A moment that is no operation."""
+        """Records a moment that is no operation."""
         self.operations.append(Operation(name, Path()))
 
 
 class RecordingDisk(Disk):
-    """A disk that does all it is told, and writes it down."""
+    """A disk that performs every operation and records it."""
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__(recorder.announce)
@@ -160,7 +160,7 @@ class RecordingDisk(Disk):
     def create(self, path: Path, size: int = 0) -> DiskFile:
         with self._recorder.lock:
             self._recorder.note("create", path)
-            super().create(path, size).__exit__(None, None, None)  # what it would do; the file itself comes from here
+            super().create(path, size).__exit__(None, None, None)  # as the disk does it; the file comes from here
             path.unlink()
             return RecordingFile(path, self._recorder)
 
@@ -197,7 +197,7 @@ class RecordingFile(DiskFile):
 
 
 class ModelDisk:
-    """The state of a disk below `root` (which is there for sure), operation by operation."""
+    """The state of a disk below `root`, which always exists, operation by operation."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.top = root, Folder()

@@ -46,14 +46,14 @@ parallelism of two leaves two shards at four ranks."""
 
 @dataclass(frozen=True, order=True)
 class Place:
-    """A strategy in a world of a size."""
+    """A strategy and a world size."""
 
     strategy: str
     size: int
 
     @property
     def overrides(self) -> list[str]:
-        """What a user writes after the config."""
+        """The overrides that a user writes after the config."""
         more = [f"mesh.replicate={3 if self.size == 3 else 2}"] if self.strategy == "replicate" else []
         return [*STRATEGIES[self.strategy][0], *more]
 
@@ -67,7 +67,7 @@ LOADERS = [Place(name, size) for name, (_, _, sizes) in STRATEGIES.items() for s
 
 @dataclass
 class Found:
-    """One cell: every difference between the two checkpoints in words, how many tensors they hold, and the losses."""
+    """The result of one cell: all differences in words, the tensor count, and the losses."""
 
     faults: list[str] = field(default_factory=list)
     tensors: int = 0
@@ -91,8 +91,8 @@ def config(folder: Path, name: str) -> dict[str, Any]:
     }
 
 
-def go_on(engine: Any, save_at: int | None = None) -> list[float]:
-    """The losses of the steps to the run's end."""
+def losses_to_end(engine: Any, save_at: int | None = None) -> list[float]:
+    """The losses of the remaining steps of the run."""
     losses = []
     for micro_batches in engine.batches():
         losses.append(engine.accumulate("model", micro_batches).loss)
@@ -106,17 +106,17 @@ def go_on(engine: Any, save_at: int | None = None) -> list[float]:
 
 
 def save_all(folder: Path, places: Sequence[Place]) -> dict[Place, list[float]]:
-    """One rank: each of these savers in turn; the losses of the steps after its checkpoint."""
+    """Run each of these savers on one rank. Returns the losses of the steps after its checkpoint."""
     found = {}
     for place in places:
         with disttrain.Engine(config(folder, str(place)), place.overrides) as engine:
             engine.prepare("model")
-            found[place] = go_on(engine, SAVED)[SAVED:]
+            found[place] = losses_to_end(engine, SAVED)[SAVED:]
     return found
 
 
 def load_all(folder: Path, cells: Sequence[tuple[Place, Place]]) -> dict[tuple[Place, Place], Found]:
-    """One rank: each of these (saver, loader) in turn; rank 0 compares."""
+    """Run each of these (saver, loader) pairs on one rank. Rank 0 compares."""
     found = {}
     for saver, loader in cells:
         saved = checkpoint_of(folder, str(saver))
@@ -128,7 +128,7 @@ def load_all(folder: Path, cells: Sequence[tuple[Place, Place]]) -> dict[tuple[P
             own = Found()
             if engine.rank == 0:
                 own.faults, own.tensors = differences(saved, again)
-            own.losses = go_on(engine)
+            own.losses = losses_to_end(engine)
             found[saver, loader] = own
             main, run = engine.rank == 0, engine.folder
         if main:
@@ -141,7 +141,7 @@ def checkpoint_of(folder: Path, name: str) -> Path:
 
 
 def differences(first: Path, second: Path) -> tuple[list[str], int]:
-    """What two checkpoints differ in: names, shapes, dtypes, bits, and what of the document no mesh may change."""
+    """Returns how two checkpoints differ: names, shapes, dtypes, bits, and the mesh-independent document."""
     a, b = Checkpoint.open(first), Checkpoint.open(second)
     faults = [f"{name} is in one only" for name in sorted(a.tensors.keys() ^ b.tensors.keys())]
     for name in sorted(a.tensors.keys() & b.tensors.keys()):
@@ -170,7 +170,7 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def groups(saved: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Each parameter's settings: strategies may order and part groups otherwise."""
+    """The settings of each parameter, because strategies may order and split groups differently."""
     return {
         name: {key: value for key, value in group.items() if key != "members"}
         for group in saved

@@ -13,7 +13,7 @@ import disttrain
 
 STRATEGIES: dict[str, list[str]] = {
     "none": ["strategy.name=none"],
-    "ddp": ["strategy.name=ddp"],  # a small model's gradients travel with the step's sums
+    "ddp": ["strategy.name=ddp"],  # the gradients of a small model travel with the sums of the step
     "ddp-buckets": ["strategy.name=ddp", "strategy.ddp.bucket_mb=0.00001"],  # by DistributedDataParallel
     "fsdp": ["strategy.name=fsdp"],
     "zero1": ["strategy.name=deepspeed", "strategy.deepspeed.stage=1"],
@@ -24,12 +24,12 @@ QUIET = ["report.every=1", "report.progress=false", "report.plot=false", "report
 
 
 def strategies_at(size: int, *, fp64: bool = False) -> list[str]:
-    """Those that run in a world of this size, in this precision."""
+    """The strategies that run in a world of this size, in this precision."""
     return [name for name in STRATEGIES if (name != "none" or size == 1) and not (fp64 and name.startswith("zero"))]
 
 
 def train_all(config: Any, folder: Path, cases: Mapping[str, Sequence[str]]) -> dict[str, dict[str, Any]]:
-    """Every case (a list of overrides) in turn, in this world: losses, norms, first and last weights."""
+    """Run every case (a list of overrides) in this world. Returns losses, norms, and the first and last weights."""
     found = {}
     for name, overrides in cases.items():
         where = [f"run.dir={folder}", f"run.name={name.replace('/', '-')}-of-{os.environ['WORLD_SIZE']}"]
@@ -40,7 +40,7 @@ def train_all(config: Any, folder: Path, cases: Mapping[str, Sequence[str]]) -> 
 
 
 def train_one(engine: Any, objective: Any = None) -> dict[str, Any]:
-    """The plain shape of an own loop, keeping each step's numbers; rank 0 alone brings the weights back."""
+    """Run the plain form of a custom loop and keep the numbers of each step. Only rank 0 returns the weights."""
     first = engine.full_weights("model")
     losses, norms, rates = [], [], []
     for micro_batches in engine.batches():
@@ -64,7 +64,7 @@ def train_one(engine: Any, objective: Any = None) -> dict[str, Any]:
 
 
 def to_numpy(weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """Plain arrays: they cross processes without shared memory."""
+    """Plain arrays, which cross processes without shared memory."""
     return {
         name: (value.float() if value.dtype == torch.bfloat16 else value).numpy() for name, value in weights.items()
     }

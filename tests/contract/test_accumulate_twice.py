@@ -32,7 +32,7 @@ class Net(nn.Module):
 
 
 class Scaled(Net):
-    """With a 0-d parameter, which fsdp holds whole."""
+    """Has a 0-d parameter, which fsdp keeps on every rank."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class Scaled(Net):
 
 
 class Real(nn.Module):
-    """Trained with the model: every strategy but the ZeRO stages holds it whole."""
+    """Trained with the model. Every strategy except the ZeRO stages keeps it on every rank."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ def fake(model: Any, x: Tensor) -> Any:
 
 
 def batches(step: int) -> list[Tensor]:
-    """Four for the first loss, uneven; the first three of them serve the second."""
+    """Four batches for the first loss, uneven. The first three also serve the second loss."""
     generator = torch.Generator().manual_seed(step)
     return [torch.randn(3, 4, generator=generator) for _ in range(3)] + [torch.randn(1, 4, generator=generator)]
 
@@ -71,7 +71,7 @@ def build(make_model: type[nn.Module]) -> tuple[nn.Module, Real]:
 
 
 def plain(make_model: type[nn.Module]) -> dict[str, Any]:
-    """One backward over everything, divided by all items of both losses."""
+    """One backward over all batches, divided by all items of both losses."""
     model, real = build(make_model)
     optimizer = torch.optim.SGD([*model.parameters(), *real.parameters()], lr=RATE, momentum=0.9)
     losses, norms = [], []
@@ -111,7 +111,7 @@ def train(folder: Path, make_model: type[nn.Module], names: list[str]) -> dict[s
 def test_two_accumulations_equal_one_backward_over_both(size: int, tmp_path: Path) -> None:
     expected = plain(Net)
     for name, run in run_world(size, train, tmp_path, Net, strategies_at(size))[0].items():
-        # 2e-5 as elsewhere: what is left is the order of float32 sums.
+        # 2e-5, as in other tests: only the order of float32 sums differs.
         assert worst(run["losses"], expected["losses"]) < 2e-5, name
         assert worst(run["norms"], expected["norms"]) < 2e-5, name
         for weight, value in expected["last"].items():
@@ -161,16 +161,14 @@ def failing(model: Any, x: Tensor) -> Any:
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_an_accumulation_is_counted_once_whatever_adds_it_up_and_stays_where_the_next_one_fails(
-    size: int, tmp_path: Path
-) -> None:
+def test_an_accumulation_is_counted_once_and_survives_a_failure_of_the_next(size: int, tmp_path: Path) -> None:
     ddp = {f"ddp {name}": ["strategy.name=ddp", *more] for name, more in BF16.items()}
     cases = {name: STRATEGIES[name] for name in ("ddp", "ddp-buckets", "fsdp")} | ddp
     for name, weights in run_world(size, twice, tmp_path, cases)[0].items():
         assert weights == [-1.0, -2.0], name
 
 
-def test_what_fsdp_holds_whole_is_added_up_once(tmp_path: Path) -> None:
+def test_parameters_that_fsdp_replicates_are_added_up_once(tmp_path: Path) -> None:
     expected = plain(Scaled)
     for name, run in run_world(3, train, tmp_path, Scaled, ["ddp", "ddp-buckets", "fsdp"])[0].items():
         assert worst(run["norms"], expected["norms"]) < 2e-5, name
@@ -193,7 +191,7 @@ def alone(folder: Path) -> Any:
     return disttrain.Engine(config, QUIET)
 
 
-def test_several_terms_accumulated_twice_are_refused_in_words(tmp_path: Path) -> None:
+def test_several_terms_accumulated_twice_are_rejected_by_name(tmp_path: Path) -> None:
     with alone(tmp_path) as engine:
         engine.prepare("model", Net, lambda parameters: torch.optim.SGD(parameters, lr=RATE))
         engine.accumulate("model", engine.micro_batches(batches(0)), TwoTerms())
@@ -259,7 +257,7 @@ def test_sums_are_added_up_by_name_over_ranks(tmp_path: Path) -> None:
         ("shapes", r"a \[2\] on rank 1"),
     ],
 )
-def test_ranks_that_return_other_sums_are_told_so_on_every_rank(case: str, told: str, tmp_path: Path) -> None:
+def test_ranks_that_return_other_sums_get_an_error_on_every_rank(case: str, told: str, tmp_path: Path) -> None:
     with pytest.raises(WorldError, match=told) as caught:
         run_world(2, sums, tmp_path, case, "fsdp")
     assert str(caught.value).count("TrainingError: Cannot add up the objective's terms and sums") == 2

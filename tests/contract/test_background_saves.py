@@ -34,7 +34,7 @@ def start(folder: Path, name: str, overrides: list[str]) -> disttrain.Engine:
 
 
 def loop(engine: disttrain.Engine, after: Any = lambda engine: None) -> int:
-    """The steps of an own loop; returns how many were taken."""
+    """Take the steps of a custom loop. Returns the number of steps."""
     batches = engine.batches(user_module().Augmented(20), global_batch=6, micro_batch=2)
     for micro_batches in batches:
         engine.accumulate("model", micro_batches, objective)
@@ -59,11 +59,11 @@ def ledger(folder: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / name / "ledger.jsonl").read_text().splitlines()]
 
 
-# ---------------------------------------------------------------------- who is there
+# ---------------------------------------------------------------------- missing ranks
 
 
 def killed_before_its_first_save(folder: Path) -> None:
-    """Rank 1 is killed where it would begin its first save; rank 0 notes how long it stayed."""
+    """Rank 1 is killed at the start of its first save. Rank 0 measures how long it waits."""
     with start(folder, "killed", [*BACKGROUND, "strategy.name=ddp", "run.timeout_s=100"]) as engine:
         if engine.rank == 1:
             engine._state.saver.begin = lambda taken: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
@@ -80,10 +80,10 @@ def test_a_rank_that_is_killed_before_its_first_save_is_missed_at_once(tmp_path:
     assert float((tmp_path / "stayed-0").read_text()) < 50, "half of run.timeout_s"
 
 
-# ---------------------------------------------------------------------- what is written
+# ---------------------------------------------------------------------- content of a save
 
 
-def at_once_and_beside(folder: Path, cases: dict[str, list[str]]) -> None:
+def at_once_and_in_background(folder: Path, cases: dict[str, list[str]]) -> None:
     for name, overrides in cases.items():
         for kind, how in (("once", BACKGROUND[:1] + BACKGROUND[2:]), ("beside", BACKGROUND)):
             with start(folder, f"{name}-{kind}", [*how, *overrides]) as engine:
@@ -91,9 +91,9 @@ def at_once_and_beside(folder: Path, cases: dict[str, list[str]]) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_writes_what_a_save_at_once_writes_under_every_strategy(size: int, tmp_path: Path) -> None:
+def test_writes_what_an_immediate_save_writes_under_every_strategy(size: int, tmp_path: Path) -> None:
     cases = {name: case for name, case in STRATEGIES.items() if (name != "none") == (size > 1)}
-    run_world(size, at_once_and_beside, tmp_path, cases)
+    run_world(size, at_once_and_in_background, tmp_path, cases)
     for name in cases:
         once, beside = (list_checkpoints(tmp_path / f"{name}-{kind}" / "checkpoints") for kind in ("once", "beside"))
         assert [path.name for path in once] == [path.name for path in beside]
@@ -107,7 +107,7 @@ def test_writes_what_a_save_at_once_writes_under_every_strategy(size: int, tmp_p
 
 
 def held_up(folder: Path) -> dict[str, Any]:
-    """The writer waits until three more steps are taken; the weights at the save and what was written."""
+    """The writer waits for three more steps. Returns the weights at the save and the written weights."""
     write, go, steps = snapshot.save_checkpoint, threading.Event(), []
 
     def slow(*args: Any, **named: Any) -> Path:
@@ -129,7 +129,7 @@ def held_up(folder: Path) -> dict[str, Any]:
     return {"weights": weights, "written at": steps}
 
 
-def test_goes_on_while_it_is_written_and_writes_the_step_it_was_asked_for(tmp_path: Path) -> None:
+def test_training_continues_during_a_save_of_the_requested_step(tmp_path: Path) -> None:
     found = run_world(2, held_up, tmp_path)[0]
     assert found["written at"][0] >= 5
     four, last = list_checkpoints(tmp_path / "held" / "checkpoints")
@@ -162,11 +162,11 @@ def test_one_save_at_a_time_and_the_end_waits_for_the_last(tmp_path: Path) -> No
     assert [path.name[-1] for path in list_checkpoints(tmp_path / "slow" / "checkpoints")] == ["2", "4", "6", "7"]
 
 
-# ---------------------------------------------------------------------- what fails
+# ---------------------------------------------------------------------- failures
 
 
 def disk_fills(folder: Path, policy: str, failures: int, how: list[str]) -> Any:
-    """Rank 1's disk refuses to write, so often; (the error's kind, where the loop stood, ...)."""
+    """Rank 1's disk fails that many times. Returns the error's class and where the loop stopped."""
     from disttrain.checkpoint.storage import durable_files
 
     write, left = durable_files.DiskFile.write, [failures]
@@ -202,7 +202,7 @@ def test_a_save_that_fails_on_one_rank_stops_all(how: list[str], tmp_path: Path)
 
 
 @pytest.mark.parametrize("how", [BACKGROUND, [BACKGROUND[0], BACKGROUND[2]]], ids=["background", "at once"])
-def test_a_run_may_go_on_without_it(how: list[str], tmp_path: Path) -> None:
+def test_a_run_may_continue_without_the_save(how: list[str], tmp_path: Path) -> None:
     assert run_world(2, disk_fills, tmp_path, "go_on", 1, how) == [("finished", STEPS)] * 2
     assert [path.name[-1] for path in list_checkpoints(tmp_path / "go_on" / "checkpoints")] == ["2", "6", "7"]
     incidents = [entry for entry in ledger(tmp_path, "go_on") if entry["event"] == "incident"]
@@ -211,14 +211,14 @@ def test_a_run_may_go_on_without_it(how: list[str], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", [BACKGROUND, [BACKGROUND[0], BACKGROUND[2]]], ids=["background", "at once"])
-def test_or_try_again(how: list[str], tmp_path: Path) -> None:
+def test_a_save_may_be_tried_again(how: list[str], tmp_path: Path) -> None:
     assert run_world(2, disk_fills, tmp_path, "retry", 2, how) == [("finished", STEPS)] * 2
     assert [path.name[-1] for path in list_checkpoints(tmp_path / "retry" / "checkpoints")] == ["2", "4", "6", "7"]
 
 
 def nan_weights(folder: Path) -> Any:
     def spoil(engine: disttrain.Engine) -> None:
-        if engine.progress.steps == 6:  # the last: the next step would find its loss not finite
+        if engine.progress.steps == 6:  # the last step: the next one would raise because its loss is not finite
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter.fill_(float("nan"))
@@ -254,7 +254,7 @@ def save_by_hand(folder: Path) -> list[Any]:
     return found
 
 
-def test_a_save_by_hand_waits_for_the_one_under_way_and_is_durable_when_it_returns(tmp_path: Path) -> None:
+def test_a_manual_save_waits_for_the_one_under_way_and_is_durable_on_return(tmp_path: Path) -> None:
     expected = ["3", ["2", "3"], None, "5", ["2", "3", "4", "5"], None]
     assert run_world(2, save_by_hand, tmp_path) == [expected, expected]
 
@@ -271,16 +271,16 @@ def without_permission_for_priorities(folder: Path) -> str:
         return engine.finish()
 
 
-def test_a_thread_that_cannot_give_way_writes_all_the_same(tmp_path: Path) -> None:
+def test_a_thread_that_cannot_lower_its_priority_writes_too(tmp_path: Path) -> None:
     assert run_world(1, without_permission_for_priorities, tmp_path) == ["finished"]
     assert [path.name[-1] for path in list_checkpoints(tmp_path / "plain" / "checkpoints")] == ["2", "4", "6", "7"]
 
 
-# ---------------------------------------------------------------------- of one moment
+# ---------------------------------------------------------------------- consistency
 
 
 def seen_batches(folder: Path, name: str, save_at: int | None, stop_at: int) -> list[list[float]]:
-    """The inputs of each step; saved by hand when the batch of a step was taken, and again between step and log."""
+    """Returns the inputs of each step. Saves by hand after the step's batch was read, and between step and log."""
     seen = []
     with start(folder, name, ["strategy.name=none", "checkpoint.at_end=false"]) as engine:
         for micro_batches in engine.batches(user_module().Augmented(20), global_batch=6, micro_batch=2):
@@ -297,7 +297,7 @@ def seen_batches(folder: Path, name: str, save_at: int | None, stop_at: int) -> 
     return seen
 
 
-def test_a_save_within_a_step_is_of_its_beginning_or_refused(tmp_path: Path) -> None:
+def test_a_save_within_a_step_is_of_its_beginning_or_rejected(tmp_path: Path) -> None:
     (through,) = run_world(1, seen_batches, tmp_path, "through", None, STEPS)
     run_world(1, seen_batches, tmp_path, "parts", 3, 5)
     (after,) = run_world(1, seen_batches, tmp_path, "parts", None, STEPS)

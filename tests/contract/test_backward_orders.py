@@ -17,12 +17,14 @@ from world import run_world
 import disttrain
 
 SEED, STEPS, ROUNDS = 5, 4, 2
-SMALL = ["strategy.deepspeed.bucket_mb=0.0004"]  # 104 numbers: of an expert's 81 and 90, one
+SMALL = ["strategy.deepspeed.bucket_mb=0.0004"]  # 104 elements: one of an expert's 81 and 90
 WHOLE = ["strategy.deepspeed.native={zero_optimization: {stage3_param_persistence_threshold: 0}}"]
 
 
 class Packed(nn.Module):
-    """Sequences of one length in a batch and of several in the next: its backward goes other ways through the LSTM."""
+    """Sequences of one length in a batch and of several in the next, so that its backward takes other paths in the
+    LSTM.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +41,7 @@ class Packed(nn.Module):
 
 
 class Ordered(nn.Module):
-    """Two experts of one shape, both called for every batch, in an order that the batch says."""
+    """Two experts of one shape, both called for every batch. The batch sets their order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,7 +93,7 @@ def train(folder: Path, model: type[nn.Module], cases: dict[str, Sequence[str]])
 def test_equals_a_plain_loop(model: type[nn.Module], size: int, tmp_path: Path) -> None:
     cases: dict[str, Sequence[str]] = {"ddp-buckets": STRATEGIES["ddp-buckets"]}
     for name in ("zero1", "zero2", "zero3"):
-        if model is Packed or name != "zero3":  # which refuses calls in another order, by name
+        if model is Packed or name != "zero3":  # rejects calls in another order, by name
             more = WHOLE if name == "zero3" else []
             cases |= {name: [*STRATEGIES[name], *more], f"{name}-small": [*STRATEGIES[name], *more, *SMALL]}
     torch.manual_seed(SEED)

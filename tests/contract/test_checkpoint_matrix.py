@@ -61,7 +61,7 @@ def test_saved_by_one_and_loaded_into_another(tmp_path: Path) -> None:
     assert not faults(saved, found), "\n".join(faults(saved, found))
 
 
-def test_a_difference_of_one_bit_is_told(tmp_path: Path) -> None:
+def test_a_difference_of_one_bit_is_reported(tmp_path: Path) -> None:
     paths = []
     for flipped in (False, True):
         tensors = {"model/model/w": torch.ones(5), "optim/model/w:step": torch.tensor(4.0)}
@@ -77,7 +77,7 @@ def test_a_difference_of_one_bit_is_told(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(5400)
-def test_the_whole_matrix(tmp_path: Path) -> None:
+def test_complete_matrix(tmp_path: Path) -> None:
     cells = [(saver, loader) for loader in LOADERS for saver in SAVERS]
     saved, found = run_cells(tmp_path, cells, together=1)
     print(f"\n{table(saved, found)}")
@@ -88,8 +88,11 @@ def test_the_whole_matrix(tmp_path: Path) -> None:
 def run_cells(
     folder: Path, cells: Sequence[Cell], together: int = len(STRATEGIES)
 ) -> tuple[dict[Place, list[float]], dict[Cell, Found]]:
-    """Savers' losses after their checkpoint, and what was found of each cell. A world saves, or loads into `together`
-    strategies, one after another."""
+    """Run the cells.
+
+    Returns the savers' losses after their checkpoint, and the result of each cell. A world saves, or loads into
+    `together` strategies, one after another.
+    """
     saved: dict[Place, list[float]] = {}
     savers = sorted({saver for saver, _ in cells})
     for size in sorted({saver.size for saver in savers}):
@@ -109,7 +112,7 @@ def batched(items: Sequence[Place], count: int) -> list[Sequence[Place]]:
 
 
 def apart(saved: dict[Place, list[float]], cell: Cell, one: Found) -> float:
-    """The largest relative difference of a loss from the saver's own uninterrupted run, and from a plain loop's."""
+    """The largest relative loss difference from the saver's uninterrupted run, and from a plain loop."""
     return max(worst(one.losses, saved[cell[0]]), worst(one.losses, plain_losses()[SAVED:]))
 
 
@@ -129,7 +132,7 @@ def apart_alone(saved: dict[Place, list[float]], place: Place) -> float:
 
 
 def table(saved: dict[Place, list[float]], found: dict[Cell, Found]) -> str:
-    """A row a saver, a column a loading strategy: the largest difference of a loss over the worlds it loads in."""
+    """One row per saver, one column per loading strategy: the largest loss difference over the worlds it loads in."""
     lines = [
         "| saved by | " + " | ".join(f"{name} ({', '.join(map(str, at))})" for name, (_, _, at) in STRATEGIES.items()),
         "|---" * (len(STRATEGIES) + 1),

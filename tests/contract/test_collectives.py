@@ -39,7 +39,7 @@ CONFIG: dict[str, Any] = {
 
 
 class Counting(TorchDispatchMode):
-    """Keeps (operation, dtype, elements of its largest tensor) of every collective that torch dispatches."""
+    """Records (operation, dtype, elements of its largest tensor) of every collective that torch dispatches."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Counting(TorchDispatchMode):
 
 
 class Tokens(torch.utils.data.Dataset[Any]):
-    """Random rows; the numbers do not matter here."""
+    """Random rows. Their values do not matter."""
 
     def __len__(self) -> int:
         return 64
@@ -101,7 +101,7 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
 
 
 def buckets(limit: int) -> list[int]:
-    """Elements of DDP's buckets: tensors in their order, each bucket closed once it has `limit` bytes or more."""
+    """Elements of DDP's buckets. Tensors are in order, and a bucket closes when it has `limit` bytes or more."""
     block = [WIDTH, 3 * WIDTH * WIDTH, WIDTH * WIDTH, WIDTH, 2 * WIDTH * HIDDEN, WIDTH * HIDDEN]
     found, held = [], 0
     for size in [VOCAB * WIDTH, *block * LAYERS, WIDTH]:
@@ -114,7 +114,7 @@ def buckets(limit: int) -> list[int]:
 
 @pytest.mark.parametrize("clip", ["clip", "free"])
 @pytest.mark.parametrize("accumulation", [1, 4])
-@pytest.mark.parametrize("step", [1, 2, 3])  # the third is reported, and all are as cheap
+@pytest.mark.parametrize("step", [1, 2, 3])  # the third step is reported, and all cost the same
 def test_ddp_reduces_each_gradient_once_a_step(
     counted: dict[str, list[Any]], accumulation: int, clip: str, step: int
 ) -> None:
@@ -122,7 +122,7 @@ def test_ddp_reduces_each_gradient_once_a_step(
     gradients = [size for kind, dtype, size in seen if dtype == torch.float32]
     assert sorted(gradients) == sorted(buckets(int(0.05 * 2**20)))
     assert sum(gradients) == LAYERS * BLOCK + ROOT
-    # Which tensors were reached (find_unused), and the one all-reduce of our own.
+    # One collective finds the tensors that were reached (find_unused). The other is disttrain's single all-reduce.
     others = Counter((kind, dtype) for kind, dtype, _ in seen if dtype != torch.float32)
     assert others == {("allreduce", torch.int32): 1, ("allreduce", torch.float64): 1}
 
@@ -147,7 +147,7 @@ def test_fsdp_reduces_each_group_once_a_step(
     scattered = [size for kind, _, size in seen if kind == "reduce_scatter_base"]
     assert sorted(scattered) == sorted([BLOCK] * LAYERS + [ROOT])
     gathered = [size for kind, _, size in seen if kind == "allgather_base"]
-    # Blocks for forward and backward of every micro-batch; the root stays whole from one to the other.
+    # Blocks are gathered for forward and backward of every micro-batch. The root stays gathered between micro-batches.
     assert Counter(gathered) == {BLOCK: 2 * LAYERS * accumulation, ROOT: accumulation}
     norms = int(clip == "clip" or step == 2)  # counted from zero: the third step is reported, with its norm
     small = [size for kind, dtype, size in seen if kind == "allreduce"]
@@ -155,8 +155,8 @@ def test_fsdp_reduces_each_group_once_a_step(
     assert len(seen) == len(scattered) + len(gathered) + len(small)
 
 
-def read_beside_a_busy_gpu(folder: Path) -> tuple[list[float], bool]:
-    """Numbers added up by NCCL, read while the GPU is kept busy for a second; whether it still was."""
+def read_on_a_busy_gpu(folder: Path) -> tuple[list[float], bool]:
+    """Returns numbers that NCCL summed, read while the GPU is busy for a second, and whether it was still busy then."""
     run = {**CONFIG["run"], "dir": str(folder), "device": "cuda"}
     with disttrain.Engine({**CONFIG, "run": run, "strategy": {"name": "ddp"}}) as engine:
         vector = torch.arange(64, dtype=torch.float64, device="cuda")
@@ -169,11 +169,11 @@ def read_beside_a_busy_gpu(folder: Path) -> tuple[list[float], bool]:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_steps_sums_are_read_while_a_backward_runs(tmp_path: Path) -> None:
-    assert run_world(1, read_beside_a_busy_gpu, tmp_path) == [([float(number) for number in range(64)], True)]
+    assert run_world(1, read_on_a_busy_gpu, tmp_path) == [([float(number) for number in range(64)], True)]
 
 
-def test_what_is_expected_is_the_model() -> None:
-    """The sizes above are those of the model that runs."""
+def test_expected_sizes_are_those_of_the_model() -> None:
+    """The sizes above are those of the trained model."""
     from disttrain.model import GPT
 
     model = GPT(**CONFIG["model"]["args"])

@@ -44,7 +44,7 @@ def test_offload_on_a_cpu_equals_a_plain_loop(size: int, awkward: Path) -> None:
 
 
 def train_in_turn(config: Path, turns: Sequence[Sequence[str]]) -> list[float]:
-    """One run, continued by one strategy after the other: all losses."""
+    """One run that each strategy continues in turn. Returns all losses."""
     losses: list[float] = []
     for overrides in turns:
         where = [f"run.dir={config.parent / 'runs'}", "checkpoint.at_end=true"]
@@ -56,7 +56,7 @@ def train_in_turn(config: Path, turns: Sequence[Sequence[str]]) -> list[float]:
     return losses
 
 
-def test_checkpoints_go_in_and_out_of_offload(awkward: Path) -> None:
+def test_checkpoints_load_with_and_without_offload(awkward: Path) -> None:
     turns = [
         [*STRATEGIES["zero3"], *OFFLOAD, *PARAMETERS, *STEADY, "run.steps=2"],
         [*STRATEGIES["ddp"], *STEADY, "run.steps=4"],
@@ -71,7 +71,7 @@ SKIPPED = 3
 
 
 def weightless_at_times(model: Any, batch: Any, context: Any) -> Any:
-    """The user's loss, one step of which has a gradient and no weight."""
+    """A user's loss with one step that has a gradient and no weight."""
     total, weight = user_module().token_loss(model, batch)
     return total, weight * (context.step != SKIPPED)
 
@@ -118,7 +118,7 @@ def gpt(folder: Path, *, steps: int = 20, layers: int = 2, width: int = 64) -> P
 
 
 def construction_peak(config: Path) -> tuple[int, int, int]:
-    """Bytes at the peak of building a ZeRO 3 model, of all its parameters, and of its largest."""
+    """Peak bytes while a ZeRO 3 model is built, bytes of all its parameters, and bytes of its largest one."""
     profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
     with disttrain.Engine(config, [*QUIET, *STRATEGIES["zero3"], f"run.dir={config.parent / 'runs'}"]) as engine:
         deepspeed: Any = importlib.import_module("deepspeed")
@@ -141,20 +141,21 @@ def construction_peak(config: Path) -> tuple[int, int, int]:
     return peak, sum(sizes), max(sizes)
 
 
-def test_a_model_that_says_how_is_never_whole_on_a_rank(tmp_path: Path) -> None:
+def test_a_model_with_init_weights_is_never_complete_on_a_rank(tmp_path: Path) -> None:
     peak, whole, largest = run_world(4, construction_peak, gpt(tmp_path, layers=8, width=128))[0]
-    # Its own quarter, and of one tensor the drawn value, the copy that is cut, and its part; on a busy machine also
-    # what gloo's threads let go of last, which the profiler does not see.
+    # The rank's quarter, and for one tensor: the drawn value, the copy that is split, and its part. On a busy machine
+    # the peak also includes memory that gloo's threads free last, which the profiler does not see.
     assert whole / 4 < peak < whole / 2, (peak, whole, largest)
     assert 2.5 * largest < whole / 4
 
 
-# One bf16 rounding is 2^-9 = 2e-3 of a value; a loss is a mean over 256 tokens, a norm sums what each layer rounded.
+# One bf16 rounding is 2^-9 = 2e-3 of a value. A loss is a mean over 256 tokens. A norm sums the roundings of all
+# layers.
 LOSS_BOUND, NORM_BOUND = 2e-3, 5e-2
 
 
-def test_precisions_mean_what_they_mean_elsewhere(tmp_path: Path) -> None:
-    """Mixed: bf16 products over fp32 parameters, as ddp's; pure: bf16 everywhere. First weights are those of fp32."""
+def test_precisions_have_the_same_meaning_as_elsewhere(tmp_path: Path) -> None:
+    """Mixed: bf16 products over fp32 parameters, like ddp. Pure: bf16 everywhere. First weights equal those of fp32."""
     mixed, pure = ["precision.compute=bf16"], ["precision.compute=bf16", "precision.master=bf16"]
     cases = {"fp32": STRATEGIES["ddp"], "ddp": [*STRATEGIES["ddp"], *mixed]}
     for name in ("zero1", "zero2", "zero3"):
@@ -199,7 +200,9 @@ def test_precisions_mean_what_they_mean_elsewhere(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_cannot_be_is_refused_before_the_group(options: list[str], error: Any, says: str, tmp_path: Path) -> None:
+def test_impossible_settings_are_rejected_before_the_group(
+    options: list[str], error: Any, says: str, tmp_path: Path
+) -> None:
     with pytest.raises(error or (LaunchError, ConfigError)) as caught:
         disttrain.Engine(gpt(tmp_path), [*QUIET, f"run.dir={tmp_path}", "strategy.name=deepspeed", *options])
     assert says in str(caught.value)
@@ -214,12 +217,12 @@ def test_fp16_scales_its_loss_and_skips_what_overflows(name: str, tmp_path: Path
     cases = {"fp32": options, "fp16": [*options, "precision.compute=fp16"]}
     found = run_world(1, train_all, gpt(tmp_path), tmp_path / "runs", cases)[0]
     applied = [norm is not None for norm in found["fp16"]["norms"]]
-    assert sum(applied) >= 15  # the first scales may overflow; each such step is skipped and counted
+    assert sum(applied) >= 15  # the first scales may overflow: each overflow skips a step and is counted
     assert abs(found["fp16"]["losses"][-1] - found["fp32"]["losses"][-1]) < 0.3
 
 
 class Tied(nn.Module):
-    """One weight in two modules, each called twice; a parameter of the root's own; a list of parameters."""
+    """One weight in two modules, each called twice; a parameter of the root module; a list of parameters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -236,7 +239,7 @@ class Tied(nn.Module):
 
 
 def averaged(folder: Path, name: str, strategy: str, stop_at: int) -> list[float]:
-    """A loop that looks at all weights after every step, as one that averages them does."""
+    """A loop that reads all weights after every step, like one that averages weights."""
     config = {"run": {"name": name, "dir": str(folder), "seed": 1, "steps": 6}}
     losses = []
     with disttrain.Engine(config, [*QUIET, *STRATEGIES[strategy]]) as engine:
@@ -253,7 +256,7 @@ def averaged(folder: Path, name: str, strategy: str, stop_at: int) -> list[float
     return losses
 
 
-def test_stage_three_goes_on_where_all_weights_are_looked_at_after_each_step(tmp_path: Path) -> None:
+def test_stage_three_continues_when_all_weights_are_read_after_each_step(tmp_path: Path) -> None:
     expected = run_world(1, averaged, tmp_path, "whole", "none", 6)[0]
     run_world(2, averaged, tmp_path, "run", "zero3", 2)
     assert worst(run_world(2, averaged, tmp_path, "run", "zero3", 6)[0], expected[2:]) < 1e-5
@@ -265,7 +268,7 @@ class Hollow(nn.Module):
         self.line, self.nothing = nn.Linear(3, 1), nn.Parameter(torch.zeros(0, 3))
 
 
-def test_an_empty_parameter_is_refused_by_stage_three_alone(tmp_path: Path) -> None:
+def test_an_empty_parameter_is_rejected_by_stage_three_only(tmp_path: Path) -> None:
     for strategy in ("zero3", "zero2"):
         engine = disttrain.Engine({"run": {"name": strategy, "dir": str(tmp_path)}}, [*QUIET, *STRATEGIES[strategy]])
         try:

@@ -38,8 +38,8 @@ class Net(nn.Module):
         return self.layers(x)
 
 
-class Own:
-    """A generator that a script keeps for itself, another on each rank."""
+class ScriptGenerator:
+    """A generator that belongs to the script, different on each rank."""
 
     def __init__(self, rank: int) -> None:
         self.generator = torch.Generator().manual_seed(100 + rank)
@@ -71,7 +71,7 @@ def config(folder: Path) -> dict[str, Any]:
 
 
 def seen(step: Any, size: int) -> list[float]:
-    """The labels of the global batch in its order: they are the samples' indices."""
+    """The labels of the global batch in order. They are the indices of the samples."""
     mine = [(micro.index, micro.batch[1].flatten().tolist()) for micro in step if micro.real]
     every: list[Any] = [None] * size
     torch.distributed.all_gather_object(every, mine)
@@ -79,7 +79,7 @@ def seen(step: Any, size: int) -> list[float]:
 
 
 def everywhere(folder: Path, overrides: list[str], kill: tuple[int, int] | None) -> None:
-    """What no mesh may change, a line a step by rank 0; `kill` is (rank, step within which it dies)."""
+    """Rank 0 writes one line per step with what no mesh may change. `kill` is (rank, step during which it dies)."""
     user = user_module()
     with disttrain.Engine(config(folder), [*QUIET, *overrides]) as engine:
         prepared(engine)
@@ -106,18 +106,18 @@ def everywhere(folder: Path, overrides: list[str], kill: tuple[int, int] | None)
 
 
 def lines(folder: Path) -> dict[int, dict[str, Any]]:
-    """The last line of each step: what was computed again counts."""
+    """The last line of each step, because a resumed run computes some steps again."""
     return {line["step"]: line for line in map(json.loads, (folder / "lines").read_text().splitlines())}
 
 
 @pytest.fixture
-def whole(tmp_path: Path) -> dict[int, dict[str, Any]]:
-    (tmp_path / "whole").mkdir()
-    run_world(2, everywhere, tmp_path / "whole", STRATEGIES["ddp"], None)
-    return lines(tmp_path / "whole")
+def uninterrupted(tmp_path: Path) -> dict[int, dict[str, Any]]:
+    (tmp_path / "uninterrupted").mkdir()
+    run_world(2, everywhere, tmp_path / "uninterrupted", STRATEGIES["ddp"], None)
+    return lines(tmp_path / "uninterrupted")
 
 
-def test_data_augmentation_dropout_and_draws_go_on_at_other_sizes(whole: Any, tmp_path: Path) -> None:
+def test_augmentation_dropout_and_draws_continue_at_other_world_sizes(uninterrupted: Any, tmp_path: Path) -> None:
     cut = tmp_path / "cut"
     cut.mkdir()
     for size, name, kill in [(2, "ddp", (1, 5)), (3, "fsdp", (2, 8)), (1, "none", None)]:
@@ -127,9 +127,9 @@ def test_data_augmentation_dropout_and_draws_go_on_at_other_sizes(whole: Any, tm
             with pytest.raises(WorldError, match="no result from rank"):
                 run_world(size, everywhere, cut, STRATEGIES[name], kill)
     found = lines(cut)
-    assert list(found) == list(whole) == list(range(1, STEPS + 1))
+    assert list(found) == list(uninterrupted) == list(range(1, STEPS + 1))
     assert sorted(label for step in range(1, 11) for label in found[step]["order"]) == list(range(SAMPLES))
-    for step, line in whole.items():
+    for step, line in uninterrupted.items():
         assert found[step]["order"] == line["order"], step
         assert found[step]["drawn"] == line["drawn"], step
         assert found[step]["loss"] == pytest.approx(line["loss"], rel=1e-5), step
@@ -140,12 +140,12 @@ def test_data_augmentation_dropout_and_draws_go_on_at_other_sizes(whole: Any, tm
 
 
 def on_each(folder: Path, stop_at: int) -> list[list[float]]:
-    """Free draws: nothing seeds numpy's and Python's generators but the loop itself, each rank's otherwise."""
+    """Unkeyed draws: only the loop seeds numpy's and Python's generators, differently on each rank."""
     user = user_module()
     found = []
     with disttrain.Engine(config(folder), [*QUIET, *STRATEGIES["ddp"]]) as engine:
         prepared(engine)
-        own = Own(engine.rank)
+        own = ScriptGenerator(engine.rank)
         engine.track("own", own, per_rank=True)
         np.random.seed(1000 + engine.rank)
         random.seed(2000 + engine.rank)
@@ -162,10 +162,12 @@ def on_each(folder: Path, stop_at: int) -> list[list[float]]:
     return found
 
 
-def test_each_rank_draws_on_where_it_stood_after_two_resumes(tmp_path: Path) -> None:
-    whole = run_world(2, on_each, tmp_path / "whole", STEPS)
+def test_each_ranks_draws_continue_after_two_resumes(tmp_path: Path) -> None:
+    uninterrupted = run_world(2, on_each, tmp_path / "uninterrupted", STEPS)
     parts = [run_world(2, on_each, tmp_path / "cut", stop_at) for stop_at in (4, 8, STEPS)]
     assert [len(part[0]) for part in parts] == [4, 4, STEPS - 8]
     for rank in range(2):
-        assert [one for part in parts for one in part[rank]] == whole[rank]
-    assert all(a != b for step in zip(*whole, strict=True) for a, b in zip(*step, strict=True)), "ranks draw alike"
+        assert [one for part in parts for one in part[rank]] == uninterrupted[rank]
+    assert all(a != b for step in zip(*uninterrupted, strict=True) for a, b in zip(*step, strict=True)), (
+        "ranks draw alike"
+    )

@@ -46,7 +46,7 @@ def prepared_in(folder: Path, *overrides: str, **run: Any) -> tuple[disttrain.En
 
 
 class Biased(nn.Module):
-    """An objective that has something to train."""
+    """An objective with a trainable parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,20 +56,20 @@ class Biased(nn.Module):
         return ((model(batch[0]) + self.bias - batch[1]) ** 2).sum(), len(batch[0])
 
 
-def test_an_objective_that_nobody_would_train_is_refused(tmp_path: Path) -> None:
+def test_an_untrained_objective_is_rejected(tmp_path: Path) -> None:
     engine, batches, _ = prepared_in(tmp_path, steps=2)
     with engine, pytest.raises(ConfigError, match="pass it to prepare"):
         engine.accumulate("model", next(batches), Biased())
 
 
 @pytest.mark.parametrize("wrong", [[], ["text"], [(torch.ones(2, 3), torch.ones(2, 1))]])
-def test_what_is_no_list_of_micro_batches_is_refused(wrong: list[Any], tmp_path: Path) -> None:
+def test_an_argument_that_is_no_list_of_micro_batches_is_rejected(wrong: list[Any], tmp_path: Path) -> None:
     engine, _, objective = prepared_in(tmp_path, steps=2)
     with engine, pytest.raises(ConfigError, match=r"engine\.micro_batches"):
         engine.accumulate("model", wrong, objective)
 
 
-def test_a_loop_that_forgets_to_log_is_told(tmp_path: Path) -> None:
+def test_a_loop_that_forgets_to_log_gets_an_error(tmp_path: Path) -> None:
     engine, batches, objective = prepared_in(tmp_path, steps=4)
     with engine, pytest.raises(ConfigError, match=r"without engine\.log"):
         for step in batches:
@@ -79,7 +79,7 @@ def test_a_loop_that_forgets_to_log_is_told(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("background", ["false", "true"])
 def test_nothing_is_saved_between_a_step_and_its_log(background: str, tmp_path: Path) -> None:
-    """The weights are those of a step that is not counted yet."""
+    """The weights belong to a step that is not counted yet."""
     background = f"checkpoint.background={background}"
     engine, batches, objective = prepared_in(tmp_path, "checkpoint.every=1", background, steps=4)
     with engine:
@@ -103,7 +103,7 @@ def test_a_frozen_model_is_not_accumulated_into(tmp_path: Path) -> None:
             engine.accumulate("teacher", engine.micro_batches([(torch.ones(2, 3), torch.ones(2, 1))]), user.squares)
 
 
-def test_nothing_is_loaded_into_a_loop_that_has_begun(tmp_path: Path) -> None:
+def test_nothing_is_loaded_into_a_loop_that_has_started(tmp_path: Path) -> None:
     engine, batches, _ = prepared_in(tmp_path, steps=2)
     with engine:
         next(batches)
@@ -112,7 +112,7 @@ def test_nothing_is_loaded_into_a_loop_that_has_begun(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("length", "steps"), [({"epochs": 3}, 12), ({"steps": 7}, 7)])
-def test_the_configs_length_ends_an_own_loop(length: dict[str, int], steps: int, tmp_path: Path) -> None:
+def test_the_configs_length_ends_a_custom_loop(length: dict[str, int], steps: int, tmp_path: Path) -> None:
     engine, batches, objective = prepared_in(tmp_path, **length)  # 20 samples in steps of 5
     with engine:
         for step in batches:
@@ -125,7 +125,7 @@ def test_the_configs_length_ends_an_own_loop(length: dict[str, int], steps: int,
         assert engine.progress.steps == steps
 
 
-def test_what_a_script_does_not_give_is_the_configs(tmp_path: Path) -> None:
+def test_settings_that_a_script_omits_come_from_the_config(tmp_path: Path) -> None:
     user = user_module()
     data = ["data.global_batch=10", "data.micro_batch=2", "data.train.target=builtins:list", "run.epochs=3"]
     with engine_in(tmp_path, *data) as engine:
@@ -138,7 +138,7 @@ def test_what_a_script_does_not_give_is_the_configs(tmp_path: Path) -> None:
 
 
 def walk_without_data(folder: Path, stop_at: int) -> list[float]:
-    """As PPO does: what to learn from is made by the loop itself, from generators that the script draws from."""
+    """Like PPO: the loop makes its training data, with generators that the script draws from."""
     user = user_module()
     with engine_in(folder, "checkpoint.every=2", steps=6) as engine:
         engine.prepare("model", user.Slope, sgd)
@@ -164,7 +164,7 @@ def test_a_loop_without_a_dataset_resumes_too(tmp_path: Path) -> None:
 
 
 def draw_in_loop(folder: Path, stop_at: int) -> list[float]:
-    """A script that draws between its steps, from every generator there is."""
+    """A script that draws from every generator between its steps."""
     engine, batches, objective = prepared_in(folder, steps=6)
     drawn = []
     with engine:
@@ -179,13 +179,13 @@ def draw_in_loop(folder: Path, stop_at: int) -> list[float]:
     return drawn
 
 
-def test_a_scripts_own_draws_go_on_after_a_resume(tmp_path: Path) -> None:
+def test_random_numbers_drawn_in_a_loop_continue_after_a_resume(tmp_path: Path) -> None:
     whole = draw_in_loop(tmp_path / "whole", 6)
     assert [*draw_in_loop(tmp_path / "cut", 2), *draw_in_loop(tmp_path / "cut", 6)] == whole
     assert len(set(whole)) == 6
 
 
-def test_the_numbers_reported_are_those_of_the_objective_that_was_used(tmp_path: Path) -> None:
+def test_reported_numbers_are_those_of_the_objective_that_was_used(tmp_path: Path) -> None:
     engine, batches, _ = prepared_in(tmp_path, "objective.target=cross_entropy", steps=1)
     with engine:
         objective = lambda model, batch: (model(batch[0]).square().sum(), len(batch[0]), {"mine": torch.ones(())})  # noqa: E731
@@ -223,20 +223,20 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
 
 
 class Poisoned(Biased):
-    """Its own parameter alone gets a gradient that is not finite."""
+    """Only the objective's parameter gets a gradient that is not finite."""
 
     def forward(self, model: Any, batch: Any) -> Any:
         total, weight = super().forward(model, batch)
         return total + torch.sqrt(self.bias.sum() * 0.0), weight
 
 
-def test_a_trained_objective_is_looked_at_too(tmp_path: Path) -> None:
+def test_a_trained_objective_is_checked_too(tmp_path: Path) -> None:
     user = user_module()
     finite = pytest.raises(TrainingError, match="objective/model/bias is not")
     with finite, engine_in(tmp_path, "report.every=9", steps=20) as engine:
         engine.prepare("model", user.Slope, sgd, objective=Poisoned())
         engine.resume()
-        engine.progress.steps = 1  # a step that is not reported, so that no norm is looked at
+        engine.progress.steps = 1  # a step without a report, where the norm is not checked
         step = engine.micro_batches([(torch.ones(2, 3), torch.ones(2, 1))])
         engine.accumulate("model", step)
         engine.step("model")
@@ -272,7 +272,7 @@ def train_normed(folder: Path, strategy: str) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "deepspeed"])
-def test_an_evaluation_is_that_of_the_checkpoint_with_batch_statistics_too(strategy: str, tmp_path: Path) -> None:
+def test_an_evaluation_uses_the_checkpoints_batch_statistics_too(strategy: str, tmp_path: Path) -> None:
     told = run_world(2, train_normed, tmp_path, strategy)
     assert told[0] == told[1]
     model = disttrain.load(tmp_path / "normed", make_model=Normed)
@@ -300,7 +300,9 @@ for step in batches:
 
 
 @pytest.mark.parametrize(("fails", "state"), [(False, "finished"), (True, "failed")])
-def test_a_script_without_a_with_block_ends_well_or_is_told_failed(fails: bool, state: str, tmp_path: Path) -> None:
+def test_a_script_without_a_with_block_ends_well_or_is_reported_as_failed(
+    fails: bool, state: str, tmp_path: Path
+) -> None:
     code = SCRIPT.format(tests=str(ROOT / "tests"), folder=str(tmp_path), fails=fails)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, cwd=ROOT)
     assert done.returncode == int(fails), done.stderr
@@ -320,7 +322,7 @@ def test_one_run_at_a_time_writes_to_a_folder(tmp_path: Path) -> None:
         holder.stdin.write("\n")
         holder.stdin.close()
         folder = RunFolder(tmp_path / "rules")
-        folder.lock(wait_s=60)  # waits for the one that is ending
+        folder.lock(wait_s=60)  # waits for the run that is ending
         folder.unlock()
     assert holder.returncode == 0
 
@@ -346,7 +348,7 @@ class Net(nn.Linear):
 """
 
 
-def test_a_fault_that_only_one_rank_has_before_the_group_is_told(tmp_path: Path) -> None:
+def test_a_fault_of_one_rank_before_the_group_exists_is_reported(tmp_path: Path) -> None:
     (tmp_path / "lonely.py").write_text(ALONE)
     model = "target: mlp, args: {inputs: 64, hidden: [128, 64], outputs: 10, dropout: 0.1}"
     text = (ROOT / "configs" / "digits.yaml").read_text()

@@ -78,8 +78,11 @@ def test_equals_a_plain_loop(size: int, model: str, cases: dict[str, list[str]],
             assert apart <= 10 * bound * float(value.norm()), f"{case}: {name}"
 
 
-def go_on(config: Path, folder: Path, steps: int, *overrides: str) -> tuple[list[float], int]:
-    """Train to `steps` from the newest checkpoint on; the losses, and how many bytes this rank wrote of the model."""
+def continue_run(config: Path, folder: Path, steps: int, *overrides: str) -> tuple[list[float], int]:
+    """Train to `steps` from the newest checkpoint.
+
+    Returns the losses and the bytes of the model that this rank wrote.
+    """
     where = [f"run.dir={folder}", "checkpoint.at_end=true", f"run.steps={steps}", "precision.compute=fp64"]
     losses = []
     with disttrain.Engine(config, [*QUIET, "strategy.name=fsdp", *where, *overrides]) as engine:
@@ -94,23 +97,23 @@ def go_on(config: Path, folder: Path, steps: int, *overrides: str) -> tuple[list
     return losses, held
 
 
-def test_a_checkpoint_goes_from_mesh_to_mesh_and_no_rank_holds_more_than_its_part(outside: Path) -> None:
+def test_a_checkpoint_moves_between_meshes_and_no_rank_holds_more_than_its_part(outside: Path) -> None:
     plain = expected("NanoGPT", torch.float64)
     whole = 3 * sum(value.numel() for name, value in plain["last"].items() if name != "lm_head.weight")
     begin = 0
     for steps, size, replicate in ((2, 4, 2), (4, 3, 1), (6, 2, 2), (8, 4, 2)):
         config = outside / "NanoGPT.yaml"
-        found = run_world(size, go_on, config, outside / "runs", steps, f"mesh.replicate={replicate}")
+        found = run_world(size, continue_run, config, outside / "runs", steps, f"mesh.replicate={replicate}")
         for losses, held in found:
             assert worst(losses, plain["losses"][begin:steps]) < 1e-9, (steps, size, replicate)
-            # weights, two moments and a count a tensor; parts are of rows, which do not divide evenly
+            # weights, two moments and a count per tensor; rows do not divide evenly
             assert held < 1.2 * whole * replicate / size
         begin = steps
     assert begin == STEPS
 
 
 class Collectives(TorchDispatchMode):
-    """Counts them by name, as torch's own CommDebugMode, which trips over a backward outside a module."""
+    """Counts collectives by name, as torch's CommDebugMode does, which fails on a backward outside a module."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -126,7 +129,7 @@ class Collectives(TorchDispatchMode):
 
 
 def count_collectives(folder: Path, overrides: list[str]) -> dict[str, int]:
-    """Collectives of one step of five micro-batches: from the first forward to the last weight."""
+    """The collectives of one step of five micro-batches, from the first forward to the last weight."""
     user = user_module()
     config = {"run": {"dir": str(folder), "seed": SEED, "steps": 2}, "optim": {"target": "torch.optim.SGD"}}
     with disttrain.Engine(config, [*QUIET, "strategy.name=fsdp", *overrides]) as engine:
@@ -144,12 +147,12 @@ def count_collectives(folder: Path, overrides: list[str]) -> dict[str, int]:
 
 @pytest.mark.parametrize(("size", "replicate"), [(2, 1), (4, 2)])
 @pytest.mark.parametrize("reduce", ["last", "every"])
-def test_gradients_are_added_up_once_a_step_or_every_micro_batch(
+def test_gradients_are_reduced_once_per_step_or_per_micro_batch(
     reduce: str, size: int, replicate: int, tmp_path: Path
 ) -> None:
     overrides = [f"strategy.fsdp.reduce={reduce}", f"mesh.replicate={replicate}"]
-    # Three blocks and the rest are groups. Over replicas each is added up once a step, whatever `reduce` says; the
-    # step's own numbers and the norm are one all-reduce each.
+    # The groups are three blocks and the remaining parameters. Over replicas each group is reduced once per step, with
+    # any value of `reduce`. The step's numbers and the norm take one all-reduce each.
     groups, micro_batches = 4, -(-BATCH // size)
     for counted in run_world(size, count_collectives, tmp_path, overrides):
         assert counted["_reduce_scatter_base_"] == groups * (micro_batches if reduce == "every" else 1)
@@ -157,7 +160,7 @@ def test_gradients_are_added_up_once_a_step_or_every_micro_batch(
 
 
 class Live(TorchDispatchMode):
-    """The most bytes of storages that tensors made meanwhile held at once."""
+    """Records the peak bytes of storages created by tensors inside the context."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -166,7 +169,7 @@ class Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if DTensor in types:
-            return NotImplemented  # its parts are what is held
+            return NotImplemented  # the parts of a wrapper are what occupies memory
         found = function(*args, **(kwargs or {}))
         for tensor in found if isinstance(found, tuple | list) else [found]:
             if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
@@ -184,7 +187,7 @@ class Live(TorchDispatchMode):
 
 
 def construct(folder: Path, overrides: list[str]) -> tuple[int, int, int]:
-    """Bytes at the peak of construction, of the whole model, and of its largest tensor."""
+    """Peak bytes of construction, bytes of the complete model, and bytes of its largest tensor."""
     sizes = {"vocab": 32, "context": 8, "layers": 6, "heads": 4, "width": 64}
     config = {"run": {"dir": str(folder)}, "model": {"target": "gpt", "args": sizes}, "strategy": {"name": "fsdp"}}
     with disttrain.Engine(config, [*QUIET, *overrides]) as engine, Live() as live:
@@ -197,11 +200,11 @@ def construct(folder: Path, overrides: list[str]) -> tuple[int, int, int]:
     ("overrides", "parts"),
     [([], 4), (["mesh.replicate=2"], 2), (["mesh.tensor=2"], 4), (["mesh.tensor=2", "strategy.fsdp.offload=true"], 4)],
 )
-def test_no_rank_ever_holds_the_whole_of_a_model_that_says_how(
+def test_no_rank_ever_holds_a_complete_model_with_init_weights(
     overrides: list[str], parts: int, tmp_path: Path
 ) -> None:
     for peak, whole, largest in run_world(4, construct, tmp_path, overrides):
-        # Its own part, one whole tensor at a time and what draws it, and norms whole over tensor ranks.
+        # The rank's part, one complete tensor with its temporary draws, and norms, which tensor ranks replicate.
         assert peak < whole / parts + 4 * largest < 0.7 * whole
         assert peak > whole / parts
 
@@ -213,11 +216,12 @@ def train_in_bf16(config: Path, folder: Path, overrides: list[str]) -> tuple[dic
 
 
 @pytest.mark.parametrize("overrides", [["strategy.fsdp.reduce=every"], ["strategy.fsdp.offload=true"]])
-def test_bf16_travels_as_bf16_and_stays_near_float32(overrides: list[str], outside: Path) -> None:
+def test_bf16_is_communicated_as_bf16_and_stays_near_float32(overrides: list[str], outside: Path) -> None:
     run, gathered = run_world(2, train_in_bf16, outside / "NanoGPT.yaml", outside / "runs", overrides)[0]
     plain = expected("NanoGPT", torch.float32)
-    # A block's input is rounded to 8 bits: one rounding, 2^-8, bounds a mean over many tokens; a norm, which no mean
-    # smooths, and which AdamW's steps feed, sixteen. Measured on the quick start's gpt over 20 steps: 8e-4 and 4e-2.
+    # A block's input is rounded to 8 bits. One rounding, 2^-8, bounds a mean over many tokens. A norm has no mean that
+    # smooths it, and AdamW's steps amplify it: sixteen roundings. Measured on the quick start's gpt over 20 steps: 8e-4
+    # and 4e-2.
     assert worst(run["losses"], plain["losses"]) < 2**-8
     assert worst(run["norms"], plain["norms"]) < 2**-4
     assert all((run["first"][name] == value.numpy()).all() for name, value in plain["first"].items())
@@ -247,5 +251,5 @@ def train_batch_norm(folder: Path) -> list[float]:
 
 def test_batch_norm_keeps_its_type_under_bf16(tmp_path: Path) -> None:
     losses = run_world(2, train_batch_norm, tmp_path)
-    # Normed values have a square of one each: four features a sample, to the rounding of bf16.
+    # Normalized values have mean square one, so four features give 4 per sample, up to the rounding of bf16.
     assert losses[0] == losses[1] and abs(losses[0][0] - 4.0) < 4.0 * 2**-6

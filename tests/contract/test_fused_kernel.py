@@ -27,7 +27,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 
 
 class Net(nn.Module):
-    """Odd sizes, and parameters of which one rank of two holds nothing."""
+    """Odd sizes, with parameters of which one rank of two holds nothing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,12 +47,12 @@ def squares(model: nn.Module, batch: Tensor) -> tuple[Tensor, int]:
 def train(
     folder: Path, sections: dict[str, Any], *, watched: bool, batch: int = 8, device: str = "cpu"
 ) -> tuple[dict[str, Tensor], int]:
-    """The weights after six steps, and how many of them were the kernel's."""
+    """Returns the weights after six steps, and how many of the steps the kernel took."""
     config = {
         "run": {"name": "run", "dir": str(folder), "steps": 6, "device": device},
         "model": {"target": Net},
         "objective": {"target": lambda: squares},
-        # Gradients are scaled by a power of two, so that it is exact wherever it happens.
+        # Gradients are scaled by a power of two, which is exact at any point of the computation.
         "optim": {"target": "torch.optim.AdamW", "args": {"lr": 0.05}},
         "schedule": {"target": "cosine", "args": {"warmup": 2}},
         "checkpoint": {"at_end": False},
@@ -77,7 +77,10 @@ def train(
 
 
 def check(folder: Path, sections: dict[str, Any], device: str = "cpu") -> None:
-    """On every rank: five steps of six by the kernel, as the first makes the optimizer's state; the same bits."""
+    """On every rank the kernel takes five steps of six, because the first one creates the optimizer's state.
+
+    The bits are equal.
+    """
     by_kernel, taken = train(folder / "kernel", sections, watched=False, device=device)
     by_step, none = train(folder / "step", sections, watched=True, device=device)
     assert (taken, none) == (5, 0)
@@ -91,17 +94,20 @@ def test_two_ranks(name: str, tmp_path: Path) -> None:
 
 
 def digest(folder: Path) -> str:
-    """Of the weights of one of two replicas, the first of which alone is watched; no power of two scales gradients."""
+    """A digest of the weights of one of two replicas.
+
+    A hook watches only the first. No power of two scales gradients.
+    """
     weights, _ = train(folder, STRATEGIES["fsdp, two replicas"], watched=os.environ["RANK"] == "0", batch=6)
     return hashlib.sha256(b"".join(value.numpy().tobytes() for value in weights.values())).hexdigest()
 
 
-def test_replicas_stay_equal_where_one_is_watched(tmp_path: Path) -> None:
+def test_replicas_stay_equal_when_one_is_watched(tmp_path: Path) -> None:
     first, second = run_world(2, digest, tmp_path)
     assert first == second
 
 
-def test_alone(tmp_path: Path) -> None:
+def test_one_rank(tmp_path: Path) -> None:
     check(tmp_path, {"strategy": {"name": "none"}})
 
 

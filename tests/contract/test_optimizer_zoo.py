@@ -44,7 +44,7 @@ REFUSED = {
 
 
 class Net(nn.Module):
-    """Matrices of odd sizes, as Muon takes nothing else; one has fewer rows than there are ranks times two."""
+    """Matrices of odd sizes, because Muon accepts nothing else. One has fewer rows than twice the number of ranks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ def plain(name: str) -> tuple[list[float], dict[str, Tensor]]:
 
 
 def train(folder: Path, strategy: str) -> dict[str, Any]:
-    """Losses and last weights of a model for each optimizer that is not refused, side by side in one engine."""
+    """Losses and last weights of a model per supported optimizer, all in one engine."""
     config = {"run": {"name": strategy, "dir": str(folder), "seed": SEED, "steps": STEPS}}
     found: dict[str, Any] = {}
     with disttrain.Engine(config, [*QUIET, *STRATEGIES[strategy], "checkpoint.at_end=false"]) as engine:
@@ -98,7 +98,7 @@ def train(folder: Path, strategy: str) -> dict[str, Any]:
 
 
 def _make(name: str, parameters: Any) -> torch.optim.Optimizer:
-    """Two groups, chosen by position, of which one has a rate of its own."""
+    """Two groups, chosen by position. One has a different rate."""
     rate = {"lr": ZOO[name]["lr"] / 2}
     groups = [{"params": parameters[:1]}, {"params": parameters[1:], **rate}]
     optimizer: torch.optim.Optimizer = getattr(torch.optim, name)(groups, **ZOO[name])
@@ -113,7 +113,7 @@ def _falling(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.Lambd
 def test_each_trains_as_in_a_plain_loop(strategy: str, tmp_path: Path) -> None:
     for name, (losses, weights) in run_world(2, train, tmp_path, strategy)[0].items():
         expected, last = plain(name)
-        # Muon's products are bfloat16: the order of float32 sums before them may turn one of their roundings.
+        # Muon's products are bfloat16: the order of the float32 sums before them can change one of their roundings.
         loose = 1e-2 if name == "Muon" else 1e-4
         assert worst(losses, expected) < loose / 5, name
         for key, value in last.items():
@@ -123,7 +123,7 @@ def test_each_trains_as_in_a_plain_loop(strategy: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("strategy", "name"), [(one, name) for one, names in REFUSED.items() for name in sorted(names)]
 )
-def test_the_others_are_refused_by_name_before_there_is_a_group(strategy: str, name: str) -> None:
+def test_the_others_are_rejected_by_name_before_the_group_exists(strategy: str, name: str) -> None:
     optim = {"target": f"torch.optim.{name}", "args": ZOO[name]}
     with pytest.raises(ConfigError, match=name):
         plan_run(load_config({"optim": optim, "run": {"steps": 1}}, STRATEGIES[strategy]))
@@ -131,7 +131,9 @@ def test_the_others_are_refused_by_name_before_there_is_a_group(strategy: str, n
 
 
 class Eager(torch.optim.Optimizer):
-    """Sign descent that makes room for state at once, of parameters that DeepSpeed then puts flat parts in place of."""
+    """Sign descent that allocates its state in the constructor, for parameters that DeepSpeed later replaces by flat
+    parts.
+    """
 
     def __init__(self, parameters: Any, lr: float) -> None:
         super().__init__(parameters, {"lr": lr})
@@ -147,7 +149,7 @@ class Eager(torch.optim.Optimizer):
                 parameter.add_(self.state[parameter]["sum"].sign(), alpha=-group["lr"])
 
 
-def test_state_from_the_beginning_is_refused_by_name_under_deepspeed(tmp_path: Path) -> None:
+def test_state_created_in_the_constructor_is_rejected_by_name_under_deepspeed(tmp_path: Path) -> None:
     config = {"run": {"name": "eager", "dir": str(tmp_path), "seed": SEED, "steps": STEPS}}
     engine = disttrain.Engine(config, [*QUIET, *STRATEGIES["zero1"]])
     with pytest.raises(ConfigError, match="Eager makes state for its parameters before its first step"), engine:

@@ -26,7 +26,8 @@ from disttrain.errors import TrainingError
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     shutil.copy(SOURCE, tmp_path / "user_models.py")
-    text = YAML.format(model="Routed").replace("micro_batch: 2", "micro_batch: 1")  # so that experts are called singly
+    # so that experts are called one at a time
+    text = YAML.format(model="Routed").replace("micro_batch: 2", "micro_batch: 1")
     (tmp_path / "routed.yaml").write_text(text)
     return tmp_path / "routed.yaml"
 
@@ -63,7 +64,7 @@ def refused(config: Path, name: str) -> str:
     ("name", "part"),
     [("fsdp", "experts."), ("zero1", "experts.0."), ("zero2", "experts.0."), ("zero3", "experts.")],
 )
-def test_others_refuse_before_a_weight_changes(name: str, part: str, config: Path) -> None:
+def test_other_strategies_reject_before_a_weight_changes(name: str, part: str, config: Path) -> None:
     told: list[Any] = run_world(2, refused, config, name)
     assert told[0] == told[1]
     assert (
@@ -75,7 +76,7 @@ def test_others_refuse_before_a_weight_changes(name: str, part: str, config: Pat
 
 
 class Uneven(nn.Module):
-    """Experts of three sizes, of which a call takes one by its first number."""
+    """Experts of three sizes. The first number of the input chooses the expert."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,8 +88,8 @@ class Uneven(nn.Module):
         return self.head(hidden + self.experts[int(x[0, 0] > 0)](hidden))
 
 
-def part_ways(folder: Path, name: str, at: int) -> tuple[int, str]:
-    """Steps done until the ranks part ways at step `at`, and what was raised."""
+def diverge(folder: Path, name: str, at: int) -> tuple[int, str]:
+    """Returns the steps done until the ranks diverge at step `at`, and the error."""
     config = {"run": {"name": "uneven", "dir": str(folder), "seed": SEED, "steps": 3, "timeout_s": 60}}
     try:
         with disttrain.Engine(config, [*QUIET, *STRATEGIES[name]]) as engine:
@@ -106,8 +107,10 @@ def part_ways(folder: Path, name: str, at: int) -> tuple[int, str]:
 
 @pytest.mark.parametrize("at", [0, 2])
 @pytest.mark.parametrize("name", ["fsdp", "zero3"])
-def test_modules_of_other_sizes_are_not_gathered_as_one(name: str, at: int, tmp_path: Path) -> None:
-    """Which gloo answers with SIGABRT, or not at all: 24,800 elements and 65,920, too many for ZeRO 3 to keep whole."""
-    told: list[Any] = run_world(2, part_ways, tmp_path, name, at)
+def test_modules_of_different_sizes_are_not_gathered_together(name: str, at: int, tmp_path: Path) -> None:
+    """gloo would answer with SIGABRT, or hang. 24,800 and 65,920 elements are too many for ZeRO 3 to keep on every
+    rank.
+    """
+    told: list[Any] = run_world(2, diverge, tmp_path, name, at)
     assert told[0] == told[1] and told[0][0] == at
     assert "ranks call different parts" in told[0][1] and "experts.1" in told[0][1] and "experts.0" in told[0][1]

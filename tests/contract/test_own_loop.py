@@ -44,7 +44,7 @@ class Distill(nn.Module):
 
 
 class Mean:
-    """Tracked: what a script keeps of its own, numbers and tensors."""
+    """Tracked state of a script: numbers and tensors."""
 
     def __init__(self) -> None:
         self.state: dict[str, Any] = {"steps": 0, "sum": torch.zeros(3)}
@@ -91,7 +91,9 @@ def train(folder: Path, overrides: list[str], stop_at: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("name", "size"), [("none", 1), ("fsdp", 3), ("zero2", 2), ("zero3", 3)])
-def test_stopped_and_gone_on_elsewhere_it_equals_the_whole(name: str, size: int, tmp_path: Path) -> None:
+def test_a_run_continued_under_another_strategy_equals_an_uninterrupted_one(
+    name: str, size: int, tmp_path: Path
+) -> None:
     whole = run_world(2, train, tmp_path / "whole", STRATEGIES["ddp"], STEPS)[0]
     first = run_world(2, train, tmp_path / "cut", STRATEGIES["ddp"], HALF)[0]
     second = run_world(size, train, tmp_path / "cut", STRATEGIES[name], STEPS)[0]

@@ -59,7 +59,7 @@ def adapt(folder: Path, name: str, overrides: list[str], stop_at: int, base: flo
     return losses
 
 
-def test_trainable_parameters_alone_go_on_over_the_same_base_under_any_strategy(tmp_path: Path) -> None:
+def test_trainable_parameters_alone_continue_over_the_same_base_under_any_strategy(tmp_path: Path) -> None:
     (expected,) = run_world(1, adapt, tmp_path, "whole", ["checkpoint.only=all", *STRATEGIES["none"]], STEPS)
     loaders = {"none": 1, "fsdp": 3, "zero1": 2, "zero3": 2}
     for name, size in loaders.items():
@@ -72,7 +72,7 @@ def test_trainable_parameters_alone_go_on_over_the_same_base_under_any_strategy(
         assert worst(found, expected[HALF:]) < 1e-5, name
 
 
-def test_frozen_parameters_of_a_damaged_checkpoint_do_not_stay_where_the_one_before_leaves_them_out(
+def test_frozen_parameters_of_a_damaged_checkpoint_do_not_stay_if_the_previous_one_lacks_them(
     tmp_path: Path,
 ) -> None:
     expected = run_world(2, adapt, tmp_path, "whole", STRATEGIES["ddp"], STEPS)[0]
@@ -88,7 +88,7 @@ def test_frozen_parameters_of_a_damaged_checkpoint_do_not_stay_where_the_one_bef
     assert worst(found, expected[2:]) < 1e-6
 
 
-def test_is_loaded_alone_over_the_same_base_and_no_other(tmp_path: Path) -> None:
+def test_trainable_parameters_load_over_the_same_base_only(tmp_path: Path) -> None:
     run_world(2, adapt, tmp_path, "run", STRATEGIES["fsdp"], STEPS)
     run_world(1, adapt, tmp_path, "whole", ["checkpoint.only=all", *STRATEGIES["none"]], STEPS)
     expected = disttrain.load(tmp_path / "whole", make_model=Adapted).state_dict()
@@ -105,7 +105,7 @@ def test_is_loaded_alone_over_the_same_base_and_no_other(tmp_path: Path) -> None
         disttrain.load(tmp_path / "run", make_model=lambda: make(1.5))
 
 
-def test_another_base_is_refused_by_name_on_every_rank(tmp_path: Path) -> None:
+def test_another_base_is_rejected_by_name_on_every_rank(tmp_path: Path) -> None:
     run_world(2, adapt, tmp_path, "run", STRATEGIES["fsdp"], HALF)
     for size, name in ((1, "none"), (3, "ddp"), (2, "fsdp")):
         for message in run_world(size, adapt, tmp_path, "run", STRATEGIES[name], STEPS, 1.5):
@@ -114,7 +114,7 @@ def test_another_base_is_refused_by_name_on_every_rank(tmp_path: Path) -> None:
     assert len(run_world(2, adapt, tmp_path, "run", STRATEGIES["ddp"], STEPS)[0]) == STEPS - HALF
 
 
-def freeze_on_the_way(folder: Path, stop_at: int) -> dict[str, Any]:
+def freeze_after_training(folder: Path, stop_at: int) -> dict[str, Any]:
     config = {"run": {"name": "staged", "dir": str(folder), "seed": 7, "steps": STEPS}}
     with disttrain.Engine(config, [*QUIET, "checkpoint.only=trainable", *STRATEGIES["fsdp"]]) as engine:
         model = engine.prepare("model", Adapted, lambda found: torch.optim.Adam(found, lr=0.05))
@@ -129,18 +129,18 @@ def freeze_on_the_way(folder: Path, stop_at: int) -> dict[str, Any]:
         return {name: value.numpy() for name, value in engine.full_weights("model").items()}
 
 
-def test_what_was_trained_and_then_frozen_is_saved(tmp_path: Path) -> None:
-    run_world(2, freeze_on_the_way, tmp_path, HALF)
+def test_parameters_that_were_trained_and_then_frozen_are_saved(tmp_path: Path) -> None:
+    run_world(2, freeze_after_training, tmp_path, HALF)
     (path,) = list_checkpoints(tmp_path / "staged" / "checkpoints")
     stored = Checkpoint.open(path)
     assert "model/model/adapter.bias" in stored.tensors and "model/model/base.bias" not in stored.tensors
     assert set(stored.document["base"]) == {"model/model/base.weight", "model/model/base.bias"}
 
 
-# ---------------------------------------------------------------------- each rank's own
+# ---------------------------------------------------------------------- per-rank state
 
 
-class Own:
+class RankState:
     """Tracked: a number and a tensor whose length differs from rank to rank."""
 
     def __init__(self, rank: int) -> None:
@@ -153,12 +153,12 @@ class Own:
         self.state = state
 
 
-def keep_own(folder: Path, steps: int, strategy: str) -> list[Any]:
-    """An own loop that draws besides: its draws by rank, and each rank's tracked state at the end."""
+def keep_per_rank(folder: Path, steps: int, strategy: str) -> list[Any]:
+    """A custom loop that also draws. Returns its draws by rank, and each rank's tracked state at the end."""
     config = {"run": {"name": "own", "dir": str(folder), "seed": 7, "steps": STEPS}}
     with disttrain.Engine(config, [*QUIET, *STRATEGIES[strategy]]) as engine:
         engine.prepare("model", user_module().Slope, lambda found: torch.optim.Adam(found, lr=0.05))
-        own = Own(engine.rank)
+        own = RankState(engine.rank)
         engine.track("own", own, per_rank=True)
         seed = 100 + engine.rank
         torch.manual_seed(seed), np.random.seed(seed), random.seed(seed)
@@ -179,10 +179,10 @@ def keep_own(folder: Path, steps: int, strategy: str) -> list[Any]:
         return [found, {key: value if key != "seen" else value.numpy() for key, value in own.state.items()}]
 
 
-def test_each_rank_gets_its_own_state_and_draws_back_after_a_second_resume(tmp_path: Path) -> None:
-    through = run_world(2, keep_own, tmp_path / "through", STEPS, "ddp")
-    parts = [run_world(2, keep_own, tmp_path / "parts", steps, name) for steps, name in ((2, "fsdp"), (4, "ddp"))]
-    parts.append(run_world(2, keep_own, tmp_path / "parts", STEPS, "zero2"))
+def test_each_rank_gets_its_state_and_draws_back_after_a_second_resume(tmp_path: Path) -> None:
+    through = run_world(2, keep_per_rank, tmp_path / "through", STEPS, "ddp")
+    parts = [run_world(2, keep_per_rank, tmp_path / "parts", steps, name) for steps, name in ((2, "fsdp"), (4, "ddp"))]
+    parts.append(run_world(2, keep_per_rank, tmp_path / "parts", STEPS, "zero2"))
     for rank in range(2):
         drawn = [one for part in parts for one in part[rank][0]["drawn"]]
         assert drawn == through[rank][0]["drawn"], "bit-equal draws"
@@ -192,12 +192,12 @@ def test_each_rank_gets_its_own_state_and_draws_back_after_a_second_resume(tmp_p
     assert through[0][0]["drawn"] != through[1][0]["drawn"]
 
 
-def test_at_another_size_a_rank_that_was_not_there_keeps_its_own(tmp_path: Path) -> None:
-    before = run_world(2, keep_own, tmp_path, HALF, "ddp")
-    after = run_world(3, keep_own, tmp_path, STEPS, "ddp")
+def test_at_another_world_size_a_new_rank_keeps_its_state(tmp_path: Path) -> None:
+    before = run_world(2, keep_per_rank, tmp_path, HALF, "ddp")
+    after = run_world(3, keep_per_rank, tmp_path, STEPS, "ddp")
     assert [one[0]["at start"] for one in after] == [HALF, HALF, 0]
     assert [one[1]["seen"].tolist() for one in after] == [[0.0], [1.0] * 2, [2.0] * 3]
-    alone = run_world(2, keep_own, tmp_path / "through", STEPS, "ddp")
+    alone = run_world(2, keep_per_rank, tmp_path / "through", STEPS, "ddp")
     for rank in range(2):
         assert before[rank][0]["drawn"] + after[rank][0]["drawn"] == alone[rank][0]["drawn"]
 
@@ -207,7 +207,7 @@ def keep_for_all(folder: Path, per_rank: bool) -> str:
     try:
         with disttrain.Engine(config, [*QUIET, *STRATEGIES["none"]]) as engine:
             engine.prepare("model", user_module().Slope, lambda found: torch.optim.Adam(found, lr=0.05))
-            engine.track("own", Own(0), per_rank=per_rank)
+            engine.track("own", RankState(0), per_rank=per_rank)
             engine.resume()
             x = torch.linspace(0, 1, 12).reshape(4, 3)
             engine.accumulate("model", engine.micro_batches([(x, x.sum(1, keepdim=True))]), objective)
@@ -219,7 +219,7 @@ def keep_for_all(folder: Path, per_rank: bool) -> str:
 
 
 @pytest.mark.parametrize("per_rank", [False, True])
-def test_a_state_of_another_kind_is_refused(per_rank: bool, tmp_path: Path) -> None:
+def test_a_state_of_another_kind_is_rejected(per_rank: bool, tmp_path: Path) -> None:
     assert run_world(1, keep_for_all, tmp_path, per_rank) == ["saved"]
     (message,) = run_world(1, keep_for_all, tmp_path, not per_rank)
     assert f"track it {'with' if per_rank else 'without'} per_rank" in message
@@ -227,9 +227,9 @@ def test_a_state_of_another_kind_is_refused(per_rank: bool, tmp_path: Path) -> N
 
 def track_a_reserved_name(folder: Path) -> None:
     with disttrain.Engine({"run": {"name": "own", "dir": str(folder), "steps": 1}}, QUIET) as engine:
-        engine.track("disttrain", Own(0))
+        engine.track("disttrain", RankState(0))
 
 
-def test_the_engines_own_name_is_taken(tmp_path: Path) -> None:
+def test_a_reserved_name_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="engine uses that name"):
         track_a_reserved_name(tmp_path)

@@ -27,7 +27,7 @@ SEED, STEPS, BATCH, RATE = 6, 10, 16, 0.02
 
 
 class Points(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
-    """Vectors and what to make of them; one target lies far off, and its gradient overflows fp16 at first."""
+    """Vectors and their targets. One target is far away, and its gradient overflows fp16 at first."""
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(3)
@@ -54,7 +54,7 @@ class Net(nn.Module):
 
 
 class Squares:
-    """With `weigh`: the weight is known before the first forward, as GradScaler's mean loss has it."""
+    """With `weigh`, the weight is known before the first forward, as in the mean loss used with GradScaler."""
 
     def weigh(self, batch: Any) -> int:
         return len(batch[0])
@@ -72,7 +72,7 @@ def squares(model: Any, batch: Any) -> Any:
 
 
 def batches(micro_batch: int) -> list[list[Any]]:
-    """Each step's micro-batches; the indices are handed over as data."""
+    """The micro-batches of each step. The indices are passed as data."""
     data, order, steps = Points(), Order(64, SEED), []
     for step in range(STEPS):
         epoch, position = divmod(step * BATCH, 64)
@@ -122,7 +122,9 @@ def train_cases(folder: Path, cases: dict[str, list[str]], objective: Any, micro
 
 
 def plain_fp16(micro_batch: int, device: str = "cpu") -> dict[str, Any]:
-    """torch's own recipe: autocast, GradScaler, the schedule only after a step that was not skipped."""
+    """torch's documented recipe: autocast, GradScaler, and a schedule that advances only after a step that was not
+    skipped.
+    """
     torch.manual_seed(SEED)
     model = Net().to(device)
     optimizer = sgd(model.parameters())
@@ -151,7 +153,7 @@ FP16 = "precision.compute=fp16"
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_fp16_is_torchs_own_recipe_and_all_ranks_skip_together(size: int, tmp_path: Path) -> None:
+def test_fp16_equals_torchs_recipe_and_all_ranks_skip_together(size: int, tmp_path: Path) -> None:
     expected = plain_fp16(8)
     assert set(expected["applied"]) == {True, False}
     cases = {name: [*STRATEGIES[name], FP16] for name in strategies_at(size) if not name.startswith("zero")}
@@ -160,7 +162,7 @@ def test_fp16_is_torchs_own_recipe_and_all_ranks_skip_together(size: int, tmp_pa
         for found in (rank[name] for rank in ranks):
             for key in ("applied", "scales", "rates"):
                 assert found[key] == expected[key], (name, key)
-            # The same roundings to fp16, but where float32 sums of another order fall on its other side: 2**-11.
+            # The roundings to fp16 are equal, except where another order of float32 sums crosses a boundary: 2**-11.
             assert worst(found["losses"], expected["losses"]) < 5e-4, name
             assert found["last"] == ranks[0][name]["last"], name
             assert found["skipped"] == expected["applied"].count(False)
@@ -171,7 +173,7 @@ def test_fp16_is_torchs_own_recipe_and_all_ranks_skip_together(size: int, tmp_pa
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_fp16_on_a_gpu_is_torchs_own_recipe(tmp_path: Path) -> None:
+def test_fp16_on_a_gpu_equals_torchs_recipe(tmp_path: Path) -> None:
     expected = plain_fp16(8, "cuda")
     found = train(tmp_path, "gpu", [*STRATEGIES["none"], FP16, "run.device=cuda"], Squares(), 8, STEPS)
     for key in ("applied", "scales", "rates"):
@@ -179,8 +181,11 @@ def test_fp16_on_a_gpu_is_torchs_own_recipe(tmp_path: Path) -> None:
     assert worst(found["losses"], expected["losses"]) < 5e-4
 
 
-def test_fp16_without_a_weight_known_before_loses_one_step_more_at_most(tmp_path: Path) -> None:
-    """The first step's summed loss is scaled as if its weight were 1; then the step before tells."""
+def test_fp16_without_a_weight_known_in_advance_loses_at_most_one_more_step(tmp_path: Path) -> None:
+    """The first step's summed loss is scaled as if its weight were 1.
+
+    Later steps use the weight of the previous step.
+    """
     found = train(tmp_path, "sums", [*STRATEGIES["none"], FP16], squares, 8, STEPS)
     expected = plain_fp16(8)
     assert found["applied"].count(False) <= expected["applied"].count(False) + 1
@@ -193,13 +198,13 @@ def test_fp16_continues_exactly(tmp_path: Path) -> None:
     whole = train(tmp_path, "whole", overrides, squares, 4, STEPS)
     first = train(tmp_path, "parts", overrides, squares, 4, 3)
     rest = train(tmp_path, "parts", overrides, squares, 4, STEPS)
-    assert False in first["applied"]  # there is a scale to remember that is not the first
+    assert False in first["applied"]  # the scale in the checkpoint is not the first one
     for key in ("losses", "norms", "scales", "rates"):
         assert first[key] + rest[key] == whole[key], key
     assert (rest["last"], rest["skipped"]) == (whole["last"], whole["skipped"])
 
 
-def test_fp16_on_a_cpu_is_refused_before_a_process_group_exists(tmp_path: Path) -> None:
+def test_fp16_on_a_cpu_is_rejected_before_a_process_group_exists(tmp_path: Path) -> None:
     config = {"run": {"name": "refused", "dir": str(tmp_path), "steps": 1}}
     with pytest.raises(LaunchError, match="needs a device that computes in fp16"):
         disttrain.Engine(config, [*QUIET, FP16, "run.device=cpu", "strategy.name=none"])
@@ -207,8 +212,8 @@ def test_fp16_on_a_cpu_is_refused_before_a_process_group_exists(tmp_path: Path) 
 
 PURE = ["precision.compute=bf16", "precision.master=bf16"]
 KINDS = {"mixed": ["precision.compute=bf16"], "pure": PURE}
-# bf16 keeps 8 bits: each rounding is off by 2**-8 = 4e-3 at most, and by less than half of that on the average of the
-# elements that a loss or a norm adds up. A gradient passes some ten roundings, which add up as their root.
+# bf16 keeps 8 bits: each rounding is off by at most 2**-8 = 4e-3, and by less than half of that on average over the
+# elements that a loss or a norm sums. A gradient passes through about ten roundings, which accumulate as their root.
 LOSS_BOUND, NORM_BOUND = 2**-8, 10**0.5 * 2**-8
 
 
@@ -221,14 +226,14 @@ def test_bf16_stays_near_float32(size: int, tmp_path: Path) -> None:
     names = [name for name in strategies_at(size) if not name.startswith("zero")]
     cases = {f"{name}/{kind}": [*STRATEGIES[name], *more] for name in names for kind, more in KINDS.items()}
     for name, found in run_world(size, train_cases, tmp_path, cases, squares, 8)[0].items():
-        # Pure: parameters and momentum are rounded too, step after step. Weights that travel as bf16 and what enters a
-        # block are roundings of their own under fsdp: three at worst where autocast has one (testing/verdict.py).
+        # Pure: parameters and momentum are rounded at every step too. Under fsdp, communicated weights and block inputs
+        # add roundings: at most three where autocast has one (testing/verdict.py).
         drift = STEPS**0.5 if name.endswith("pure") else 3.0 if name.startswith("fsdp") else 1.0
         assert worst(found["losses"], losses) < drift * LOSS_BOUND, name
         assert worst(found["norms"], norms) < drift * NORM_BOUND, name
 
 
-def test_pure_bf16_is_the_plain_loop_on_a_bf16_model(tmp_path: Path) -> None:
+def test_pure_bf16_equals_the_plain_loop_on_a_bf16_model(tmp_path: Path) -> None:
     torch.manual_seed(SEED)
     model = Net().bfloat16()
     steps = [[(x.bfloat16(), y) for x, y in step] for step in batches(BATCH)]
@@ -254,7 +259,10 @@ def summed(model: Any, c: Tensor) -> Any:
 
 
 def add_up(folder: Path, cases: dict[str, tuple[list[str], list[list[float]]]]) -> dict[str, list[float]]:
-    """Each rank's gradient is its own row; the step's weight is 1, the rate too: the weights become minus the sum."""
+    """Each rank's gradient is its row of the input.
+
+    The step's weight and the rate are 1, so the weights become minus the sum.
+    """
     found = {}
     for name, (overrides, rows) in cases.items():
         config = {"run": {"name": name, "dir": str(folder), "seed": SEED, "steps": 1}}
@@ -268,9 +276,9 @@ def add_up(folder: Path, cases: dict[str, tuple[list[str], list[list[float]]]]) 
     return found
 
 
-def test_ddp_adds_gradients_up_in_the_type_that_is_stated(tmp_path: Path) -> None:
-    # bf16 has no 257: 256 + 1 is 256 or 258, as gloo rounds it. Wherever the sum of three begins, one of these three
-    # elements begins with 256 and a 1, and does not come to 258.
+def test_ddp_reduces_gradients_in_the_stated_dtype(tmp_path: Path) -> None:
+    # bf16 cannot represent 257: gloo rounds 256 + 1 to 256 or 258. Wherever the sum of three starts, one of these three
+    # elements starts with 256 and a 1, and does not reach 258.
     large = [[256.0, 1.0, 1.0], [1.0, 256.0, 1.0], [1.0, 1.0, 256.0]]
     fine = [[1.001, 0.0, 0.0], [0.0, 1.001, 0.0], [0.0, 0.0, 1.001]]
     ddp = STRATEGIES["ddp"]

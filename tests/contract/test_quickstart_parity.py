@@ -22,7 +22,7 @@ from disttrain.data import ByteText, Order
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "quickstart.yaml"
 STEPS, WARMUP, PEAK, DECAY, SEED = 20, 20, 3e-3, 0.1, 1234
-# The quick start's own shape, with less of it: the arithmetic is the same, four ranks share two cores.
+# The quick start's shape, reduced: the arithmetic is the same, and four ranks share two cores.
 SMALL = [
     "run.steps=20",
     "model.args.layers=2",
@@ -36,7 +36,7 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of real sources."""
+    """A folder of real source files."""
     folder = tmp_path_factory.mktemp("text")
     for path in sorted((ROOT / "disttrain").rglob("*.py"))[:40]:
         (folder / path.name).write_text(path.read_text())
@@ -44,7 +44,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def cases(text: Path, size: int, *, fp64: bool) -> dict[str, list[str]]:
-    """Accumulation 1 and 3, a global batch that does not divide, clipping on and off."""
+    """Accumulation 1 and 3, a global batch that does not divide evenly, with and without clipping."""
     found: dict[str, list[str]] = {}
     for name in strategies_at(size, fp64=fp64):
         compute = f"precision.compute={'fp64' if fp64 else 'fp32'}"
@@ -57,7 +57,7 @@ def cases(text: Path, size: int, *, fp64: bool) -> dict[str, list[str]]:
 def reference(
     dataset: ByteText, first: dict[str, Any], *, layers: int = 2, clip: float | None, dtype: torch.dtype
 ) -> tuple[list[float], list[float]]:
-    """Sample indices and initial weights go in as data; nothing of disttrain computes."""
+    """Sample indices and initial weights are inputs. Nothing in disttrain computes here."""
     order = Order(len(dataset), SEED)
     position, epoch, steps = 0, 0, []
     for _ in range(STEPS):

@@ -24,7 +24,7 @@ def layer(width: int = 5) -> nn.Module:
 
 
 class TwoInputs(nn.Module):
-    """Called by another name than `forward`, with several inputs by position and by name; gives a mapping back."""
+    """Called by a method other than `forward`, with several inputs by position and by name. Returns a mapping."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ def score_of(model: Any, batch: dict[str, Tensor]) -> Any:
 
 
 class NoBlocks(nn.Module):
-    """Parameters of its own and no submodule: fewer elements, or rows, than ranks."""
+    """Parameters on the root and no submodule. They have fewer elements, or rows, than there are ranks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class NoBlocks(nn.Module):
 
 
 class FrozenBlocks(nn.Module):
-    """As in fine-tuning: whole blocks and the embedding frozen, the last block and the head trained."""
+    """As in fine-tuning: blocks and the embedding are frozen, the last block and the head are trained."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class FrozenBlocks(nn.Module):
 
 
 class Idle(FrozenBlocks):
-    """Nothing frozen; a block and a weight that no step reaches, on any rank."""
+    """Nothing is frozen. A block and a weight are never used, on any rank."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ def sgd(parameters: Any) -> torch.optim.Optimizer:
 
 
 def groups(parameters: Any) -> torch.optim.Optimizer:
-    """As users write them: by their own rule, each group with its rate and decay."""
+    """As users write them: by a custom rule, with a rate and a decay for each group."""
     parameters = list(parameters)
     return torch.optim.AdamW(
         [
@@ -128,7 +128,7 @@ CASES = {
 
 
 def batches(step: int) -> list[dict[str, Tensor]]:
-    """Five of two samples: the ranks have different numbers of them."""
+    """Five micro-batches of two samples: the ranks have different numbers of them."""
     generator = torch.Generator().manual_seed(step)
     xs = [torch.randn(2, 5, generator=generator) for _ in range(5)]
     return [{"x": x, "y": x.sum(1, keepdim=True)} for x in xs]
@@ -181,7 +181,7 @@ def test_every_case_equals_a_plain_loop_in_every_strategy(size: int, tmp_path: P
     strategies = strategies_at(size) if size > 1 else ["none", "fsdp", "zero3"]
     for key, run in run_world(size, train, tmp_path, strategies)[0].items():
         reference = expected[key.partition(" ")[2]]
-        # 2e-5 as elsewhere: what is left is the order of float32 sums.
+        # 2e-5, as in other tests: only the order of float32 sums differs.
         assert worst(run["losses"], reference["losses"]) < 2e-5, key
         assert worst(run["norms"], reference["norms"]) < 2e-5, key
         for name, value in reference["last"].items():
@@ -193,9 +193,9 @@ def train_mixed(folder: Path) -> list[float]:
     return train(folder, ["fsdp"], "precision.compute=bf16", names=["idle"])["fsdp idle"]["losses"]
 
 
-def test_what_is_never_reached_in_an_accumulation_does_not_hinder_bf16(tmp_path: Path) -> None:
+def test_parameters_unused_in_an_accumulation_do_not_disturb_bf16(tmp_path: Path) -> None:
     losses = run_world(2, train_mixed, tmp_path)[0]
-    # bfloat16 keeps 8 bits: 4e-3 a rounding, and losses of order one are sums of a few
+    # bfloat16 keeps 8 bits, 4e-3 per rounding, and losses of order one are sums of a few values
     assert worst(losses, plain(CASES["idle"])["losses"]) < 1e-2
 
 
@@ -222,7 +222,7 @@ def sam(parameters: Any) -> torch.optim.Optimizer:
     ],
     ids=["LBFGS", "SAM", "ReduceLROnPlateau"],
 )
-def test_an_own_loops_parts_that_need_a_callback_are_refused_by_name(
+def test_parts_that_need_a_callback_in_a_custom_loop_are_rejected_by_name(
     make_optimizer: Any, make_schedule: Any, told: str, tmp_path: Path
 ) -> None:
     config = {"run": {"name": "refused", "dir": str(tmp_path), "steps": 1}, "strategy": {"name": "none"}}
@@ -248,6 +248,6 @@ def unfreeze(folder: Path, strategies: list[str]) -> list[str]:
     return told
 
 
-def test_what_is_unfrozen_later_is_not_left_untrained_in_silence(tmp_path: Path) -> None:
+def test_unfrozen_parameters_do_not_silently_stay_untrained(tmp_path: Path) -> None:
     for told in run_world(2, unfreeze, tmp_path, ["ddp", "fsdp", "zero2", "zero3"]):
         assert len(told) == 4 and all("in no optimizer: embed.weight, embed.bias" in one for one in told), told

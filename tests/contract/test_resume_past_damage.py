@@ -22,7 +22,7 @@ STEPS, SAVED = 7, (2, 4)
 
 
 class Late(nn.Module):
-    """One layer joins in after the third step: until then no optimizer has state of it."""
+    """One layer is first used after the third step. Until then no optimizer has state for it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,8 +35,9 @@ class Late(nn.Module):
 
 
 class Counting(torch.optim.Optimizer):
-    """Momentum whose state has a Python number and, of a parameter's third step on, a tensor and a number more; and
-    beside that of its parameters something of its own."""
+    """Momentum whose state has a Python number, from a parameter's third step a tensor and a second number, and one
+    entry that belongs to no parameter.
+    """
 
     def __init__(self, parameters: Any, lr: float) -> None:
         super().__init__(parameters, {"lr": lr})
@@ -66,7 +67,7 @@ OPTIMIZERS = {"adam": lambda own: torch.optim.Adam(own, lr=0.05), "counting": la
 
 
 def go(folder: Path, name: str, overrides: Sequence[str], optimizer: str, stop_at: int) -> Any:
-    """The losses of the steps that were taken here, or why there were none."""
+    """Returns the losses of the steps that were taken, or why there were none."""
     config = {"run": {"name": name, "dir": str(folder), "seed": 7, "steps": STEPS}, "checkpoint": {"keep_last": 9}}
     losses = []
 
@@ -90,7 +91,7 @@ def go(folder: Path, name: str, overrides: Sequence[str], optimizer: str, stop_a
 
 
 def damage(path: Path) -> str:
-    """Of every file of a checkpoint the last byte."""
+    """Changes the last byte of every file of a checkpoint."""
     for file in path.glob("*.safetensors"):
         content = bytearray(file.read_bytes())
         content[-1] ^= 1
@@ -117,7 +118,9 @@ SHARDED = {
         ),
     ],
 )
-def test_state_that_only_the_damaged_one_had_is_gone(strategy: str, size: int, optimizer: str, tmp_path: Path) -> None:
+def test_state_that_only_the_damaged_checkpoint_has_is_gone(
+    strategy: str, size: int, optimizer: str, tmp_path: Path
+) -> None:
     overrides = SHARDED.get(strategy) or STRATEGIES[strategy]
     expected = run_world(size, go, tmp_path, "whole", overrides, optimizer, STEPS)[0]
     run_world(size, go, tmp_path, "run", overrides, optimizer, 5)
@@ -128,7 +131,7 @@ def test_state_that_only_the_damaged_one_had_is_gone(strategy: str, size: int, o
     assert worst(found, expected[SAVED[0] :]) < 1e-6
 
 
-def test_where_none_is_whole_the_run_ends_and_names_them(tmp_path: Path) -> None:
+def test_a_run_without_an_intact_checkpoint_ends_and_names_all(tmp_path: Path) -> None:
     run_world(2, go, tmp_path, "run", STRATEGIES["ddp"], "adam", 5)
     names = [damage(path) for path in list_checkpoints(tmp_path / "run" / "checkpoints")]
     for text in run_world(2, go, tmp_path, "run", STRATEGIES["ddp"], "adam", STEPS):
@@ -137,7 +140,7 @@ def test_where_none_is_whole_the_run_ends_and_names_them(tmp_path: Path) -> None
 
 
 def insist(folder: Path, good: Path) -> list[str]:
-    """What an engine says that could not resume: to each thing that is asked of it after."""
+    """Returns the answers of an engine that could not resume, to each later call."""
     config = {"run": {"name": "run", "dir": str(folder), "seed": 7, "steps": STEPS}, "checkpoint": {"keep_last": 9}}
     said = []
     engine = disttrain.Engine(config, [*QUIET, *STRATEGIES["ddp"], "checkpoint.at_end=false"])
@@ -150,7 +153,7 @@ def insist(folder: Path, good: Path) -> list[str]:
             path.rename(folder / path.name)
     engine.world.group.barrier()
     for act in (
-        engine.resume,  # there is nothing now: it would begin anew
+        engine.resume,  # no checkpoint is left now: it would restart from scratch
         engine.save,  # of the step that was loaded
         lambda: engine.load(good),
         lambda: engine.micro_batches([torch.zeros(2, 3)]),
@@ -165,7 +168,7 @@ def insist(folder: Path, good: Path) -> list[str]:
     return said
 
 
-def test_an_engine_that_could_not_resume_refuses_to_go_on_with_what_it_then_holds(tmp_path: Path) -> None:
+def test_an_engine_that_could_not_resume_rejects_every_later_call(tmp_path: Path) -> None:
     run_world(2, go, tmp_path, "run", STRATEGIES["ddp"], "adam", 5)
     saved = list_checkpoints(tmp_path / "run" / "checkpoints")
     good = shutil.copytree(saved[0], tmp_path / "good" / saved[0].name)
@@ -177,7 +180,7 @@ def test_an_engine_that_could_not_resume_refuses_to_go_on_with_what_it_then_hold
 
 
 class Wider(Late):
-    """Of the same names, and another shape."""
+    """The same names with another shape."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -185,13 +188,13 @@ class Wider(Late):
 
 
 def fail_to_load(folder: Path, paths: Sequence[Path], strategy: str, model: type[nn.Module]) -> Any:
-    """Loads that fail, and what a script that then goes on from scratch computes."""
+    """Loads that fail. Returns what a script computes that then starts from scratch."""
     config = {"run": {"name": "scratch", "dir": str(folder), "seed": 7, "steps": STEPS}}
     losses = []
     with disttrain.Engine(config, [*QUIET, *STRATEGIES[strategy], "checkpoint.at_end=false"]) as engine:
         engine.prepare("model", model, OPTIMIZERS["counting"])
         for path in paths:
-            with pytest.raises(CheckpointError):  # on the ranks that find nothing wrong too
+            with pytest.raises(CheckpointError):  # also on the ranks that find no fault
                 engine.load(path)
             with pytest.raises(CheckpointError):
                 engine.load_weights("model", path)
@@ -209,8 +212,11 @@ def fail_to_load(folder: Path, paths: Sequence[Path], strategy: str, model: type
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", pytest.param("ddp", marks=pytest.mark.slow)])
-def test_a_script_goes_on_from_scratch_where_a_load_failed_on_one_rank(strategy: str, tmp_path: Path) -> None:
-    """The damage is in what one rank alone reads, or in another model's shape: nothing was written on any rank."""
+def test_a_script_starts_from_scratch_after_a_load_failed_on_one_rank(strategy: str, tmp_path: Path) -> None:
+    """The damage is in a part that one rank alone reads, or in another model's shape.
+
+    Nothing was written on any rank.
+    """
     run_world(2, go, tmp_path, "run", STRATEGIES["fsdp"], "counting", 5)
     path = list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
     torn = shutil.copytree(path, tmp_path / "torn" / path.name)

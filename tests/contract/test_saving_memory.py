@@ -16,7 +16,7 @@ from world import run_world
 import disttrain
 
 SEED, STEPS, LAYERS, WIDTH, HIDDEN, TIME, BATCH = 4, 3, 4, 32, 128, 32, 16
-# Dropout is inside the blocks: a forward that runs again has to draw what it drew before.
+# Dropout is inside the blocks, so a recomputed forward must draw the same numbers as the first.
 GPT = {"layers": LAYERS, "width": WIDTH, "hidden": HIDDEN, "heads": 2, "vocab": 11, "context": TIME, "dropout": 0.2}
 CONFIG = {
     "run": {"seed": SEED, "steps": STEPS},
@@ -37,8 +37,10 @@ class Rows(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
 
 
 def train(folder: Path, cases: dict[str, list[str]], micro_batch: int) -> dict[str, Any]:
-    """Losses and norms of each case, and the most that an accumulation held beyond what was there before: the least of
-    the steps, for the profiler does not see what gloo's threads let go of last."""
+    """Losses and norms of each case, and the most memory that an accumulation added.
+
+    The least of the steps counts, because the profiler does not see what gloo's threads free last.
+    """
     found = {}
     for name, overrides in cases.items():
         where = [f"run.dir={folder}", f"run.name={name.replace('/', '-')}-{os.environ['WORLD_SIZE']}"]
@@ -58,7 +60,7 @@ def train(folder: Path, cases: dict[str, list[str]], micro_batch: int) -> dict[s
 
 
 def highest(seen: Any) -> int:
-    """The largest running sum of what torch's allocator gave and took back, in bytes."""
+    """The largest running sum of the bytes that torch's allocator allocated and freed."""
     events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = most = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
@@ -82,8 +84,8 @@ def test_recomputing_changes_no_bit_and_saves_memory(size: int, names: list[str]
     cases = {f"{name}/{kind}": [*STRATEGIES[name], f"memory.recompute={kind}"] for name in names for kind in kinds}
     micro_batch = BATCH // size // 2
     found = run_world(size, train, tmp_path, cases, micro_batch)[0]
-    # Of all blocks but the one that runs again at that time: the results of its two largest products, both of which
-    # `full` lets go, and silu's result and product, which `selective` lets go too.
+    # For all blocks except the one being recomputed: the results of its two largest products, which only `full` frees,
+    # and silu's result and product, which `selective` frees too.
     product, rest = 4 * micro_batch * TIME * 2 * HIDDEN, 4 * micro_batch * TIME * 2 * HIDDEN
     for name in names:
         plain, full, selective = (found[f"{name}/{kind}"] for kind in kinds)
@@ -154,5 +156,5 @@ def test_compiled_blocks_give_the_same_numbers_with_dropout(size: int, names: li
     for name in names:
         for kind in ("compile", "full", "budget"):
             for one, plain in zip(found[f"{name}/{kind}"], found[f"{name}/plain"], strict=True):
-                # Fused kernels round elsewhere: float32's 1.2e-7 through three blocks.
+                # Fused kernels round differently: float32's 1.2e-7 through three blocks.
                 assert worst(one, plain) < 2e-6, (name, kind)

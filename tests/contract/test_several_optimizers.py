@@ -42,7 +42,7 @@ optim:
 
 @pytest.fixture(autouse=True)
 def _another_folder() -> Iterator[None]:
-    """Python keeps one module of a name; each test has the user's in a folder of its own."""
+    """Python keeps one module per name, so each test has the user's module in a separate folder."""
     yield
     sys.modules.pop("user_models", None)
 
@@ -74,7 +74,7 @@ class Both:
 
 
 def expected(first: Any, is_first: Any) -> dict[str, Any]:
-    """The plain loop; `first` makes the optimizer of those parameters whose names pass `is_first`."""
+    """The plain loop. `first` makes the optimizer of the parameters whose names pass `is_first`."""
     user = user_module()
     torch.manual_seed(SEED)
     model, data = user.NanoGPT(), user.Tokens()
@@ -104,7 +104,7 @@ def test_each_trains_what_it_matches_under_one_clipping_and_one_schedule(size: i
     cases = {name: STRATEGIES[name] for name in strategies_at(size)}
     plain = by_sgd()
     for name, run in run_world(size, train_all, config(tmp_path), tmp_path / "runs", cases)[0].items():
-        # 2e-5 as elsewhere: what is left is the order of float32 sums.
+        # 2e-5, as in other tests: only the order of float32 sums differs.
         assert worst(run["losses"], plain["losses"]) < 2e-5, name
         assert worst(run["norms"], plain["norms"]) < 2e-5, name
         for key, value in plain["last"].items():
@@ -126,7 +126,7 @@ def train_to(path: Path, folder: Path, name: str, stop: int) -> list[float]:
         return losses
 
 
-def test_stopped_and_gone_on_under_others_it_equals_the_whole(tmp_path: Path) -> None:
+def test_a_run_continued_under_other_strategies_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     path, losses = config(tmp_path), []
     for stop, (name, size) in ((2, ("zero2", 2)), (4, ("fsdp", 3)), (6, ("zero3", 2)), (8, ("ddp", 2))):
         losses += run_world(size, train_to, path, tmp_path, name, stop)[0]
@@ -143,7 +143,7 @@ def test_muon_for_matrices_and_adamw_for_the_rest(tmp_path: Path) -> None:
     )
     for size, name in ((1, "none"), (2, "ddp")):
         run = run_world(size, train_all, path, tmp_path / "runs", {name: STRATEGIES[name]})[0][name]
-        # Muon's products are bfloat16: the order of float32 sums before them may turn one of their roundings.
+        # Muon's products are bfloat16: the order of the float32 sums before them can change one of their roundings.
         assert worst(run["losses"], plain["losses"]) < 1e-3, name
         assert worst(run["norms"], plain["norms"]) < 2e-2, name
 
@@ -151,7 +151,7 @@ def test_muon_for_matrices_and_adamw_for_the_rest(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "told"), [("fsdp", "shards parameters by rows"), ("zero1", "steps flat parts of parameters")]
 )
-def test_what_cannot_be_cut_is_refused_by_name_before_there_is_a_group(
+def test_optimizers_that_cannot_be_sharded_are_rejected_by_name_before_the_group(
     name: str, told: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert main([str(config(tmp_path, MUON)), *QUIET, *STRATEGIES[name], f"run.dir={tmp_path}"]) == 2
@@ -169,7 +169,7 @@ def test_what_cannot_be_cut_is_refused_by_name_before_there_is_a_group(
         ("optim.1.no_decay=['ln_f.bias','ln_f.weight']", r"optim\.1\.no_decay"),
     ],
 )
-def test_what_does_not_cover_the_model_is_told(
+def test_optimizers_that_do_not_cover_the_model_are_reported(
     override: str, told: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     over = [*QUIET, "strategy.name=none", f"run.dir={tmp_path}", override]

@@ -45,7 +45,7 @@ def config(tmp_path: Path) -> Path:
 
 
 def micro_batches(data: Any, micro_batch: int) -> list[list[Any]]:
-    """Each step's micro-batches: 32, 32 and the epoch's last 6 of 70 samples; the indices are handed over as data."""
+    """The micro-batches of each step: 32, 32 and the epoch's last 6 of 70 samples. The indices are passed as data."""
     order, epoch, position, steps = Order(len(data), SEED), 0, 0, []
     for _ in range(STEPS):
         if position == len(data):
@@ -58,7 +58,7 @@ def micro_batches(data: Any, micro_batch: int) -> list[list[Any]]:
 
 
 def reference(micro_batch: int, *, clip: float | None, dropout: float) -> tuple[list[float], list[float]]:
-    """The plain loop; what a micro-batch's dropout is seeded with is handed over as data too."""
+    """The plain loop. The seeds of each micro-batch's dropout are passed as data too."""
     user = user_module()
     torch.manual_seed(SEED)
     model = user.NanoGPT(dropout=dropout)
@@ -84,7 +84,7 @@ def test_ragged_weights_and_dropout(size: int, config: Path) -> None:
 
 
 class Terms:
-    """Two terms: one over all targets, one over the sequences that begin with an even token (sometimes none)."""
+    """Two terms: one over all targets, one over the sequences that start with an even token (sometimes none)."""
 
     def weigh(self, batch: Any) -> dict[str, Any]:
         inputs, targets = batch
@@ -111,7 +111,7 @@ def train_terms(config: Path, names: list[str]) -> dict[str, Any]:
 
 
 def plain_terms(micro_batch: int) -> tuple[list[float], list[float]]:
-    """Each term over its own sum of weights, over the whole global batch at once: the loop's one batch of weight 1."""
+    """Each term over its sum of weights, over the complete global batch: the loop's one batch has weight 1."""
     user, terms = user_module(), Terms()
     torch.manual_seed(SEED)
     model = user.NanoGPT()
@@ -126,7 +126,7 @@ def plain_terms(micro_batch: int) -> tuple[list[float], list[float]]:
 
 
 @pytest.mark.parametrize("size", [1, pytest.param(3, marks=pytest.mark.slow)])
-def test_terms_have_their_own_denominators(size: int, config: Path) -> None:
+def test_terms_have_separate_denominators(size: int, config: Path) -> None:
     losses, norms = plain_terms(3)
     for rank, runs in enumerate(run_world(size, train_terms, config, strategies_at(size))):
         for name, run in runs.items():

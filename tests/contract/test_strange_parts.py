@@ -19,7 +19,7 @@ SEED, STEPS, RATE = 3, 6, 0.1
 
 
 class OldAdam(torch.optim.Optimizer):
-    """Its step is a Python int, its rate's decay a float, its first step a bool: as before torch 1.12."""
+    """Its step is a Python int, the decay of its rate a float, its first step a bool, as before torch 1.12."""
 
     def __init__(self, parameters: Any) -> None:
         super().__init__(parameters, {"lr": RATE})
@@ -59,7 +59,7 @@ def squares(model: Any, x: Tensor) -> Any:
 
 
 def plain(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[float]:
-    """Every step on all three batches at once."""
+    """Every step uses all three batches together."""
     losses = []
     for step in range(STEPS):
         total, weight = squares(model, torch.cat(batches(step)))
@@ -71,7 +71,7 @@ def plain(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[float]:
 
 
 def train(folder: Path, name: str, make_model: Any, make: Any, stops: Sequence[int]) -> list[float]:
-    """Losses up to each stop; the engine is built anew after it, from the checkpoint that it left."""
+    """Losses up to each stop. After a stop a new engine continues from the checkpoint."""
     losses = []
     for stop in stops:
         config = {"run": {"name": "strange", "dir": str(folder), "seed": SEED, "steps": STEPS, "timeout_s": 60}}
@@ -92,7 +92,7 @@ def built(make_model: Any) -> nn.Module:
     return make_model()
 
 
-def test_numbers_in_an_optimizers_state_go_on_as_numbers_under_any_strategy(tmp_path: Path) -> None:
+def test_numbers_in_an_optimizers_state_stay_numbers_under_any_strategy(tmp_path: Path) -> None:
     model = built(net)
     expected = plain(model, OldAdam(model.parameters()))
     losses: list[float] = []
@@ -101,7 +101,7 @@ def test_numbers_in_an_optimizers_state_go_on_as_numbers_under_any_strategy(tmp_
     assert worst(losses, expected[:4]) < 2e-5  # the order of float32 sums
 
 
-def test_other_state_is_refused_by_name_when_it_is_saved(tmp_path: Path) -> None:
+def test_other_state_is_rejected_by_name_when_it_is_saved(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"optim/model/weight:history(.|\n)*a list"):
         train(tmp_path, "none", net, Hoarder, [1])
 
@@ -125,7 +125,7 @@ def sgd(parameters: Any) -> torch.optim.Optimizer:
 
 
 class ChannelsLast(nn.Module):
-    """The same without an empty parameter, and as large as ZeRO 3 cuts."""
+    """The same without an empty parameter, and large enough for ZeRO 3 to shard."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ class ChannelsLast(nn.Module):
     ("name", "make"),
     [*((name, Odd) for name in ("ddp", "ddp-buckets", "fsdp")), *((f"zero{n}", ChannelsLast) for n in (1, 2, 3))],
 )
-def test_parameters_may_have_any_layout_and_size(name: str, make: type[nn.Module], tmp_path: Path) -> None:
+def test_parameters_may_have_any_memory_format_and_size(name: str, make: type[nn.Module], tmp_path: Path) -> None:
     model = built(make)
     expected = plain(model, sgd(model.parameters()))
     found = run_world(3, train, tmp_path, name, make, sgd, [2, STEPS])[0]
@@ -149,11 +149,12 @@ def test_parameters_may_have_any_layout_and_size(name: str, make: type[nn.Module
 
 
 class Clamped(nn.Module):
-    """Changes a weight in its forward, as weight clipping was once written."""
+    """Changes a weight in its forward, as early implementations of weight clipping did."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.last = nn.Linear(4, 120), nn.Linear(120, 1)  # above what ZeRO 3 keeps whole, and below
+        # above the size that ZeRO 3 keeps on every rank, and below
+        self.first, self.last = nn.Linear(4, 120), nn.Linear(120, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.no_grad():
@@ -162,7 +163,7 @@ class Clamped(nn.Module):
 
 
 class Clipped(nn.Module):
-    """Its weights are changed by the loop, between steps."""
+    """The loop changes its weights between steps."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -173,7 +174,7 @@ class Clipped(nn.Module):
 
 
 def clip_by_hand(folder: Path, strategy: Sequence[str], make: type[nn.Module], by_hand: bool) -> list[float] | str:
-    """Losses of four steps; or what was raised."""
+    """The losses of four steps, or the error."""
     config = {"run": {"name": "clip", "dir": str(folder), "seed": SEED, "steps": 4}}
     losses = []
     try:
@@ -195,8 +196,8 @@ def clip_by_hand(folder: Path, strategy: Sequence[str], make: type[nn.Module], b
 
 @pytest.mark.parametrize("make", [Clamped, Clipped])
 @pytest.mark.parametrize("name", ["ddp", "ddp-buckets", "fsdp", "zero1", "zero3"])
-def test_weights_changed_by_hand_are_kept_or_refused(name: str, make: type[nn.Module], tmp_path: Path) -> None:
-    """Where they are cut a change would be lost without a word: in the forward, and under ZeRO 3 at any time."""
+def test_weights_changed_by_hand_are_kept_or_rejected(name: str, make: type[nn.Module], tmp_path: Path) -> None:
+    """If the weights are sharded, the change would be lost silently: in the forward, and under ZeRO 3 at any time."""
     by_hand = make is Clipped
     (expected,) = run_world(1, clip_by_hand, tmp_path / "one", STRATEGIES["none"], make, by_hand)
     (other,) = run_world(1, clip_by_hand, tmp_path / "other", STRATEGIES["none"], make, False)
@@ -243,7 +244,7 @@ def of_two_types() -> nn.Module:
         ("zero3", of_two_types, "0.bias of float64, 1.bias of float32"),
     ],
 )
-def test_models_that_cannot_be_held_alike_or_cut_are_refused_by_name(
+def test_models_that_cannot_be_replicated_or_sharded_are_rejected_by_name(
     name: str, make: Any, found: str, tmp_path: Path
 ) -> None:
     told = run_world(2, prepare_alone, tmp_path, STRATEGIES[name], make)
@@ -251,7 +252,7 @@ def test_models_that_cannot_be_held_alike_or_cut_are_refused_by_name(
 
 
 @pytest.mark.parametrize("name", ["none", "ddp", "ddp-buckets"])
-def test_sparse_gradients_are_refused_in_words(name: str, tmp_path: Path) -> None:
+def test_sparse_gradients_are_rejected_by_name(name: str, tmp_path: Path) -> None:
     def make() -> nn.Module:
         return nn.Sequential(nn.Flatten(0), nn.Embedding(3, 1, sparse=True), nn.Unflatten(0, (-1, 4)))
 
@@ -266,9 +267,9 @@ def test_sparse_gradients_are_refused_in_words(name: str, tmp_path: Path) -> Non
             engine.step("model")
 
 
-def relaid(folder: Path, strategy: Sequence[str], accumulated: int) -> Any:
-    """The kernel after three steps of fused Adam on a model that was laid out anew once it was prepared."""
-    config = {"run": {"name": "relaid", "dir": str(folder), "seed": SEED, "steps": 3}}
+def change_memory_format(folder: Path, strategy: Sequence[str], accumulated: int) -> Any:
+    """The kernel's use after three steps of fused Adam on a model whose memory format changed after `prepare`."""
+    config = {"run": {"name": "change_memory_format", "dir": str(folder), "seed": SEED, "steps": 3}}
     with disttrain.Engine(config, [*QUIET, "checkpoint.at_end=false", *strategy]) as engine:
         make = lambda parameters: torch.optim.AdamW(parameters, lr=0.05, fused=True)  # noqa: E731
         model = engine.prepare("model", lambda: nn.Conv2d(3, 4, 3), make)
@@ -284,14 +285,16 @@ def relaid(folder: Path, strategy: Sequence[str], accumulated: int) -> Any:
 
 @pytest.mark.parametrize("accumulated", [1, 2])
 @pytest.mark.parametrize("name", ["ddp", "ddp-buckets"])
-def test_a_model_that_is_laid_out_anew_trains_on(name: str, accumulated: int, tmp_path: Path) -> None:
-    (expected,) = run_world(1, relaid, tmp_path / "one", STRATEGIES["none"], 1)
-    found = run_world(2, relaid, tmp_path / "two", STRATEGIES[name], accumulated)[0]
+def test_a_model_continues_training_after_a_change_of_memory_format(
+    name: str, accumulated: int, tmp_path: Path
+) -> None:
+    (expected,) = run_world(1, change_memory_format, tmp_path / "one", STRATEGIES["none"], 1)
+    found = run_world(2, change_memory_format, tmp_path / "two", STRATEGIES[name], accumulated)[0]
     assert abs(found - expected).max() < 1e-5
 
 
 class Counting(nn.Module):
-    """Trained, and counts in a buffer how many batches it saw."""
+    """Trained, and counts its batches in a buffer."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -18,7 +18,7 @@ ALL = ("gpt", *AWKWARD)
 
 @dataclass(frozen=True)
 class Variation:
-    """A strategy with options, where it runs. `at` adds overrides in a world of that size."""
+    """A strategy with options, and where it runs. `at` adds overrides in a world of that size."""
 
     overrides: tuple[str, ...]
     sizes: tuple[int, ...] = (1, 2, 3, 4)
@@ -28,13 +28,13 @@ class Variation:
 
 
 def zero(stage: int, *more: str) -> Variation:
-    """DeepSpeed, which keeps its masters in float32 at the widest."""
+    """DeepSpeed, which keeps its master weights in at most float32."""
     name = ("strategy.name=deepspeed", f"strategy.deepspeed.stage={stage}")
     return Variation((*name, *(f"strategy.deepspeed.{one}" for one in more)), precisions=("fp32", "bf16"))
 
 
 def mesh(*sizes: int, **degrees: int) -> dict[int, tuple[str, ...]]:
-    """The same degrees in a world of each size."""
+    """The same mesh degrees in a world of each size."""
     return {size: tuple(f"mesh.{axis}={degree}" for axis, degree in degrees.items()) for size in sizes}
 
 

@@ -20,7 +20,7 @@ SEED, STEPS, RATE = 4, 4, 0.1
 
 
 class Net(nn.Module):
-    """Batch norms of one and of two dimensions, one without weights, one whose mean is of all batches so far."""
+    """Batch norms of one and of two dimensions, one without weights, one whose mean is over all batches so far."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,13 +34,13 @@ class Net(nn.Module):
 
 
 def samples(step: int) -> Tensor:
-    """Off zero: squares alone would lose digits."""
+    """Far from zero, where a sum of squares alone would lose digits."""
     generator = torch.Generator().manual_seed(step)
     return 4.0 + torch.randn(11, 2, 4, 4, generator=generator)
 
 
 def rounds(step: int, size: int) -> list[list[Tensor]]:
-    """Each round's micro-batches, one a rank: uneven ones, and a last round that only some ranks have."""
+    """The micro-batches of each round, one per rank: uneven ones, and a last round that only some ranks have."""
     cuts = {2: [[4, 2], [1, 2], [2]], 3: [[3, 1, 2], [2, 1], [2]]}[size]
     parts = iter(samples(step).split([count for one in cuts for count in one]))
     return [[next(parts) for _ in one] for one in cuts]
@@ -52,7 +52,7 @@ def cubes(model: Any, x: Tensor) -> Any:
 
 
 def plain(size: int, dtype: torch.dtype) -> dict[str, Any]:
-    """torch's own batch norms, over a round's micro-batches in one; then one step for all rounds."""
+    """torch's batch norms over the joined micro-batches of a round, then one step for all rounds."""
     torch.manual_seed(SEED)
     model = Net().to(dtype)
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9)
@@ -108,7 +108,7 @@ def test_all_ranks_equal_one_batch_in_one_process(size: int, names: list[str], t
     for name in cases:
         fp64 = name.endswith("64")
         expected = plain(size, torch.float64 if fp64 else torch.float32)
-        # float32: batch norms of few samples magnify the order of its sums; float64 tells a wrong formula from that
+        # float32: batch norms of few samples magnify the order of sums; float64 detects a wrong formula
         bound = 1e-9 if fp64 else 2e-4
         for rank, found in enumerate(ranks):
             assert worst(found[name]["losses"], expected["losses"]) < bound, (name, rank)
@@ -130,7 +130,7 @@ def test_a_converted_model_keeps_its_names_classes_and_copies(tmp_path: Path) ->
     assert type(copy.deepcopy(model).norm) is type(model.norm)
     before.load_state_dict(model.state_dict())
     x = samples(0)
-    torch.testing.assert_close(model(x), before(x), rtol=0, atol=0)  # without a group it is torch's own
+    torch.testing.assert_close(model(x), before(x), rtol=0, atol=0)  # without a group it is torch's module
 
 
 class Own(nn.BatchNorm1d):
@@ -146,7 +146,7 @@ class Own(nn.BatchNorm1d):
     ],
     ids=["none", "own"],
 )
-def test_what_cannot_be_synchronized_is_told(model: nn.Module, told: str) -> None:
+def test_modules_that_cannot_be_synchronized_are_reported(model: nn.Module, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         synchronize_batch_norm(model)
 
@@ -164,7 +164,7 @@ def squares(model: Any, x: Tensor) -> Any:
     return model(x).square().sum(), len(x)
 
 
-def test_a_batch_norm_of_one_sample_is_told_with_what_to_do(tmp_path: Path) -> None:
+def test_a_batch_norm_of_one_sample_gets_an_error_with_the_fix(tmp_path: Path) -> None:
     config = {
         "run": {"name": "single", "dir": str(tmp_path), "epochs": 1},
         "model": {"target": Flat},

@@ -82,7 +82,7 @@ def loss_of(model: Any, batch: Any) -> tuple[Any, int]:
 
 
 def expected(make: Any, dtype: torch.dtype) -> dict[str, Any]:
-    """A plain loop over the model as its constructor makes it, with each micro-batch's own dropout."""
+    """A plain loop over the model as its constructor makes it, with the dropout seed of each micro-batch."""
     torch.manual_seed(SEED)
     model = make()
     first = to_numpy({name: value.clone() for name, value in model.state_dict().items()})
@@ -109,7 +109,7 @@ def assert_equal(found: dict[str, Any], plain: dict[str, Any], precision: str, c
     assert worst(found["norms"], plain["norms"]) < bound, case
     for name, value in plain["last"].items():
         ours, theirs = torch.from_numpy(found["last"][name]), torch.from_numpy(value)
-        # AdamW turns rounding into steps where a gradient is almost zero: ten times what a loss may be apart
+        # AdamW turns rounding into steps where a gradient is almost zero: ten times the bound of a loss
         assert float((ours - theirs).norm()) <= 10 * bound * float(theirs.norm()), f"{case}: {name}"
 
 
@@ -144,7 +144,7 @@ NORMS = {"layers.*.*layernorm": "sequence_parallel", "norm": "sequence_parallel"
 MLP = {"*.gate_proj": "colwise", "*.up_proj": "colwise", "*.down_proj": "rowwise"}
 
 
-def test_a_model_in_hugging_faces_manner_by_its_own_plan_or_the_users(outside: Path) -> None:
+def test_a_hugging_face_style_model_by_its_plan_or_the_users(outside: Path) -> None:
     cases = {
         "own": [],
         "tied": ["model.args={tied: true}"],
@@ -157,8 +157,8 @@ def test_a_model_in_hugging_faces_manner_by_its_own_plan_or_the_users(outside: P
         assert_equal(run, expected(decoder(outside, tied=case == "tied"), torch.float64), "fp64", case)
 
 
-def go_on(config: Path, folder: Path, steps: int, *overrides: str) -> dict[str, Any]:
-    """Train to `steps`, from the folder's newest checkpoint on, evaluate, and save."""
+def continue_run(config: Path, folder: Path, steps: int, *overrides: str) -> dict[str, Any]:
+    """Train to `steps` from the folder's newest checkpoint, evaluate, and save."""
     where = [f"run.dir={folder}", "run.name=one", "checkpoint.at_end=true", f"run.steps={steps}"]
     with disttrain.Engine(config, [*QUIET, "precision.compute=fp64", *overrides, *where]) as engine:
         engine.prepare("model")
@@ -167,13 +167,13 @@ def go_on(config: Path, folder: Path, steps: int, *overrides: str) -> dict[str, 
         return {**found, "eval": engine.evaluate(sets)["eval/again/loss"]}
 
 
-def test_a_checkpoint_goes_from_mesh_to_mesh(outside: Path) -> None:
-    """Cut by tensor and shard, then by shard alone, over replicas of tensor ranks, and whole on one process."""
+def test_a_checkpoint_moves_between_meshes(outside: Path) -> None:
+    """Sharded by tensor and shard, then by shard only, over replicas of tensor ranks, and complete on one process."""
     plain = expected(lambda: GPT(**GPTS["untied"]), torch.float64)
     meshes = [(4, [*TWO, SEQUENCE, LOSS]), (3, []), (4, [*TWO, "mesh.replicate=2"]), (2, TWO), (1, [])]
     evaluated = []
     for steps, (size, overrides) in enumerate(meshes, start=1):
-        run = run_world(size, go_on, outside / "untied.yaml", outside / "runs", steps, *overrides)[0]
+        run = run_world(size, continue_run, outside / "untied.yaml", outside / "runs", steps, *overrides)[0]
         assert abs(run["losses"][0] / plain["losses"][steps - 1] - 1) < 1e-9, (size, overrides)
         assert abs(run["norms"][0] / plain["norms"][steps - 1] - 1) < 1e-9, (size, overrides)
         evaluated.append(run["eval"])
@@ -182,13 +182,13 @@ def test_a_checkpoint_goes_from_mesh_to_mesh(outside: Path) -> None:
     with torch.no_grad():
         total, weight = loss_of(model, default_collate([*user_module().Tokens(size=7, vocab=12, context=8)]))
     assert abs(evaluated[-1] / (float(total) / weight) - 1) < 1e-9
-    # Logits that are cut in training are whole in an evaluation: the same run, on the mesh it was trained on.
-    run = run_world(4, go_on, outside / "untied.yaml", outside / "runs", STEPS, *meshes[0][1])[0]
+    # Logits that are sharded in training are complete in an evaluation. Same run, on the mesh it was trained on.
+    run = run_world(4, continue_run, outside / "untied.yaml", outside / "runs", STEPS, *meshes[0][1])[0]
     assert abs(run["eval"] / evaluated[-1] - 1) < 1e-9
 
 
 def refused(config: Path, folder: Path, *overrides: str) -> tuple[str, bool]:
-    """The message, and whether a process group was there."""
+    """Returns the message, and whether a process group existed."""
     try:
         train_all(config, folder, {"refused": overrides})
     except (ConfigError, TrainingError) as error:
@@ -196,7 +196,7 @@ def refused(config: Path, folder: Path, *overrides: str) -> tuple[str, bool]:
     return "nothing raised", False
 
 
-def test_a_plan_that_leaves_out_what_works_on_a_part_of_the_heads_is_refused(outside: Path) -> None:
+def test_a_plan_that_omits_a_module_with_some_of_the_heads_is_rejected(outside: Path) -> None:
     plan = {name: style for name, style in decoder(outside)()._tp_plan.items() if "_norm" not in name}
     told = run_world(2, refused, outside / "decoder.yaml", outside / "runs", *TWO, f"strategy.fsdp.tensor.plan={plan}")
     assert told[0] == told[1]
@@ -208,8 +208,8 @@ def three_ways(folder: Path) -> list[tuple[str, bool]]:
     return [refused(folder / f"{name}.yaml", folder / "runs", "mesh.tensor=3") for name in ("tied", "decoder")]
 
 
-def test_heads_that_do_not_divide_are_refused_before_the_group_where_that_can_be_known(outside: Path) -> None:
+def test_heads_that_do_not_divide_are_rejected_before_the_group_where_possible(outside: Path) -> None:
     for (gpt, early), (other, late) in run_world(3, three_ways, outside):
         assert not early and "ConfigError" in gpt and "heads=4, kv_heads=2" in gpt and "mesh.tensor=3" in gpt
-        # A model that does not say how it is filled is not built before.
+        # A model without `init_weights` is not built before the group exists.
         assert not late and "ConfigError" in other and "'layers.0.self_attn.q_proj' has 4 head(s)" in other

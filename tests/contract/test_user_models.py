@@ -41,7 +41,7 @@ def outside(tmp_path: Path) -> Path:
 
 
 def user_module() -> Any:
-    """The user's file, imported plainly."""
+    """The user's file, as a plain import."""
     spec = importlib.util.spec_from_file_location("plain_user_models", SOURCE)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -63,7 +63,7 @@ def expected(name: str, dtype: torch.dtype, **args: Any) -> dict[str, Any]:
     for step in range(STEPS):
         epoch, position = divmod(step * BATCH, len(data))
         chosen = [data[i] for i in order.indices(epoch, position, BATCH).tolist()]
-        # in micro-batches of two: the awkward model looks at the batch it is given
+        # in micro-batches of two: the awkward model depends on the batch it gets
         steps.append([torch.utils.data.default_collate(chosen[i : i + 2]) for i in range(0, BATCH, 2)])
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     losses, norms = plain_loop(model, torch.optim.AdamW(trainable, lr=0.01), steps, user.token_loss, clip=0.4)
@@ -76,10 +76,10 @@ def is_steady(model: str, name: str, size: int) -> bool:
 
 @pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("model", ["NanoGPT", "Encoder", "Awkward"])
-def test_by_yaml_alone(model: str, size: int, outside: Path) -> None:
+def test_with_yaml_only(model: str, size: int, outside: Path) -> None:
     cases = {}
     for name in strategies_at(size):
-        # parameters used on some ranks only: DeepSpeed cannot, and here none is without `sometimes`
+        # some ranks do not use all parameters: DeepSpeed cannot, and here only `sometimes` does so
         steady = ["model.args={sometimes: false}"] if is_steady(model, name, size) else []
         cases[name] = [*STRATEGIES[name], *steady]
         if not name.startswith("zero"):
@@ -103,10 +103,10 @@ def test_by_yaml_alone(model: str, size: int, outside: Path) -> None:
 
 
 def train_with_engine(folder: Path, overrides: list[str]) -> dict[str, Any]:
-    """The same by Python: own factories, own objective, own dataset."""
+    """The same in Python, with custom factories, a custom objective and a custom dataset."""
     user = user_module()
     config = {"run": {"name": "engine", "dir": str(folder), "seed": SEED, "steps": STEPS}}
-    config["optim"] = {"target": "torch.optim.SGD", "clip_norm": 0.4}  # clip_norm is the engine's to apply
+    config["optim"] = {"target": "torch.optim.SGD", "clip_norm": 0.4}  # the engine applies clip_norm
     with disttrain.Engine(config, [*QUIET, *overrides, "checkpoint.at_end=false"]) as engine:
         engine.prepare("model", user.NanoGPT, lambda parameters: torch.optim.AdamW(parameters, lr=0.01))
         first = engine.full_weights()

@@ -56,7 +56,7 @@ BUDGET_ONLY = ("torch._inductor.compile_fx", "torch._functorch.config", "activat
 
 
 def looked_up() -> list[str]:
-    """The private names in the package: the table of kernels, and what each call of `private` and `reader` names."""
+    """The private names in the package: the table of kernels, and the names passed to `private` and `reader`."""
     found = set(importlib.import_module(f"{torch_internals.__name__}.kernels")._LOOPS)
     for module in MODULES:
         for node in ast.walk(ast.parse(Path(str(module.__file__)).read_text())):
@@ -69,9 +69,10 @@ def looked_up() -> list[str]:
 
 @contextmanager
 def without(names: Collection[str]) -> Iterator[set[str]]:
-    """Meanwhile those names raise: a function with an alternative when it is called, all else when it is looked up.
+    """Make those names raise inside the context.
 
-    Yields the names that somebody looks up, replaced or not.
+    A function with an alternative raises when it is called, others at look-up. Yields the names that are looked up,
+    replaced or not.
     """
     asked: set[str] = set()
     access = importlib.import_module(f"{torch_internals.__name__}.access")
@@ -114,7 +115,7 @@ def without(names: Collection[str]) -> Iterator[set[str]]:
 
 
 def forget_choices() -> None:
-    """Let every choice between a private name and its public alternative be made again."""
+    """Make every choice between a private name and its public alternative again."""
     for module in MODULES:
         for value in vars(module).values():
             if hasattr(value, "cache_clear"):
@@ -149,7 +150,7 @@ VARIATIONS: dict[str, dict[str, Any]] = {
     **{
         f"deepspeed, stage {stage}": {
             "strategy": {"name": "deepspeed", "deepspeed": {"stage": stage}},
-            "model": {"target": Net, "args": {"scale_shape": (1,)}},  # DeepSpeed takes no 0-d parameter
+            "model": {"target": Net, "args": {"scale_shape": (1,)}},  # DeepSpeed does not accept 0-d parameters
         }
         for stage in (1, 3)
     },
@@ -157,7 +158,7 @@ VARIATIONS: dict[str, dict[str, Any]] = {
 
 
 def losses(folder: Path, sections: dict[str, Any]) -> list[float]:
-    """Three steps of the kernel of AdamW, with accumulation, clipping and a schedule."""
+    """Three steps of the AdamW kernel, with accumulation, clipping and a schedule."""
     config = {
         "run": {"name": "run", "dir": str(folder), "steps": 4, "device": "cpu"},
         "model": {"target": Net},
@@ -184,7 +185,7 @@ def losses(folder: Path, sections: dict[str, Any]) -> list[float]:
 
 
 def compare(folder: Path, variations: list[str]) -> list[str]:
-    """On every rank. Returns what went wrong: a variation, the names it was without, and what happened instead."""
+    """Runs on every rank. Returns the failures: a variation, the names it lacked, and what happened."""
     logging.getLogger("disttrain").setLevel(logging.ERROR)
     wrong, known, trials = [], set(looked_up()), count()
     for variation in variations:
@@ -195,7 +196,7 @@ def compare(folder: Path, variations: list[str]) -> list[str]:
         if variation == "fsdp" and not asked >= FSDP_ONLY:
             wrong.append(f"fsdp never asks for {FSDP_ONLY - asked}")
         singles = [[name] for name in sorted(asked)]
-        if variation.startswith("deepspeed"):  # which takes longer to start; the other strategies try each name
+        if variation.startswith("deepspeed"):  # which starts more slowly; the other strategies try each name
             singles = [["_version"], sorted(known - {"_version"})]
         needed, name = NEEDED.get(variation, set()), variation.split(",")[0]
         for absent in [*singles, sorted(known)]:
@@ -220,7 +221,7 @@ WORLDS = [
 
 
 @pytest.mark.parametrize(("size", "variations"), WORLDS)
-def test_losses_are_equal_by_the_public_way(size: int, variations: list[str], tmp_path: Path) -> None:
+def test_losses_are_equal_with_the_public_alternatives(size: int, variations: list[str], tmp_path: Path) -> None:
     for wrong in run_world(size, compare, tmp_path, variations, timeout_s=550.0):
         assert wrong == []
 

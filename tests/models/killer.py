@@ -14,7 +14,7 @@ def die():
 
 
 def die_while_saving(folder):
-    """Kill this process the moment a checkpoint is being written."""
+    """Kill this process as soon as a checkpoint is being written."""
     while True:
         if any(Path(folder).glob("checkpoints/.tmp-*/*")):
             die()

@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 
 
 class Net(nn.Module):
-    """Two layers; `norm` and `dropout` come between."""
+    """Two layers. `norm` and `dropout` are applied between them."""
 
     def __init__(self, inputs=6, width=16, norm=False, dropout=0.0):
         super().__init__()
@@ -28,7 +28,7 @@ class Net(nn.Module):
 
 
 class Attending(nn.Module):
-    """torch's own attention, whose key bias has a gradient of zero but for rounding."""
+    """torch's attention. The gradient of its key bias is zero up to rounding."""
 
     def __init__(self, inputs=6, width=16):
         super().__init__()
@@ -54,20 +54,20 @@ def summed(model, batch):
 
 
 def averaged(model, batch):
-    """A mean that says it is one item."""
+    """A mean that counts itself as one item."""
     inputs, targets = batch
     return F.cross_entropy(model(inputs), targets), 1
 
 
 def contrasted(model, batch):
-    """Each item against the others of its batch."""
+    """Compares each item with the others of its batch."""
     outputs = F.normalize(model(batch[0]))
     scores = outputs @ outputs.T / 0.1
     return F.cross_entropy(scores, torch.arange(len(scores)), reduction="sum"), len(scores)
 
 
 class Whole(torch.optim.Optimizer):
-    """Steps as long as a parameter's own norm: it looks at whole parameters, and nothing in it notices a part."""
+    """Steps with the length of a parameter's norm. It depends on complete parameters and cannot detect a shard."""
 
     def __init__(self, params, lr=0.01):
         super().__init__(params, {"lr": lr})

@@ -75,7 +75,7 @@ LAYER_PLAN = {
 
 
 class Decoder(nn.Module):
-    """Its plan is merged from its layers' and its own, as in transformers."""
+    """Merges its plan from its layers' plans and its entries, as in transformers."""
 
     def __init__(self, vocab=12, heads=4, kv_heads=2, tied=False):
         super().__init__()

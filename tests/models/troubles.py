@@ -36,7 +36,7 @@ class Odd(Dataset):
 
 
 class Unreadable(Dataset):
-    """One item's file is not there."""
+    """The file of one item does not exist."""
 
     def __len__(self):
         return 40
@@ -61,12 +61,12 @@ def squares(model, batch):
 
 
 def below_zero(model, batch):
-    """Weighs with a tensor below zero: two micro-batches of -3 on a rank's way through eight samples."""
+    """Returns a negative weight: two micro-batches of -3 among a rank's eight samples."""
     return squares(model, batch)[0], torch.tensor(-1.5)
 
 
 class Raises:
-    """Raises on one rank, at the third step; `late` keeps the others waiting in a collective first."""
+    """Raises on one rank at the third step. With `late`, the others first wait in a collective."""
 
     def forward(self, model, batch, context):
         if on_rank_one(context.step + 1):
@@ -79,7 +79,7 @@ class Raises:
 
 
 class Leaves(Raises):
-    """Ends the process of one rank without a word."""
+    """Ends the process of one rank without a message."""
 
     def forward(self, model, batch, context):
         if on_rank_one(context.step + 1):
@@ -111,14 +111,14 @@ class Exits(Raises):
 
 
 def other_frozen():
-    """One that freezes another part by the rank."""
+    """Freezes a different part on each rank."""
     model = Line()
     model.line.bias.requires_grad_(os.environ.get("RANK") == "0")
     return model
 
 
 def other_weights():
-    """A constructor that looks at the rank."""
+    """A constructor that depends on the rank."""
     model = Line()
     with torch.no_grad():
         model.line.weight += float(os.environ.get("RANK", 0))

@@ -50,7 +50,7 @@ class NanoGPT(nn.Module):
 
 
 class Encoder(nn.Module):
-    """torch's own TransformerEncoder, with positions in a buffer that no checkpoint needs, and a buffer it does."""
+    """torch's TransformerEncoder, with positions in a buffer that no checkpoint needs, and a buffer that one does."""
 
     def __init__(self, vocab=11, width=12, context=6):
         super().__init__()
@@ -69,7 +69,7 @@ class Encoder(nn.Module):
 
 
 class Awkward(nn.Module):
-    """Tied, frozen, never used, sometimes used, odd sizes; no two ranks use the same parameters."""
+    """Tied, frozen, never used, sometimes used, odd sizes. No two ranks use the same parameters."""
 
     def __init__(self, vocab=11, sometimes=True):
         super().__init__()
@@ -94,7 +94,7 @@ class Awkward(nn.Module):
 
 
 class Tokens(torch.utils.data.Dataset):
-    """Sequences whose length says how many of their targets count: ragged weights."""
+    """Sequences whose length says how many of their targets count, which gives ragged weights."""
 
     def __init__(self, size=50, vocab=11, context=6):
         generator = torch.Generator().manual_seed(5)
@@ -111,7 +111,7 @@ class Tokens(torch.utils.data.Dataset):
 
 
 def token_loss(model, batch):
-    """A plain objective: the sum over the targets that count, and how many they are."""
+    """A plain objective: the sum over the targets that count, and their number."""
     inputs, targets = batch
     logits = model(inputs)
     total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
@@ -137,7 +137,7 @@ class Discriminator(nn.Module):
 
 
 class Vectors(torch.utils.data.Dataset):
-    """A sample is a real vector and the noise that goes with it."""
+    """A sample is a real vector and its noise."""
 
     def __init__(self, size=40):
         generator = torch.Generator().manual_seed(8)

@@ -130,7 +130,7 @@ def changed(folder: Path, file: str, **values: Any) -> Path:
     return path
 
 
-def test_a_world_that_does_not_know_itself_is_refused(tmp_path: Path) -> None:
+def test_a_world_that_does_not_know_itself_is_rejected(tmp_path: Path) -> None:
     file = changed(tmp_path, "ddp", distributed_type="MULTI_CPU")
     done = launch(
         *accelerate_launch(file), *QUICKSTART, "strategy.name=ddp", f"run.dir={tmp_path}", timeout_s=240, expect=None
@@ -140,7 +140,7 @@ def test_a_world_that_does_not_know_itself_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "quickstart").exists()
 
 
-def test_what_cannot_be_honoured_is_refused_before_anything_starts(tmp_path: Path) -> None:
+def test_what_cannot_be_honoured_is_rejected_before_anything_starts(tmp_path: Path) -> None:
     file = changed(tmp_path, "fsdp", fsdp_config={"fsdp_auto_wrap_policy": "SIZE_BASED_WRAP"}, mixed_precision="bf16")
     done = launch(
         *accelerate_launch(file),
@@ -155,7 +155,7 @@ def test_what_cannot_be_honoured_is_refused_before_anything_starts(tmp_path: Pat
     assert not (tmp_path / "quickstart").exists()
 
 
-def test_several_that_each_think_they_are_alone_are_refused(tmp_path: Path) -> None:
+def test_several_that_each_think_they_are_alone_are_rejected(tmp_path: Path) -> None:
     environment = user_environment(OMPI_COMM_WORLD_SIZE="2", OMPI_COMM_WORLD_RANK="1")
     done = launch(
         *(sys.executable, *QUICKSTART, f"run.dir={tmp_path}"), timeout_s=240, environment=environment, expect=3

@@ -264,7 +264,7 @@ def test_weights_alone_are_no_run_to_continue(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["a rank's file", "another step's file", "model parallel", "cut short"])
-def test_a_deepspeed_checkpoint_that_is_not_whole_is_refused(
+def test_a_deepspeed_checkpoint_that_is_not_whole_is_rejected(
     damage: str, foreign: dict[str, tuple[Path, Told]], tmp_path: Path
 ) -> None:
     import shutil

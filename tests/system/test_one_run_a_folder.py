@@ -63,7 +63,7 @@ def content(*folders: Path) -> dict[Path, bytes]:
 @pytest.mark.parametrize(
     ("storage", "elsewhere"), [("", []), (', storage: "stored"', ["run.dir=others"])], ids=["run's folder", "storage"]
 )
-def test_the_second_of_two_runs_is_refused(
+def test_the_second_of_two_runs_is_rejected(
     storage: str, elsewhere: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copy(PROJECT / "tests" / "models" / "troubles.py", tmp_path)

@@ -6,7 +6,7 @@ from disttrain.config import StrategyEntry, StrategyOptions
 
 
 class OneSumOptions(StrategyOptions):
-    """`bucket_mb` is the most that is added up at once: the copy it needs beside the gradients."""
+    """`bucket_mb` limits how much is added up at once, and so the size of the additional copy."""
 
     bucket_mb: float = Field(25.0, gt=0)
 

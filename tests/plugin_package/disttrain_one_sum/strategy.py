@@ -37,7 +37,7 @@ from disttrain.strategy import (
 
 
 class OneSum(AbstractStrategy):
-    """Replicas, and one sum of their gradients a step."""
+    """Replicas, with one sum of their gradients per step."""
 
     @classmethod
     def check(cls, options: Any, sizes: MeshSizes, device: Device, precision: PrecisionConfig) -> None:
@@ -57,7 +57,7 @@ class OneSum(AbstractStrategy):
     def step(self, prepared: Prepared, sums: StepSums, *, clip_norm: float | None, want_norm: bool) -> StepOutcome:
         gradients = []
         for named in prepared.named:
-            if named.parameter.grad is None:  # this rank did not reach it; another may have
+            if named.parameter.grad is None:  # this rank did not use the parameter; another rank may have
                 named.parameter.grad = torch.zeros_like(named.parameter)
             gradients.append(named.parameter.grad)
         for bucket in buckets(gradients, self.options.bucket_mb * 2**20):
@@ -72,7 +72,7 @@ class OneSum(AbstractStrategy):
 
 
 def buckets(gradients: Sequence[Tensor], most_bytes: float) -> Iterator[list[Tensor]]:
-    """Consecutive tensors of one dtype, together at most `most_bytes`, or one alone that is larger."""
+    """Consecutive tensors of one dtype with at most `most_bytes` together, or one larger tensor alone."""
     bucket: list[Tensor] = []
     for gradient in gradients:
         size = sum(one.nbytes for one in bucket) + gradient.nbytes

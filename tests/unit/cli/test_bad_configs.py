@@ -235,7 +235,7 @@ def test_the_good_config_is_good(
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_check_refuses(
+def test_check_rejects(
     kind: str, folder: Path, disttrain: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     bad = BAD[kind]
@@ -258,7 +258,7 @@ def test_check_refuses(
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_a_run_refuses(kind: str, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_run_rejects(kind: str, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     before = lay_out(folder, BAD[kind])
     assert run_main(["project/c.yaml"]) == 2
     out, err = capfd.readouterr()
@@ -267,7 +267,7 @@ def test_a_run_refuses(kind: str, folder: Path, capfd: pytest.CaptureFixture[str
     assert sorted(folder.rglob("*")) == before
 
 
-def test_a_run_refuses_before_torch_is_loaded(folder: Path) -> None:
+def test_a_run_rejects_before_torch_is_loaded(folder: Path) -> None:
     lay_out(folder, BAD["wrong type"])
     command = [sys.executable, "-X", "importtime", "-m", "disttrain.run", "project/c.yaml"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
@@ -301,7 +301,7 @@ def test_a_world_of_two_tells_it_once_and_ends_at_once(folder: Path) -> None:
     assert sorted(folder.rglob("*")) == before
 
 
-def test_sections_that_only_a_run_needs_are_noted_by_check_and_refused_by_a_run(
+def test_sections_that_only_a_run_needs_are_noted_by_check_and_rejected_by_a_run(
     folder: Path, disttrain: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = lay_out(folder, Bad("version: 1\nrun: {steps: 3}\nobjective: {target: mse}\n", ()))
@@ -315,7 +315,7 @@ def test_sections_that_only_a_run_needs_are_noted_by_check_and_refused_by_a_run(
     assert sorted(folder.rglob("*")) == before
 
 
-def test_a_bad_override_is_refused_by_both(
+def test_a_bad_override_is_rejected_by_both(
     folder: Path, disttrain: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     lay_out(folder, Bad(GOOD, ()))

@@ -264,7 +264,7 @@ def test_a_sample_is_a_function_of_its_seed(
     ("run", "found"),
     [("line", "a Line without an attribute `context`"), ("words", "a GPT over 300 tokens")],
 )
-def test_sample_refuses_a_model_that_is_none_over_bytes(
+def test_sample_rejects_a_model_that_is_none_over_bytes(
     project: Path, disttrain: Callable[..., int], run: str, found: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert disttrain("sample", f"runs/{run}") == 2
@@ -276,13 +276,13 @@ def test_sample_refuses_a_model_that_is_none_over_bytes(
 @pytest.mark.parametrize(
     "option", [["--bytes", "0"], ["--seed", "-1"], ["--seed", str(2**63)], ["--temperature", "-1"]]
 )
-def test_sample_refuses_an_option_out_of_range(disttrain: Callable[..., int], option: list[str]) -> None:
+def test_sample_rejects_an_option_out_of_range(disttrain: Callable[..., int], option: list[str]) -> None:
     assert disttrain("sample", "runs/text", *option) == 2
 
 
 @pytest.mark.parametrize("command", ["report", "eval", "sample"])
 @pytest.mark.parametrize(("path", "found"), [("nowhere", "no such folder"), ("line.yaml", ""), (".", "")])
-def test_a_path_that_is_no_run_is_refused_with_code_5(
+def test_a_path_that_is_no_run_is_rejected_with_code_5(
     project: Path,
     disttrain: Callable[..., int],
     command: str,

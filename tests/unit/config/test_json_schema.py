@@ -129,7 +129,7 @@ def test_every_form_a_config_may_have_fits() -> None:
         ("report", "trackers", [{"args": 3}]),
     ],
 )
-def test_what_check_refuses_in_one_key_an_editor_marks_too(section: str, key: str, value: Any) -> None:
+def test_what_check_rejects_in_one_key_an_editor_marks_too(section: str, key: str, value: Any) -> None:
     assert list(misfits({**GOOD, section: {**GOOD[section], key: value}}, SCHEMA)), "it fits"
 
 

@@ -217,7 +217,7 @@ class Workers(Numbers):
         ({"on_resume": "skip"}, "data.on_resume is unknown.\n  problem: 'skip' is neither exact nor replay"),
     ],
 )
-def test_a_setting_that_means_nothing_is_refused(setting: dict[str, Any], said: str) -> None:
+def test_a_setting_that_means_nothing_is_rejected(setting: dict[str, Any], said: str) -> None:
     known: dict[str, Any] = {"seed": 0, "global_batch": 4, "micro_batch": 2, "part": (0, 1)}
     with pytest.raises(ConfigError) as refused:
         Batches(Numbers(8), **known | setting)

@@ -153,7 +153,7 @@ def test_the_standard_library_has_text_for_both_splits() -> None:
         ),
     ],
 )
-def test_what_cannot_be_read_or_cut_is_refused(
+def test_what_cannot_be_read_or_cut_is_rejected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, str | float], said: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -171,7 +171,7 @@ def test_what_cannot_be_read_or_cut_is_refused(
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_a_file_without_permission_is_refused(tmp_path: Path) -> None:
+def test_a_file_without_permission_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("0123456789")
     (tmp_path / "secret").chmod(0)
     for source in (tmp_path, tmp_path / "secret"):

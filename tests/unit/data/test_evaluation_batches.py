@@ -60,7 +60,7 @@ def test_streams_that_could_be_cut_or_hold_a_place_are_read_whole_from_the_front
 
 
 @pytest.mark.parametrize("kind", [Augmented, Reader])
-def test_an_empty_set_is_refused_on_every_part(kind: Any) -> None:
+def test_an_empty_set_is_rejected_on_every_part(kind: Any) -> None:
     for part in range(3):
         with pytest.raises(DataError, match=f"(?s)Cannot evaluate on an empty set.*{kind.__name__} has no samples"):
             list(EvaluationBatches(kind(0), seed=SEED, micro_batch=2, part=(part, 3)))

@@ -160,7 +160,7 @@ def test_the_first_positions_of_ten_billion_lie_all_over_it() -> None:
     assert abs(correlation) < 6 / math.sqrt(20_000)
 
 
-def test_what_lies_outside_is_refused() -> None:
+def test_what_lies_outside_is_rejected() -> None:
     order = Order(10, seed=0)
     for start, count in ((-1, 1), (10, 1), (-1, 2), (9, 2)):
         with pytest.raises(IndexError, match="10 samples"):

@@ -76,7 +76,7 @@ def test_a_scripts_own_batches_are_each_used_once_and_the_last_replayed(counts: 
     assert len(set(places)) == sum(counts)
 
 
-def test_a_rank_without_a_batch_is_refused_on_all_ranks() -> None:
+def test_a_rank_without_a_batch_is_rejected_on_all_ranks() -> None:
     for part in range(3):
         with pytest.raises(DataError, match="2, 0, 1 batches"):
             align_batches(["a"], [2, 0, 1], part)

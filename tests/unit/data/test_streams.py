@@ -88,7 +88,7 @@ def test_a_position_stays_what_it_was_while_reading_goes_on() -> None:
 
 
 @pytest.mark.parametrize("at", [1, 3, 4])
-def test_without_a_state_a_position_is_refused_or_read_again(at: int) -> None:
+def test_without_a_state_a_position_is_rejected_or_read_again(at: int) -> None:
     first = make(Reader(10))
     take(first, at)
     state = json.loads(json.dumps(first.state_dict()))
@@ -158,7 +158,7 @@ def test_an_iterator_that_is_spent_after_one_epoch_is_not_waited_for() -> None:
 
 
 @pytest.mark.parametrize(("size", "last"), [(0, "short"), (3, "drop")])
-def test_a_stream_without_one_step_is_refused_on_every_part(size: int, last: str) -> None:
+def test_a_stream_without_one_step_is_rejected_on_every_part(size: int, last: str) -> None:
     for part in range(3):
         with pytest.raises(DataError, match=r"(?s)global_batch=4 .*Reader ended before its first step"):
             next(iter(make(Reader(size), (part, 3), last=last)))

@@ -118,7 +118,7 @@ def test_a_model_is_loaded_by_its_name(trained: Callable[..., tuple[Path, dict[s
     assert int(policy.norm.num_batches_tracked) == 5 and int(reference.norm.num_batches_tracked) == 0
 
 
-def test_another_models_shapes_are_refused_with_what_a_user_can_do(
+def test_another_models_shapes_are_rejected_with_what_a_user_can_do(
     trained: Callable[..., tuple[Path, dict[str, float]]],
 ) -> None:
     run, _ = trained()

@@ -134,14 +134,14 @@ def test_no_tokens_are_asked_for_none_come(model: GPT) -> None:
     ],
     ids=str,
 )
-def test_what_cannot_be_sampled_is_refused(model: GPT, change: dict[str, Any], named: str) -> None:
+def test_what_cannot_be_sampled_is_rejected(model: GPT, change: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         generate(model, **{"prompt_tokens": [0], "length": 1, "context": 6, **change})
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("logits", [[math.nan, 1.0], [math.inf, 1.0], [-math.inf, -math.inf]], ids=str)
-def test_logits_that_are_no_numbers_are_refused(logits: list[float], temperature: float) -> None:
+def test_logits_that_are_no_numbers_are_rejected(logits: list[float], temperature: float) -> None:
     with pytest.raises(TrainingError, match="logits that are not finite"):
         generate(Returns(logits), [0], length=1, context=1, temperature=temperature)
 
@@ -154,6 +154,6 @@ def test_logits_that_are_no_numbers_are_refused(logits: list[float], temperature
         (lambda logits: logits[:, -1], r"a Tensor of shape \(1, 2\)"),
     ],
 )
-def test_a_model_without_logits_is_refused(form: Any, named: str) -> None:
+def test_a_model_without_logits_is_rejected(form: Any, named: str) -> None:
     with pytest.raises(TrainingError, match=f"logits(.|\n)*problem: the model returned {named}"):
         generate(Returns([0.0, 1.0], form), [0], length=1, context=1)

@@ -214,7 +214,7 @@ def test_bf16_autocast_stays_near_float32_and_gives_finite_gradients() -> None:
     ],
     ids=str,
 )
-def test_sizes_that_do_not_fit_are_refused_by_name(change: dict[str, Any], named: str) -> None:
+def test_sizes_that_do_not_fit_are_rejected_by_name(change: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=f"problem: .*{named}"):
         GPT(**{**TINY, **change})
 
@@ -231,6 +231,6 @@ def test_sizes_that_do_not_fit_are_refused_by_name(change: dict[str, Any], named
     ],
     ids=["too long", "one row", "three dims", "floats", "above the vocabulary", "below it"],
 )
-def test_tokens_it_cannot_read_are_refused(tokens: Tensor, named: str) -> None:
+def test_tokens_it_cannot_read_are_rejected(tokens: Tensor, named: str) -> None:
     with pytest.raises(DataError, match=named):
         GPT(**TINY)(tokens)

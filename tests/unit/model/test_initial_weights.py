@@ -159,7 +159,7 @@ def test_a_users_module_is_what_its_constructor_makes_in_a_plain_script(make: Ca
     ("make", "named"),
     [(lambda: None, "a NoneType"), (lambda: GPT, "a type"), (dict, "a dict"), (lambda: (MLP, 1), "a tuple")],
 )
-def test_a_model_that_is_no_module_is_refused(make: Callable[[], Any], named: str) -> None:
+def test_a_model_that_is_no_module_is_rejected(make: Callable[[], Any], named: str) -> None:
     with pytest.raises(ConfigError, match=f"model.target .*torch.nn.Module(.|\n)*problem: it returned {named}"):
         build_model(make, seed=0, meta=False)
 
@@ -236,7 +236,7 @@ def test_what_nobody_wrote_is_an_error_with_its_name(left_out: tuple[str, ...], 
         (None, "it returned a NoneType"),
     ],
 )
-def test_values_that_fit_nowhere_are_refused(values: Any, named: str) -> None:
+def test_values_that_fit_nowhere_are_rejected(values: Any, named: str) -> None:
     module = nn.Linear(2, 3, bias=False)
     module.init_weights = lambda generator_for: values
     with pytest.raises(ConfigError, match=f"Linear.init_weights(.|\n)*problem: {named}"):

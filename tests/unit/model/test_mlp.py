@@ -67,6 +67,6 @@ def test_dropout_is_drawn_in_training_only() -> None:
     ],
     ids=str,
 )
-def test_layers_that_cannot_be_are_refused(change: dict[str, Any], named: str) -> None:
+def test_layers_that_cannot_be_are_rejected(change: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         MLP(**{"inputs": 3, "hidden": [4], "outputs": 2, **change})

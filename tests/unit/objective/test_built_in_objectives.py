@@ -312,7 +312,7 @@ def test_the_sums_of_two_parts_are_those_of_the_whole(items: int, data: st.DataO
         (MSE(), randn(3), None, "mse needs batches .*\n  problem: None"),
     ],
 )
-def test_batches_and_outputs_of_another_form_are_refused(objective: Any, output: Any, batch: Any, named: str) -> None:
+def test_batches_and_outputs_of_another_form_are_rejected(objective: Any, output: Any, batch: Any, named: str) -> None:
     adapter = Objective(objective)
     with pytest.raises(TrainingError, match=named):
         adapter.weigh(batch)
@@ -328,6 +328,6 @@ def test_batches_and_outputs_of_another_form_are_refused(objective: Any, output:
         (lambda: NextToken(bytes_per_token="4"), "problem: '4'"),
     ],
 )
-def test_arguments_that_make_no_sense_are_refused(make: Callable[[], Any], named: str) -> None:
+def test_arguments_that_make_no_sense_are_rejected(make: Callable[[], Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         make()

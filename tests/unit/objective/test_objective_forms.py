@@ -312,7 +312,7 @@ def test_summarize_reads_the_sums_of_all_and_adds_to_the_loss() -> None:
     ],
     ids=str,
 )
-def test_a_summary_that_is_no_new_numbers_is_refused(summary: Any, named: str) -> None:
+def test_a_summary_that_is_no_new_numbers_is_rejected(summary: Any, named: str) -> None:
     user = Fuller()
     user.summarize = lambda sums: summary  # type: ignore[attr-defined]
     with pytest.raises(TrainingError, match=f"Fuller: summarize(.|\n)*{named}"):
@@ -383,7 +383,7 @@ def test_a_wrong_return_says_what_was_found_and_what_to_do(returned: Any, found:
     ],
     ids=str,
 )
-def test_terms_that_do_not_fit_their_weights_are_refused(weights: Any, totals: Any, found: str) -> None:
+def test_terms_that_do_not_fit_their_weights_are_rejected(weights: Any, totals: Any, found: str) -> None:
     class Mine(Fuller):
         def weigh(self, batch: Any) -> Any:
             return weights
@@ -437,6 +437,6 @@ class ModuleOfOne(nn.Module):
         (SummarizesNothing(), r"SummarizesNothing.summarize must accept \(sums\)"),
     ],
 )
-def test_what_can_be_no_objective_is_refused_before_any_batch(user: Any, named: str) -> None:
+def test_what_can_be_no_objective_is_rejected_before_any_batch(user: Any, named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         Objective(user)

@@ -114,7 +114,7 @@ def test_names_keep_their_order_within_a_group() -> None:
 
 
 @pytest.mark.parametrize("decay", [0.1, 0.0])
-def test_a_pattern_that_matches_nothing_is_refused(decay: float) -> None:
+def test_a_pattern_that_matches_nothing_is_rejected(decay: float) -> None:
     build = optimizer_factory(torch.optim.AdamW, {"weight_decay": decay}, no_decay=["norm.*", "emebd.*"])
     message = r"problem: 'emebd.\*' matches none of 5 trainable parameters\n.*embed.weight, block.weight"
     with pytest.raises(ConfigError, match=message):
@@ -271,7 +271,7 @@ def test_an_optimizer_from_a_users_file_trains(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_arguments_it_does_not_take_are_refused_before_there_is_a_model(args: Mapping[str, Any], named: str) -> None:
+def test_arguments_it_does_not_take_are_rejected_before_there_is_a_model(args: Mapping[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         optimizer_factory(torch.optim.AdamW, args)
 
@@ -287,16 +287,16 @@ def test_arguments_it_does_not_take_are_refused_before_there_is_a_model(args: Ma
     ],
     ids=str,
 )
-def test_values_that_torch_refuses_are_the_configs_fault(make: Any, args: dict[str, Any], named: str) -> None:
+def test_values_that_torch_rejects_are_the_configs_fault(make: Any, args: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=f"optim.args(.|\n)*problem: .*{named}"):
         optimizer_factory(make, args)(named_parameters())
 
 
-def test_what_makes_no_optimizer_is_refused() -> None:
+def test_what_makes_no_optimizer_is_rejected() -> None:
     with pytest.raises(ConfigError, match="problem: it returns a dict"):
         optimizer_factory(lambda params: {"params": params}, {})(named_parameters())
 
 
-def test_an_optimizer_that_must_call_back_is_refused() -> None:
+def test_an_optimizer_that_must_call_back_is_rejected() -> None:
     with pytest.raises(ConfigError, match=r"LBFGS\.step needs closure"):
         optimizer_factory(torch.optim.LBFGS, {"lr": 1.0})

@@ -208,7 +208,7 @@ def test_a_users_function_makes_a_schedule() -> None:
 @pytest.mark.parametrize(
     ("name", "key"), [("cosine", "warmup"), ("linear", "warmup"), ("warmup_stable_decay", "decay")]
 )
-def test_an_amount_that_is_neither_steps_nor_a_share_is_refused(name: str, key: str, amount: Any) -> None:
+def test_an_amount_that_is_neither_steps_nor_a_share_is_rejected(name: str, key: str, amount: Any) -> None:
     args = {"warmup": 0, key: amount} if key == "decay" else {key: amount}
     with pytest.raises(ConfigError) as error:
         build(name, args, total=10)
@@ -218,7 +218,7 @@ def test_an_amount_that_is_neither_steps_nor_a_share_is_refused(name: str, key: 
 
 @pytest.mark.parametrize("end", [-0.1, math.nan, math.inf, "0.1", True], ids=repr)
 @pytest.mark.parametrize("name", ["linear", "cosine", "warmup_stable_decay"])
-def test_an_end_that_is_no_share_of_the_peak_is_refused(name: str, end: Any) -> None:
+def test_an_end_that_is_no_share_of_the_peak_is_rejected(name: str, end: Any) -> None:
     with pytest.raises(ConfigError, match=r"schedule\.args\.end"):
         build(name, args_of(name, {"warmup": 1, "decay": 1, "end": end}), total=10)
 
@@ -233,7 +233,7 @@ def test_an_end_that_is_no_share_of_the_peak_is_refused(name: str, end: Any) -> 
     ],
     ids=str,
 )
-def test_a_schedule_that_cannot_be_called_is_refused_before_there_is_an_optimizer(
+def test_a_schedule_that_cannot_be_called_is_rejected_before_there_is_an_optimizer(
     target: str, args: dict[str, Any], named: str
 ) -> None:
     with pytest.raises(ConfigError, match=named):
@@ -255,7 +255,7 @@ def test_a_schedule_that_cannot_be_called_is_refused_before_there_is_an_optimize
         (lambda optimizer: int("x"), {}, ValueError, "invalid literal"),  # a user's own bug stays what it is
     ],
 )
-def test_a_schedule_that_cannot_be_built_is_refused(
+def test_a_schedule_that_cannot_be_built_is_rejected(
     make: Callable[..., Any], args: dict[str, Any], error: type[Exception], named: str
 ) -> None:
     with pytest.raises(error, match=named):

@@ -75,7 +75,7 @@ class SAM(torch.optim.SGD):
 
 
 @pytest.mark.parametrize("make", [torch.optim.LBFGS, SAM])
-def test_those_that_need_a_closure_are_refused_by_name(make: Any) -> None:
+def test_those_that_need_a_closure_are_rejected_by_name(make: Any) -> None:
     message = f"Cannot use optim.target, which is stepped without(.|\n)*{make.__name__}.*closure"
     with pytest.raises(ConfigError, match=message):
         reject_closures(factory(make, lr=0.1), "optim.target")

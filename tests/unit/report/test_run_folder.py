@@ -128,7 +128,7 @@ def test_a_full_disk_is_named(tmp_path: Path) -> None:
         folder.append_ledger("segment")
 
 
-def test_a_status_that_is_not_json_is_refused(tmp_path: Path) -> None:
+def test_a_status_that_is_not_json_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "status.json").write_text("[1]")
     with pytest.raises(CheckpointError, match=r"status\.json"):
         RunFolder(tmp_path).read_status()

@@ -24,7 +24,7 @@ def test_auto_is_the_cpu_where_there_is_no_gpu() -> None:
 
 
 @no_cuda
-def test_a_gpu_that_is_not_there_is_refused() -> None:
+def test_a_gpu_that_is_not_there_is_rejected() -> None:
     with pytest.raises(LaunchError, match=r"(?s)run.device=cuda.*2 processes.*0 usable CUDA.*set run.device=cpu") as no:
         choose_device("cuda", PAIR)
     assert "nproc_per_node" not in str(no.value), "fewer processes would not help"

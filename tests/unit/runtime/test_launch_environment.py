@@ -162,7 +162,7 @@ def test_every_launcher_is_known(environ: dict[str, str], expected: Launch) -> N
         ({**SRUN, "SLURM_STEP_NODELIST": "gpu["}, "Cannot read SLURM's node list.\n  problem: 'gpu['"),
     ],
 )
-def test_an_environment_that_contradicts_itself_is_refused(environ: dict[str, str], said: str) -> None:
+def test_an_environment_that_contradicts_itself_is_rejected(environ: dict[str, str], said: str) -> None:
     with pytest.raises(LaunchError) as refused:
         read_launch(environ)
     assert said in str(refused.value)

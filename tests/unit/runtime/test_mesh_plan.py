@@ -26,7 +26,7 @@ def test_the_degree_left_open_is_filled(replicate: int, shard: int, tensor: int,
 
 
 @given(st.integers(1, 64), *[st.integers(-3, 12)] * 3)
-def test_what_does_not_multiply_to_the_world_is_refused(world: int, replicate: int, shard: int, tensor: int) -> None:
+def test_what_does_not_multiply_to_the_world_is_rejected(world: int, replicate: int, shard: int, tensor: int) -> None:
     degrees = (replicate, shard, tensor)
     fits = any(
         all(asked in (-1, degree) for asked, degree in zip(degrees, whole, strict=True)) and degrees.count(-1) <= 1

@@ -51,7 +51,7 @@ def test_a_flat_range_becomes_few_boxes_that_hold_exactly_its_elements_in_order(
     assert all(box.numel for box in boxes)
 
 
-def test_a_flat_range_outside_the_tensor_is_refused() -> None:
+def test_a_flat_range_outside_the_tensor_is_rejected() -> None:
     with pytest.raises(ValueError, match="not in a tensor"):
         flat_range_to_boxes((2, 3), 4, 7)
 
@@ -101,7 +101,7 @@ def test_a_scalar_is_one_box_without_dims() -> None:
     assert tiling_fault((), []) is not None
 
 
-def test_a_box_of_impossible_numbers_is_refused() -> None:
+def test_a_box_of_impossible_numbers_is_rejected() -> None:
     with pytest.raises(ValueError, match="negative"):
         Box((0,), (-1,))
     with pytest.raises(ValueError, match="one size per offset"):

@@ -106,7 +106,7 @@ def test_a_full_disk_leaves_nothing(to: str, tmp_path: Path) -> None:
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_type_that_safetensors_lacks_is_refused_with_a_way_out(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_type_that_safetensors_lacks_is_rejected_with_a_way_out(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"wave[^\n]*\n[^\n]*complex128[^\n]*\n[^\n]*--to torch"):
         convert(checkpoint, tmp_path / "weights.safetensors")
     assert not (tmp_path / "weights.safetensors").exists()

@@ -209,7 +209,7 @@ def test_an_index_does_not_lead_out_of_its_folder(tmp_path: Path) -> None:
         open_weights(folder)
 
 
-def test_damaged_files_are_refused_by_name(net: Net, tmp_path: Path) -> None:
+def test_damaged_files_are_rejected_by_name(net: Net, tmp_path: Path) -> None:
     for kind in ("safetensors", "plain"):
         path = written(kind, net, tmp_path / kind)
         content = path.read_bytes()
@@ -288,7 +288,7 @@ def test_what_a_torch_distributed_checkpoint_cannot_carry_is_said(tmp_path: Path
 
 
 @pytest.mark.parametrize("damage", ["missing file", "cut short", "a link", "no metadata left", "another's data"])
-def test_damage_in_a_torch_distributed_checkpoint_is_refused(damage: str, tmp_path: Path) -> None:
+def test_damage_in_a_torch_distributed_checkpoint_is_rejected(damage: str, tmp_path: Path) -> None:
     folder = dcp_of({"model": {"w": torch.ones(300), "v": torch.ones(4)}}, tmp_path / "there")
     (data,) = folder.glob("*.distcp")
     if damage == "missing file":

@@ -271,7 +271,7 @@ FIRST = "rank-00000.safetensors"
         _evil("newer", lambda m: m.update(version=2), "upgrade disttrain"),
     ],
 )
-def test_a_manifest_that_does_not_add_up_is_refused(tmp_path: Path, change, found: str) -> None:
+def test_a_manifest_that_does_not_add_up_is_rejected(tmp_path: Path, change, found: str) -> None:
     path = save(tmp_path, 100, value=3.0, listed=True)
     reject_changed(path, change, found)
 
@@ -300,7 +300,7 @@ def reject_changed(path: Path, change: Callable[[dict[str, Any]], None], found: 
         _evil("negative stride", lambda m: m["tensors"][W].update(strides=[-1]), "is -1"),
     ],
 )
-def test_a_grid_that_does_not_add_up_is_refused(tmp_path: Path, change, found: str) -> None:
+def test_a_grid_that_does_not_add_up_is_rejected(tmp_path: Path, change, found: str) -> None:
     reject_changed(save(tmp_path, 100, value=3.0), change, found)
 
 
@@ -317,7 +317,7 @@ def test_a_grid_that_does_not_add_up_is_refused(tmp_path: Path, change, found: s
         _evil("a list", lambda h: h.update({"model/m/w[0:750]": []}), "does not fit"),
     ],
 )
-def test_a_header_that_lies_is_refused_before_anything_is_written(tmp_path: Path, change, found: str) -> None:
+def test_a_header_that_lies_is_rejected_before_anything_is_written(tmp_path: Path, change, found: str) -> None:
     path = save(tmp_path, 100, value=3.0)
     file = path / FIRST
     raw = file.read_bytes()
@@ -368,7 +368,7 @@ def test_random_values_anywhere_in_a_manifest_never_end_in_another_error(tmp_pat
 
 
 @pytest.mark.parametrize("name", ["manifest.json", FIRST])
-def test_links_and_pipes_are_refused(tmp_path: Path, name: str) -> None:
+def test_links_and_pipes_are_rejected(tmp_path: Path, name: str) -> None:
     file = save(tmp_path, 100) / name
     file.rename(tmp_path / "elsewhere")
     file.symlink_to(tmp_path / "elsewhere")

@@ -130,7 +130,7 @@ def test_an_integer_never_becomes_a_float_in_silence(tmp_path: Path) -> None:
         Checkpoint.open(path).load_into([full_shard("model/m/a", torch.zeros(3))])
 
 
-def test_an_unknown_name_is_refused_with_the_near_ones(tmp_path: Path) -> None:
+def test_an_unknown_name_is_rejected_with_the_near_ones(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"model/model/bias"):
         Checkpoint.open(save(tmp_path, "rows", 1)).read("model/other/bias")
 
@@ -149,7 +149,7 @@ def test_an_unknown_name_is_refused_with_the_near_ones(tmp_path: Path) -> None:
         ([[full_shard("model/m/w", torch.zeros(4)), full_shard("model/m/w", torch.ones(4))]], "twice"),
     ],
 )
-def test_shards_that_do_not_fit_are_refused_on_all_ranks_before_a_byte_is_written(
+def test_shards_that_do_not_fit_are_rejected_on_all_ranks_before_a_byte_is_written(
     tmp_path: Path, shards, fault
 ) -> None:
     size = len(shards)
@@ -160,7 +160,7 @@ def test_shards_that_do_not_fit_are_refused_on_all_ranks_before_a_byte_is_writte
 
 
 @pytest.mark.parametrize("document", [{"a": {1: 2}}, {"a": [{"b": torch.ones(1)}]}, {"a": {2, 3}}])
-def test_a_document_that_json_would_change_is_refused_with_its_place(tmp_path: Path, document) -> None:
+def test_a_document_that_json_would_change_is_rejected_with_its_place(tmp_path: Path, document) -> None:
     with pytest.raises(CheckpointError, match=r"document\.a"):
         save_checkpoint(tmp_path, 1, [], document, SoleRank())
     assert list(tmp_path.iterdir()) == []

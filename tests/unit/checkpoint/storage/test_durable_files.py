@@ -86,7 +86,7 @@ def test_reads_back_what_was_written(size: int, tmp_path: Path, taken: None, mon
 
 @pytest.mark.parametrize("refusal", [errno.EINVAL, errno.ENOTSUP])
 @pytest.mark.parametrize("refused", [1, 2])
-def test_a_refused_write_goes_through_the_cache(
+def test_a_rejected_write_goes_through_the_cache(
     refused: int, refusal: int, tmp_path: Path, taken: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     writes = Writes(refused, refusal)

@@ -219,7 +219,7 @@ def test_a_store_is_asked_once_for_a_chunk_however_many_tensors_are_in_it(
     assert len(asked) <= (1 if at_once else 2) * chunks + headers, "to check it and to fill, or once"
 
 
-def test_when_a_file_was_written_is_told_unknown_or_refused(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_when_a_file_was_written_is_told_unknown_or_rejected(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save(1) / "manifest.json"
     told = storage_of(path).written_at(path)
     assert told is not None and told.tzinfo is not None
@@ -324,7 +324,7 @@ def test_places_are_read_as_they_are_written() -> None:
         ("adl://store/a", "adlfs", "install the package"),
     ],
 )
-def test_an_address_that_cannot_be_used_is_refused_without_a_network(url: str, found: str, do: str) -> None:
+def test_an_address_that_cannot_be_used_is_rejected_without_a_network(url: str, found: str, do: str) -> None:
     fault = address_fault(Address(url))
     assert fault is not None
     assert found in fault[0]

@@ -456,7 +456,7 @@ sys.stdin.read()
 """
 
 
-def test_prune_is_refused_while_a_run_holds_the_folder(tmp_path: Path, ckpt: Callable[..., Done]) -> None:
+def test_prune_is_rejected_while_a_run_holds_the_folder(tmp_path: Path, ckpt: Callable[..., Done]) -> None:
     run = tmp_path / "run"
     for step in (100, 200):
         save(run, step)
@@ -628,7 +628,7 @@ def test_a_save_under_way_in_a_store_is_no_damage(ckpt: Callable[..., Done], sto
         ("simplecache::memory://bucket/run", "a chain of file systems"),
     ],
 )
-def test_an_address_without_a_checkpoint_is_refused_with_what_is_there(
+def test_an_address_without_a_checkpoint_is_rejected_with_what_is_there(
     ckpt: Callable[..., Done], store: Any, path: str, found: str
 ) -> None:
     fsspec.filesystem("memory").pipe_file("memory://bucket/others/weights.bin", b"x")
@@ -675,7 +675,7 @@ def make_foreign(tmp_path: Path) -> dict[str, tuple[Path, str]]:
     [["ls"], ["inspect"], ["verify"], ["prune", "--keep-last", "1"], ["diff", "GOOD"]],
     ids=lambda one: one[0],
 )
-def test_a_path_without_a_checkpoint_is_refused_with_what_is_there(
+def test_a_path_without_a_checkpoint_is_rejected_with_what_is_there(
     tmp_path: Path, ckpt: Callable[..., Done], command: list[str]
 ) -> None:
     good = save(tmp_path / "good", 1)

@@ -20,7 +20,7 @@ from disttrain.config.foreign.accelerate import differing_settings, translate
 from disttrain.config.foreign.accelerate_settings import read_environment, read_file
 
 
-def test_bound_cores_are_refused_where_accelerate_hands_them_on() -> None:
+def test_bound_cores_are_rejected_where_accelerate_hands_them_on() -> None:
     handed = {"ACCELERATE_MIXED_PRECISION": "no", "WORLD_SIZE": "2", "ACCELERATE_CPU_AFFINITY": "1"}
     with pytest.raises(ConfigProblemsError, match=r"enable_cpu_affinity \(ACCELERATE_CPU_AFFINITY\)"):
         translate(read_environment(handed, 2), config_with())
@@ -157,7 +157,7 @@ def test_check_shows_each_of_our_files_without_torch(path: Path) -> None:
     assert "  compute: fp32  # accelerate: mixed_precision\n" in done.stdout
 
 
-def test_check_refuses_all_at_once_for_people_and_programs(tmp_path: Path) -> None:
+def test_check_rejects_all_at_once_for_people_and_programs(tmp_path: Path) -> None:
     path = written(tmp_path, mixed_precision="bf16", **fsdp(fsdp_version=1, fsdp_use_orig_params=False))
     done = check("configs/quickstart.yaml", "strategy.name=accelerate", "--accelerate", str(path), "--json")
     assert done.returncode == 2

@@ -212,7 +212,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
 
 
 @pytest.mark.parametrize(("more", "expected"), REFUSALS.values(), ids=REFUSALS)
-def test_what_is_not_done_here_is_refused_by_name(
+def test_what_is_not_done_here_is_rejected_by_name(
     more: dict[str, Any], expected: dict[str, str], tmp_path: Path
 ) -> None:
     problems = {problem.key: str(problem) for problem in refused(tmp_path, **more).problems}
@@ -248,7 +248,7 @@ def test_what_is_not_done_here_is_refused_by_name(
         ),
     ],
 )
-def test_what_the_config_states_otherwise_is_refused(
+def test_what_the_config_states_otherwise_is_rejected(
     stated: dict[str, Any], more: dict[str, Any], key: str, tmp_path: Path
 ) -> None:
     (problem,) = refused(tmp_path, config_with(**stated), **more).problems
@@ -284,7 +284,7 @@ def test_only_what_accelerate_says_has_its_name_as_source(tmp_path: Path) -> Non
     }
 
 
-def test_faults_of_the_whole_are_told_with_the_refusals(tmp_path: Path) -> None:
+def test_faults_of_the_whole_are_told_with_the_rejections(tmp_path: Path) -> None:
     problems = refused(tmp_path, mixed_precision="bf16", **deepspeed(zero_stage=0)).problems
     assert "deepspeed_config.zero_stage" in {problem.key for problem in problems}
 
@@ -346,7 +346,7 @@ def test_the_type_that_deepspeeds_own_json_names(tmp_path: Path) -> None:
     assert "fp16.enabled: true" in next(problem.problem for problem in problems if problem.key == "mixed_precision")
 
 
-def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_none_is_rejected(tmp_path: Path) -> None:
     for text in ("- a\n- b\n", "a: [\n", ""):
         (tmp_path / "accelerate.yaml").write_text(text, encoding="utf-8")
         with pytest.raises(ConfigProblemsError):

@@ -124,7 +124,7 @@ def test_every_way_to_write_a_path_finds_the_same_thing(
         ("parts.inner:Net", {}, "width", ""),
     ],
 )
-def test_check_and_run_refuse_the_same_targets(
+def test_check_and_run_reject_the_same_targets(
     places: Callable[[str], Path], target: str, args: dict[str, Any], found: str, do: str
 ) -> None:
     write_package(places("folder"))
@@ -135,7 +135,7 @@ def test_check_and_run_refuse_the_same_targets(
     assert found in str(caught.value) and do in str(caught.value)
 
 
-def test_what_is_there_and_cannot_be_called_is_refused_at_import(places: Callable[[str], Path]) -> None:
+def test_what_is_there_and_cannot_be_called_is_rejected_at_import(places: Callable[[str], Path]) -> None:
     write_package(places("folder"))
     with pytest.raises(ConfigError, match="a int, which cannot be called"):
         by_import("parts:VALUE", {}, places("folder"))
@@ -232,7 +232,7 @@ def test_two_modules_of_one_name_in_one_process_are_never_mixed_up(places: Calla
     )
 
 
-def test_a_users_module_named_as_one_of_pythons_is_refused_and_not_swapped(places: Callable[[str], Path]) -> None:
+def test_a_users_module_named_as_one_of_pythons_is_rejected_and_not_swapped(places: Callable[[str], Path]) -> None:
     (places("folder") / "itertools.py").write_text("def make(): ...\n")
     (places("folder") / "random.py").write_text("def make(): ...\n")
     with pytest.raises(ConfigError, match=r"random\.py, but this process has already loaded"):

@@ -90,7 +90,7 @@ def test_an_object_without_a_state_yet_takes_what_it_is_given() -> None:
     assert late.state == {"n": 3}
 
 
-def test_a_key_that_json_cannot_hold_is_refused_by_name() -> None:
+def test_a_key_that_json_cannot_hold_is_rejected_by_name() -> None:
     with pytest.raises(CheckpointError, match=r"Cannot save user/it/a(.|\n)*a key that is a tuple"):
         tracked_shards("it", Kept({"a": {(1, 2): 3}}), (0, 1))
 

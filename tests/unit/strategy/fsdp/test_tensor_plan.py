@@ -123,7 +123,7 @@ def test_a_model_that_says_how_is_looked_into_before_any_group_and_no_other_is_b
     ("reshard", "shard", "tensor", "told"),
     [(3, 4, 1, ["reshard=3", "mesh.shard=4", "2, 4"]), (2, 1, 1, ["no number here"]), (2, 2, 2, ["mesh.tensor=2"])],
 )
-def test_groups_that_do_not_fit_the_mesh_are_refused(reshard: int, shard: int, tensor: int, told: list[str]) -> None:
+def test_groups_that_do_not_fit_the_mesh_are_rejected(reshard: int, shard: int, tensor: int, told: list[str]) -> None:
     sizes = MeshSizes(replicate=1, shard=shard, tensor=tensor)
     with pytest.raises(ConfigError) as caught:
         FSDP.check(
