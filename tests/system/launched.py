@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 PROJECT = Path(__file__).resolve().parents[2]
-# Of a launcher that started the tests themselves: a run below must not take it for its own.
+# Set by a launcher that started the tests. The runs below must not use it.
 FOREIGN = ("SLURM_", "ACCELERATE_", "TORCHELASTIC_", "FSDP_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 
 
 def user_environment(**extra: str) -> dict[str, str]:
-    """The environment of a user in this project's folder: its commands first in PATH, one thread a process."""
+    """The environment of a user in this project's folder: its commands are first in PATH, one thread per process."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
     paths = [str(PROJECT), *filter(None, [kept.get("PYTHONPATH")])]
     return {
@@ -36,7 +36,7 @@ def launch(
     environment: Mapping[str, str] | None = None,
     expect: int | None = 0,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end; past `timeout_s` its whole process group is killed. `expect` is its exit code."""
+    """Run a command to its end. After `timeout_s` its process group is killed. `expect` is its exit code."""
     process = subprocess.Popen(
         command,
         cwd=cwd,
@@ -78,7 +78,7 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def column(run: Path, key: str) -> dict[int, float]:
-    """step -> value, for the lines of a run's metrics that have the key."""
+    """Maps step to value, for the lines of a run's metrics that have the key."""
     return {line["step"]: line[key] for line in metrics(run) if key in line}
 
 

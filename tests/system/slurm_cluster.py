@@ -36,7 +36,7 @@ def missing_parts() -> str | None:
 
 
 def free_ports(count: int) -> list[int]:
-    """Return different ports on which nobody listens now."""
+    """Return different ports on which no process listens now."""
     held = [socket.socket() for _ in range(count)]
     for one in held:
         one.bind(("127.0.0.1", 0))
@@ -47,13 +47,14 @@ def free_ports(count: int) -> list[int]:
 
 
 def write_slurm_conf(folder: Path, *, host: str, ports: Sequence[int], cpus: int) -> Path:
-    """Write slurm.conf for two nodes that are both this machine and offer `cpus` cores each."""
+    """Write slurm.conf for two nodes. Both are this machine and offer `cpus` cores each."""
     controller, *node_ports = ports
     lines = [
         "ClusterName=disttrain",
         f"SlurmctldHost={host}(127.0.0.1)",
         f"SlurmctldPort={controller}",
-        f"FirstJobId={controller}",  # a job's port follows from its id, and two clusters at once must not share ports
+        # a job's port follows from its id, and two clusters at the same time must not share ports
+        f"FirstJobId={controller}",
         "SlurmUser=root",
         "SlurmdUser=root",
         "AuthType=auth/munge",

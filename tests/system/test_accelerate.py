@@ -46,21 +46,21 @@ def accelerate_launch(file: Path, *more: str, port: int = 0) -> tuple[str, ...]:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The quick start's run in a world of one."""
+    """The quick start's run on one process."""
     folder = tmp_path_factory.mktemp("alone")
     plain("configs/quickstart.yaml", *STEPS, f"run.dir={folder}")
     return only_run(folder)
 
 
 def assert_one_world(run: Path, alone: Path, strategy: str) -> None:
-    """Two ranks, one training: the numbers of a world of one, by the strategy that the run says it had."""
+    """Two ranks train together: the losses equal those of one process, under the strategy that the run reports."""
     lines = metrics(run)
     assert {line["world_size"] for line in lines} == {2}
     assert {line["strategy"] for line in lines} == {strategy}
     for key in ("loss", "grad_norm"):
         expected = column(alone, key)
         assert sorted(expected) == list(range(1, 6))
-        # 2e-5: float32 sums in another order over steps of AdamW, the issue's bound at 20 of them
+        # 2e-5: the order of float32 sums differs over 20 steps of AdamW
         assert column(run, key) == pytest.approx(expected, rel=2e-5)
 
 
@@ -69,7 +69,7 @@ CASES: list[Any] = [
     pytest.param("fsdp", "accelerate", {"name": "fsdp"}, marks=pytest.mark.slow),  # two machines below are FSDP, too
     pytest.param("zero2", "accelerate", {"name": "deepspeed", "stage": 2}, marks=(needs_deepspeed, pytest.mark.slow)),
     pytest.param("zero3", "accelerate", {"name": "deepspeed", "stage": 3}, marks=needs_deepspeed),
-    ("fsdp", "ddp", {"name": "ddp"}),  # the README's: accelerate only starts the processes
+    ("fsdp", "ddp", {"name": "ddp"}),  # the README's command: accelerate only starts the processes
 ]
 
 
@@ -116,21 +116,21 @@ def test_two_machines_are_one_world(alone: Path, tmp_path: Path, free_port: int)
 
 @pytest.fixture
 def free_port() -> int:
-    """A port that was free a moment ago: two launchers must be told the same one."""
+    """A port that was free a moment ago. Two launchers must get the same one."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return int(one.getsockname()[1])
 
 
 def changed(folder: Path, file: str, **values: Any) -> Path:
-    """One of our files with other values."""
+    """One of the project's files with other values."""
     path = folder / f"{file}.yaml"
     text = yaml.safe_load((ACCELERATE / f"{file}.yaml").read_text(encoding="utf-8"))
     path.write_text(yaml.safe_dump({**text, **values}), encoding="utf-8")
     return path
 
 
-def test_a_world_that_does_not_know_itself_is_rejected(tmp_path: Path) -> None:
+def test_a_world_of_unknown_size_is_rejected(tmp_path: Path) -> None:
     file = changed(tmp_path, "ddp", distributed_type="MULTI_CPU")
     done = launch(
         *accelerate_launch(file), *QUICKSTART, "strategy.name=ddp", f"run.dir={tmp_path}", timeout_s=240, expect=None
@@ -140,7 +140,7 @@ def test_a_world_that_does_not_know_itself_is_rejected(tmp_path: Path) -> None:
     assert not (tmp_path / "quickstart").exists()
 
 
-def test_what_cannot_be_honoured_is_rejected_before_anything_starts(tmp_path: Path) -> None:
+def test_unsupported_settings_are_rejected_before_anything_starts(tmp_path: Path) -> None:
     file = changed(tmp_path, "fsdp", fsdp_config={"fsdp_auto_wrap_policy": "SIZE_BASED_WRAP"}, mixed_precision="bf16")
     done = launch(
         *accelerate_launch(file),
@@ -155,7 +155,7 @@ def test_what_cannot_be_honoured_is_rejected_before_anything_starts(tmp_path: Pa
     assert not (tmp_path / "quickstart").exists()
 
 
-def test_several_that_each_think_they_are_alone_are_rejected(tmp_path: Path) -> None:
+def test_several_processes_that_each_report_a_world_of_one_are_rejected(tmp_path: Path) -> None:
     environment = user_environment(OMPI_COMM_WORLD_SIZE="2", OMPI_COMM_WORLD_RANK="1")
     done = launch(
         *(sys.executable, *QUICKSTART, f"run.dir={tmp_path}"), timeout_s=240, environment=environment, expect=3
@@ -163,7 +163,7 @@ def test_several_that_each_think_they_are_alone_are_rejected(tmp_path: Path) -> 
     assert "2 processes that were started together (OMPI_COMM_WORLD_SIZE=2)" in done.stderr
 
 
-def test_the_name_alone_wants_accelerates_launch(tmp_path: Path) -> None:
+def test_the_strategy_name_alone_needs_accelerate_launch(tmp_path: Path) -> None:
     command = (sys.executable, *QUICKSTART, "strategy.name=accelerate", f"run.dir={tmp_path}")
     done = launch(*command, timeout_s=240, expect=3)
     assert "problem: this process was started by plain python" in done.stderr
@@ -173,7 +173,7 @@ DOCS = (PROJECT / "docs" / "reference" / "accelerate.md").read_text(encoding="ut
 
 
 def test_every_command_of_the_docs_is_run() -> None:
-    """`disttrain check` here; the launches above, of the same files."""
+    """`disttrain check` runs here. The launches run above, with the same files."""
     lines = [
         line
         for block in re.findall(r"^```bash\n(.*?)^```", DOCS, re.MULTILINE | re.DOTALL)
@@ -191,6 +191,6 @@ def test_every_command_of_the_docs_is_run() -> None:
         assert words[words.index("-m") :][:3] == ["-m", "disttrain.run", "configs/quickstart.yaml"]
 
 
-def test_every_file_says_how_to_start_it() -> None:
+def test_every_file_names_its_start_command() -> None:
     for file in ACCELERATE.iterdir():
         assert f"accelerate launch --config_file configs/accelerate/{file.name} " in file.read_text(encoding="utf-8")

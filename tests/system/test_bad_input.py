@@ -46,7 +46,7 @@ class Ended:
 
 
 def train(overrides: list[str]) -> int:
-    """One rank's `disttrain.run`; what it says goes to a file, written straight through."""
+    """Run `disttrain.run` as one rank. Its output goes to a file, unbuffered."""
     rank = os.environ["RANK"]
     descriptor = os.open(f"said-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 2)
@@ -62,11 +62,11 @@ def run(*overrides: str, size: int = 2) -> list[Ended]:
 
 
 def first_cause(ends: list[Ended], code: int, *words: str) -> str:
-    """All ranks ended with `code` in time; exactly one told the cause, in words a person can use."""
+    """All ranks ended with `code` in time. Exactly one reported the cause, in words a person can use."""
     assert [one.code for one in ends] == [code] * len(ends), [one.said for one in ends]
     told = [one.said for one in ends if all(word in one.said for word in words)]
     assert told, [one.said for one in ends]
-    if len(told) > 1:  # before the group exists, or where all ranks find the same by themselves
+    if len(told) > 1:  # before the group exists, or if every rank detects the same error alone
         assert all("Traceback" not in one.said for one in ends)
     return told[0]
 
@@ -101,7 +101,7 @@ def test_each_ends_with_its_code_and_its_cause(overrides: list[str], code: int, 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "deepspeed"])
 @pytest.mark.parametrize("trouble", ["Raises", "NotFinite"])
-def test_what_was_committed_stays_and_the_run_goes_on(strategy: str, trouble: str) -> None:
+def test_committed_checkpoints_stay_and_the_run_continues(strategy: str, trouble: str) -> None:
     other = f"objective.target=troubles:{trouble}"
     code, word = {"Raises": (1, "BoomError"), "NotFinite": (6, "finite")}[trouble]
     first_cause(run(other, f"strategy.name={strategy}"), code, word)
@@ -110,13 +110,13 @@ def test_what_was_committed_stays_and_the_run_goes_on(strategy: str, trouble: st
     assert sorted(column(Path("runs/mine"), "loss")) == [1, 2]
     assert disttrain.load("runs/mine").line.weight.shape == (1, 3)
     sys.modules.pop("troubles")
-    text = Path("troubles.py").read_text()  # the user mends the code and runs the same line
+    text = Path("troubles.py").read_text()  # the user fixes the code and runs the same line
     Path("troubles.py").write_text(text.replace("step == 3", "step == -1"))
     assert [one.code for one in run(other, f"strategy.name={strategy}")] == [0, 0]
     assert sorted(column(Path("runs/mine"), "loss")) == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_rank_that_leaves_without_a_word_ends_the_other() -> None:
+def test_a_rank_that_exits_silently_ends_the_other() -> None:
     with pytest.raises(WorldError, match=r"no result from rank\(s\) 1 "):
         run("objective.target=troubles:Leaves")
     said = Path("said-0").read_text()
@@ -125,7 +125,7 @@ def test_a_rank_that_leaves_without_a_word_ends_the_other() -> None:
     assert status(Path("runs/mine"))["state"] == "failed"
 
 
-def test_a_folder_that_holds_another_run_is_left_as_it_is() -> None:
+def test_a_folder_that_holds_another_run_is_unchanged() -> None:
     assert [one.code for one in run()] == [0, 0]
     before = {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
     told = first_cause(
@@ -136,7 +136,7 @@ def test_a_folder_that_holds_another_run_is_left_as_it_is() -> None:
     assert {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()} == before
 
 
-def test_what_may_differ_when_a_run_goes_on_does() -> None:
+def test_settings_that_may_differ_after_a_resume_do() -> None:
     assert [one.code for one in run()] == [0, 0]
     changed = ["run.steps=9", "data.micro_batch=1", "data.workers=1", "report.every=3", "strategy.name=fsdp"]
     ends = run(*changed, size=3)
@@ -145,7 +145,7 @@ def test_what_may_differ_when_a_run_goes_on_does() -> None:
 
 
 @pytest.mark.parametrize("damage", ["config", "status", "manifest", "tensors"])
-def test_a_damaged_folder_is_named_or_the_run_goes_on_from_what_is_whole(damage: str) -> None:
+def test_a_damaged_folder_is_named_or_the_run_continues_from_intact_checkpoints(damage: str) -> None:
     assert [one.code for one in run("run.steps=4")] == [0, 0]
     mine = Path("runs/mine")
     newest = mine / "checkpoints" / "step-00000004"

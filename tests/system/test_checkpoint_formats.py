@@ -38,7 +38,7 @@ def commands() -> list[str]:
 
 @pytest.fixture
 def run_convert() -> Callable[..., Any]:
-    """The command as the shell gives it, in this process."""
+    """Run the command in this process, with the arguments that the shell would pass."""
     app = typer.Typer()
     app.command()(convert)
     return lambda *words: CliRunner().invoke(app, list(words), catch_exceptions=False)
@@ -52,7 +52,7 @@ def make_model() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A short quick start was trained here, and torch left a checkpoint."""
+    """A folder in which a short quick start was trained, and torch saved a checkpoint."""
     import torch.distributed.checkpoint as dcp
 
     tmp_path = tmp_path_factory.mktemp("trained")
@@ -66,7 +66,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of it, to work in."""
+    """A copy of the folder to work in."""
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -97,7 +97,7 @@ def test_commands_and_snippets_do_what_they_say(folder: Path, run_convert: Calla
             exec(only, {"engine": engine})
 
 
-def test_what_is_written_is_told_to_programs(folder: Path, run_convert: Callable[..., Any]) -> None:
+def test_programs_can_read_what_was_written(folder: Path, run_convert: Callable[..., Any]) -> None:
     done = run_convert("runs/quickstart", "there", "--json")
     told = json.loads(done.stdout)
     assert told["path"] == "there" and told["tensors"] == len(disttrain.load("runs/quickstart").state_dict())
@@ -107,15 +107,15 @@ def test_what_is_written_is_told_to_programs(folder: Path, run_convert: Callable
 
 
 class Configured(nn.Linear):
-    """As a Hugging Face model shows its config."""
+    """Shows its config as a Hugging Face model does."""
 
-    class config:  # noqa: N801 - its name there
+    class config:  # noqa: N801 - the name in Hugging Face models
         @staticmethod
         def to_json_string() -> str:
             return '{"model_type": "line"}'
 
 
-def test_a_models_own_config_goes_out_with_it(tmp_path: Path, run_convert: Callable[..., Any]) -> None:
+def test_a_models_config_is_exported_with_it(tmp_path: Path, run_convert: Callable[..., Any]) -> None:
     model = Configured(2, 1)
     (tmp_path / "lines.py").write_text("from test_checkpoint_formats import Configured as Line\n")
     document = {

@@ -38,7 +38,7 @@ def test_every_command_of_the_page_runs(folder: Path) -> None:
     assert [words[2] for words in shown] == ["ls", "inspect", "inspect", "verify", "diff", "diff", "prune", "prune"]
     found = []
     for words in shown:
-        # the page speaks of a run of hundreds of steps, which saves every hundred
+        # the page is about a run of hundreds of steps, which saves every hundred
         words = ["2" if word == "100" else word.replace("step-00000100", "step-00000001") for word in words]
         found.append(launch(*words, timeout_s=120, cwd=folder, expect=EXIT.get(words[2], 0)).stdout)
     listed, whole, part, verified, worlds, steps, planned, pruned = found
@@ -49,7 +49,7 @@ def test_every_command_of_the_page_runs(folder: Path) -> None:
     names = [line.split()[0] for line in part.splitlines() if line.startswith("model/")]
     assert names and f"\n{len(names)} of {tensors} tensors, " in part
     assert verified.endswith("4 checkpoints, 0 damaged\n")
-    # the same step of two worlds: what differs is the rounding of sums
+    # the same step of two worlds: the difference is the rounding of sums
     assert "writer.strategy: ddp in A, fsdp in B" in worlds and "; 0 other values of the state differ." in worlds
     moved = {one["name"]: one for one in json.loads(steps)["differences"]}
     assert moved["optim/model/norm.weight:step"]["absolute"] == {"value": 3.0, "at": [], "a": 1.0, "b": 4.0}

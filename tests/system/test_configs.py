@@ -16,7 +16,7 @@ CONFIGS = PROJECT / "configs"
 
 @dataclass(frozen=True)
 class Expectation:
-    """What a run must reach. `overrides` shorten it; without any it is run whole."""
+    """What a run must reach. `overrides` shorten it. Without overrides it runs in full."""
 
     reaches: Callable[[Path], bool]
     overrides: tuple[str, ...] = ()
@@ -29,7 +29,7 @@ def last(run: Path, key: str) -> float:
 
 
 EXPECTED = {
-    # 256 equally likely bytes cost 5.55 nats, as often as they occur in this text 3.15
+    # 256 equally likely bytes cost 5.55 nats, and 3.15 at their frequencies in this text
     "quickstart.yaml": Expectation(
         lambda run: last(run, "loss") < 3.15,
         ("run.steps=20", "report.every=1", "eval.at_end=false"),
@@ -58,7 +58,7 @@ def test_config_passes_check(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        # The quick start is trained by other tests too, and the regression is like the digits.
+        # Other tests train the quick start too, and the regression is like the digits.
         pytest.param(name, marks=pytest.mark.slow) if name in ("quickstart.yaml", "regression.yaml") else name
         for name in sorted(EXPECTED)
     ],

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from launched import PROJECT, column, launch
 
-# The test that runs a page's commands. Benchmarks and slow test runs take long, so the tests run their parts.
+# The test that runs a page's commands. Benchmarks and slow tests take long, so the tests run shorter parts of them.
 # test_tutorials.py runs the tutorials.
 STARTED_BY = {
     "accelerate.md": "test_accelerate.py",

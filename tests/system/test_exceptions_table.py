@@ -33,7 +33,7 @@ def squares(model: Any, x: Tensor) -> Any:
 
 @dataclass(frozen=True)
 class Situation:
-    """A model, an optimizer, an objective and an act between steps, of which one is unusual."""
+    """A model, an optimizer, an objective and an action between steps. One of them is unusual."""
 
     make_model: Callable[[], nn.Module]
     make_optimizer: Callable[[Any], torch.optim.Optimizer] = sgd
@@ -43,7 +43,10 @@ class Situation:
 
 
 class Net(nn.Module):
-    """One matrix above what ZeRO 3 keeps on every rank, one below. No biases: Muon and Adafactor read matrices."""
+    """One matrix larger than ZeRO 3 keeps on every rank, one smaller.
+
+    No biases, because Muon and Adafactor accept matrices.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,7 +66,7 @@ class Normed(Net):
 
 
 class Routed(Net):
-    """Two experts, of which a micro-batch uses one."""
+    """Two experts. A micro-batch uses one of them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,7 +108,7 @@ class Sparse(Net):
 
 
 def penalty(model: Any, x: Tensor) -> Any:
-    """A gradient penalty, as of WGAN-GP: differentiates through a gradient."""
+    """A gradient penalty like WGAN-GP's: it differentiates through a gradient."""
     x = x.clone().requires_grad_()
     output = model(x)
     (slope,) = torch.autograd.grad(output.sum(), x, create_graph=True)
@@ -164,7 +167,7 @@ def parametrized() -> nn.Module:
 
 
 class Eager(torch.optim.Optimizer):
-    """Momentum whose state exists from the constructor on."""
+    """Momentum that creates its state in the constructor."""
 
     def __init__(self, parameters: Any) -> None:
         super().__init__(parameters, {"lr": 0.05})
@@ -188,7 +191,7 @@ def lbfgs(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.LBFGS(parameters)
 
 
-# By the first words of the row.
+# The situations, by the first words of their rows.
 SITUATIONS = {
     "Items influence each other": Situation(Normed),
     "Ranks use different modules in a step": Situation(Routed),
@@ -211,7 +214,7 @@ SITUATIONS = {
 
 
 def batches(step: int) -> list[Tensor]:
-    """Four micro-batches of two items: the first number of those of one rank is positive, of the other negative."""
+    """Four micro-batches of two items. The first number of each is positive on one rank, negative on the other."""
     generator = torch.Generator().manual_seed(step)
     found = [torch.randn(2, 4, generator=generator) for _ in range(4)]
     for number, batch in enumerate(found):
@@ -220,7 +223,7 @@ def batches(step: int) -> list[Tensor]:
 
 
 def plain(situation: Situation) -> list[float]:
-    """Losses of a loop in plain PyTorch. Experts see their items alone, everything else the global batch at once."""
+    """Losses of a loop in plain PyTorch. Each expert processes its items only, all other models the global batch."""
     torch.manual_seed(SEED)
     model = situation.make_model()
     optimizer = situation.make_optimizer(model.parameters())
@@ -237,7 +240,7 @@ def plain(situation: Situation) -> list[float]:
 
 
 def train(folder: Path, strategy: str, name: str) -> list[float] | str:
-    """Losses of the same by `Engine`; or what was raised: `ErrorClass: message`."""
+    """Losses of the same training with `Engine`, or the error as `ErrorClass: message`."""
     situation = SITUATIONS[name]
     config = {"run": {"name": "run", "dir": str(folder), "seed": SEED, "steps": STEPS, "timeout_s": 60}}
     extra = (situation.options or {}).get(strategy)
@@ -254,18 +257,18 @@ def train(folder: Path, strategy: str, name: str) -> list[float] | str:
                 situation.between_steps(model)
     except DisttrainError as error:
         return f"rejected {type(error).__name__}: {error}"
-    except Exception as error:  # noqa: BLE001 - torch's own
+    except Exception as error:  # noqa: BLE001 - an error of torch
         return f"fails {type(error).__name__}: {error}"
     return losses
 
 
 def train_all(folder: Path, strategy: str) -> dict[str, list[float] | str]:
-    """Every situation in turn, in this world."""
+    """Run every situation in turn, in this world."""
     return {name: train(folder / str(number), strategy, name) for number, name in enumerate(SITUATIONS)}
 
 
 def verdict(found: Sequence[float] | str, situation: Situation) -> str:
-    """exact, differs, rejected or fails."""
+    """Returns exact, differs, rejected or fails."""
     if isinstance(found, str):
         return found.split()[0]
     worst = max(abs(a - b) / abs(b) for a, b in zip(found, plain(situation), strict=True))
@@ -273,7 +276,7 @@ def verdict(found: Sequence[float] | str, situation: Situation) -> str:
 
 
 def table() -> dict[str, dict[str, str]]:
-    """The page's table: situation to strategy to cell."""
+    """The page's table, from situation to strategy to cell."""
     rows = re.findall(r"^\| (.+) \|$", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
     start = next(number for number, row in enumerate(rows) if row.startswith("situation | none"))
     header, found = rows[start].split(" | "), {}
@@ -291,14 +294,14 @@ def said(cell: str, strategy: str) -> str:
 
 
 @pytest.mark.parametrize(("strategy", "size"), [("none", 1), ("ddp", 2), ("fsdp", 2), ("zero1", 2), ("zero3", 2)])
-def test_every_cell_is_what_happens(strategy: str, size: int, tmp_path: Path) -> None:
+def test_every_cell_is_true(strategy: str, size: int, tmp_path: Path) -> None:
     column = "deepspeed" if strategy.startswith("zero") else strategy
     everyone = run_world(size, train_all, tmp_path, strategy)
     rows = {next(name for name in SITUATIONS if row.startswith(name)): cells for row, cells in table().items()}
     assert set(rows) == set(SITUATIONS)
     found = {name: verdict(everyone[0][name], situation) for name, situation in SITUATIONS.items()}
     assert found == {name: said(rows[name][column], strategy) for name in found}
-    for name, results in everyone[0].items():  # every rank gets the same error
+    for name, results in everyone[0].items():  # every rank raises the same error
         if isinstance(results, str):
             assert results.startswith("fails") or all(one[name] == results for one in everyone), name
 

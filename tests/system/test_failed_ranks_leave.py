@@ -88,7 +88,7 @@ def test_the_first_cause_ends_the_world(script: list[str], tmp_path: Path) -> No
     (tmp_path / "own_loop.py").write_text(OWN_LOOP)
     agent = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     environment = user_environment(PYTHONPATH=str(PROJECT))
-    # Within a fraction of the peer's sleep, and of the group's timeout of half an hour.
+    # Far less than the peer's sleep, and than the group's timeout of half an hour.
     done = launch(
         *(sys.executable, *agent, *script),
         timeout_s=PEER_SLEEPS_S / 3,

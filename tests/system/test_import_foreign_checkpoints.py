@@ -42,10 +42,12 @@ def config(folder: Path, strategy: Mapping[str, Any], **more: Any) -> dict[str, 
 
 
 def assert_holds(checkpoint: Checkpoint, told: Told) -> None:
-    """Every value that was told is there, to the bit, and nothing else but the steps of optimizers that count."""
+    """The checkpoint holds every expected value, to the bit, and nothing else except the steps of optimizers that
+    count.
+    """
     known = set()
     for name, entry in told.items():
-        if name == "head.weight":  # tied: DCP stores it once more
+        if name == "head.weight":  # tied: DCP stores the weight twice
             continue
         for key, expected in entry.items():
             full = f"model/model/{name}" if key == "value" else f"optim/model/{name}:{key}"
@@ -59,7 +61,7 @@ def assert_holds(checkpoint: Checkpoint, told: Told) -> None:
 
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Told]]:
-    """Folders that two ranks of torch and of DeepSpeed left, by kind, with what they say is in them."""
+    """Folders that two ranks of torch and DeepSpeed wrote, by kind, with their expected content."""
     root = tmp_path_factory.mktemp("foreign")
     found = {f"dcp-{kind}": run_world(2, write_dcp, root / f"dcp-{kind}", kind)[0] for kind in ("ddp", "fsdp")}
     cases: dict[str, dict[str, Any]] = {f"zero{stage}": {"stage": stage} for stage in (1, 2, 3)}
@@ -72,7 +74,7 @@ KINDS = ("dcp-ddp", "dcp-fsdp", "zero1", "zero2", "zero3", "zero1-sgd")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_weights_and_optimizer_state_come_in_bit_by_bit(
+def test_weights_and_optimizer_state_import_bit_equal(
     kind: str, foreign: dict[str, tuple[Path, Told]], tmp_path: Path
 ) -> None:
     source, told = foreign[kind]
@@ -98,7 +100,7 @@ LAYOUTS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_every_layout_of_deepspeed_comes_in(size: int, tmp_path: Path) -> None:
+def test_every_layout_of_deepspeed_imports(size: int, tmp_path: Path) -> None:
     told = run_world(size, write_deepspeed_stages, tmp_path, LAYOUTS)[0]
     for name in LAYOUTS:
         import_checkpoint(tmp_path / name, tmp_path / f"{name} converted")
@@ -113,13 +115,13 @@ def test_every_layout_of_deepspeed_comes_in(size: int, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 3, 4])
-def test_shards_of_any_number_of_ranks_come_in(size: int, tmp_path: Path) -> None:
+def test_shards_of_any_number_of_ranks_import(size: int, tmp_path: Path) -> None:
     told = run_world(size, write_dcp, tmp_path / "fsdp", "fsdp")[0]
     import_checkpoint(tmp_path / "fsdp", tmp_path / "converted")
     assert_holds(Checkpoint.open(tmp_path / "converted"), told)
 
 
-def test_deepspeeds_weights_go_straight_to_other_formats(foreign: dict[str, tuple[Path, Told]], tmp_path: Path) -> None:
+def test_deepspeeds_weights_convert_to_other_formats(foreign: dict[str, tuple[Path, Told]], tmp_path: Path) -> None:
     source, told = foreign["zero3"]
     convert(source, tmp_path / "weights.pt")
     state = torch.load(tmp_path / "weights.pt", weights_only=True)
@@ -130,8 +132,8 @@ def tokens_of(step: int) -> torch.Tensor:
     return torch.randint(0, 11, (8,), generator=torch.Generator().manual_seed(step))
 
 
-def go_on(folder: Path, converted: Path, strategy: Mapping[str, Any]) -> list[float]:
-    """Resume from the converted checkpoint in an own loop: the losses of what is left of the run."""
+def losses_from_checkpoint(folder: Path, converted: Path, strategy: Mapping[str, Any]) -> list[float]:
+    """Resume from the converted checkpoint in a custom loop. Returns the losses of the remaining steps."""
     given = config(folder, strategy, checkpoint={"resume": str(converted)})
     with disttrain.Engine(given) as engine:
         engine.prepare("model", Small, lambda parameters: torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.0))
@@ -153,7 +155,7 @@ def go_on(folder: Path, converted: Path, strategy: Mapping[str, Any]) -> list[fl
 
 
 def plain_losses(told: Told) -> list[float]:
-    """The same by a plain loop, from what DeepSpeed and torch told."""
+    """The same losses by a plain loop, from the state that DeepSpeed and torch reported."""
     model = Small().eval()
     tensors = {name: torch.from_numpy(copy.deepcopy(entry["value"])) for name, entry in told.items()}
     model.load_state_dict({**tensors, "head.weight": tensors["embed.weight"]})
@@ -183,18 +185,18 @@ def plain_losses(told: Told) -> list[float]:
         pytest.param("zero1", {"name": "fsdp"}, 3, marks=pytest.mark.slow),
     ],
 )
-def test_training_goes_on_with_its_moments_in_another_strategy(
+def test_training_continues_with_its_moments_in_another_strategy(
     kind: str, strategy: Mapping[str, Any], size: int, foreign: dict[str, tuple[Path, Told]], tmp_path: Path
 ) -> None:
     source, told = foreign[kind]
     import_checkpoint(source, tmp_path / "converted")
-    found = run_world(size, go_on, tmp_path / "runs", tmp_path / "converted", strategy)[0]
-    # float32 sums in another order: the moments of other steps would be off in the second digit.
+    found = run_world(size, losses_from_checkpoint, tmp_path / "runs", tmp_path / "converted", strategy)[0]
+    # The order of float32 sums differs. The moments of other steps would change the second digit.
     assert found == pytest.approx(plain_losses(told), rel=1e-5)
 
 
 def read_into(folder: Path, weights: Path, strategies: Mapping[str, Any], only: Sequence[str]) -> dict[str, Any]:
-    """Load weights into each strategy: what each read of the files, and the weights whole."""
+    """Load weights into each strategy. Returns the bytes that each read from the files, and the complete weights."""
     read = 0
     fill = huggingface_format.SafetensorsWeights.fill
 
@@ -256,15 +258,15 @@ def test_some_weights_load_and_the_rest_stay(tmp_path: Path) -> None:
     assert found[1]["fsdp"]["differences"].missing == ()
 
 
-def test_weights_alone_are_no_run_to_continue(tmp_path: Path) -> None:
+def test_weights_alone_cannot_continue_a_run(tmp_path: Path) -> None:
     torch.save(Small().state_dict(), tmp_path / "w.pt")
     import_checkpoint(tmp_path / "w.pt", tmp_path / "converted")
     with pytest.raises(AssertionError, match=r"model\.weights="):
-        run_world(1, go_on, tmp_path / "runs", tmp_path / "converted", {"name": "none"})
+        run_world(1, losses_from_checkpoint, tmp_path / "runs", tmp_path / "converted", {"name": "none"})
 
 
 @pytest.mark.parametrize("damage", ["a rank's file", "another step's file", "model parallel", "cut short"])
-def test_a_deepspeed_checkpoint_that_is_not_whole_is_rejected(
+def test_an_incomplete_deepspeed_checkpoint_is_rejected(
     damage: str, foreign: dict[str, tuple[Path, Told]], tmp_path: Path
 ) -> None:
     import shutil
@@ -286,7 +288,7 @@ def test_a_deepspeed_checkpoint_that_is_not_whole_is_rejected(
     assert not (tmp_path / "target").exists()
 
 
-def test_the_readers_own_errors_name_the_converter(foreign: dict[str, tuple[Path, Told]]) -> None:
+def test_errors_of_the_reader_name_the_converter(foreign: dict[str, tuple[Path, Told]]) -> None:
     for kind in ("zero1", "dcp-fsdp"):
         with pytest.raises(CheckpointError, match="disttrain ckpt convert PATH TARGET"):
             Checkpoint.open(foreign[kind][0])

@@ -60,7 +60,7 @@ def make_folder(path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def train(overrides: list[str], kill: str | None = None) -> int:
-    """One rank's `disttrain.run`, in the caller's working directory."""
+    """Run `disttrain.run` as one rank, in the caller's working directory."""
     if kill is not None:
         os.environ["KILL"] = kill
     from disttrain.run import main
@@ -69,7 +69,7 @@ def train(overrides: list[str], kill: str | None = None) -> int:
 
 
 def numbers(run: Path) -> list[dict[str, Any]]:
-    """What must not change, line by line of the metrics."""
+    """The numbers that must not change, line by line of the metrics."""
     return [{key: line[key] for key in ("step", *COMPARED) if key in line} for line in metrics(run)]
 
 
@@ -91,7 +91,7 @@ KILLS = ["1:2:forward", "0:7:forward", "1:9:forward", "0:8:saving", "1:4:saving"
 @pytest.mark.parametrize(
     "name", ["ddp", "fsdp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero2", "zero3"))]
 )
-def test_goes_on_bit_equal_at_two_ranks(name: str, folder: Path) -> None:
+def test_continues_bit_equal_on_two_ranks(name: str, folder: Path) -> None:
     overrides = STRATEGIES[name]
     expected = uninterrupted(2, overrides)
     assert [line["step"] for line in expected] == sorted([*range(1, STEPS + 1), *range(EVERY, STEPS + 1, EVERY)])
@@ -103,7 +103,7 @@ def test_goes_on_bit_equal_at_two_ranks(name: str, folder: Path) -> None:
         shutil.rmtree("runs")
 
 
-def test_goes_on_bit_equal_alone(folder: Path) -> None:
+def test_continues_bit_equal_on_one_rank(folder: Path) -> None:
     expected = uninterrupted(1, ["strategy.name=none"])
     for kill in ("0:1:forward", "0:6:forward", "0:8:saving"):
         killed(1, ["strategy.name=none"], kill)
@@ -115,7 +115,7 @@ def test_goes_on_bit_equal_alone(folder: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["ddp-buckets", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ddp", "fsdp", "zero3"))]
 )
-def test_goes_on_at_three_ranks(name: str, folder: Path) -> None:
+def test_continues_on_three_ranks(name: str, folder: Path) -> None:
     overrides = STRATEGIES[name]
     expected = uninterrupted(3, overrides)
     killed(3, overrides, "2:10:forward")
@@ -133,8 +133,8 @@ SEGMENTS = {
 
 
 @pytest.mark.parametrize("compute", ["fp32", pytest.param("fp64", marks=pytest.mark.slow)])
-def test_goes_on_under_other_strategies_at_other_sizes(compute: str, folder: Path) -> None:
-    """Each segment is killed a few steps after a checkpoint of its own; the next takes over from there."""
+def test_continues_under_other_strategies_at_other_sizes(compute: str, folder: Path) -> None:
+    """Each segment is killed a few steps after its checkpoint. The next segment continues from there."""
     common = ["run.steps=20", f"precision.compute={compute}"]
     expected = uninterrupted(1, ["strategy.name=none", *common])
     for size, name, kill in SEGMENTS[compute]:
@@ -145,8 +145,8 @@ def test_goes_on_under_other_strategies_at_other_sizes(compute: str, folder: Pat
             assert run_world(size, train, overrides) == [0] * size
     found = numbers(Path("runs/mortal"))
     assert [line["step"] for line in found] == [line["step"] for line in expected]
-    # float32 sums in another order: the issue's 1e-5 for losses; a gradient's norm, which AdamW's first steps
-    # stir up, ten times that. In float64 nothing but rounding is left of either.
+    # The order of float32 sums differs: 1e-5 for losses, and ten times that for a gradient's norm, which AdamW's first
+    # steps amplify. In float64 only rounding is left of both.
     for mine, theirs in zip(found, expected, strict=True):
         norms = {"grad_norm": mine.pop("grad_norm", 0.0)}, {"grad_norm": theirs.pop("grad_norm", 0.0)}
         assert mine == pytest.approx(theirs, rel=1e-5 if compute == "fp32" else 1e-9)
@@ -159,7 +159,7 @@ def test_goes_on_under_other_strategies_at_other_sizes(compute: str, folder: Pat
 
 
 def test_the_same_torchrun_command_again(folder: Path) -> None:
-    """As a user does it: real agents, a real kill, the very same command line."""
+    """As a user does it: real agents, a real kill, and the same command line."""
     expected = uninterrupted(2, [])
     command = (
         "-m",

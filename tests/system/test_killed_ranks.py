@@ -31,7 +31,7 @@ def test_every_rank_killed_before_each_of_its_operations(size: int, tmp_path: Pa
     assert done.returncode == 0, done.stderr
     trials = json.loads(done.stdout)
     kills = [trial for trial in trials if trial[2] is not None]
-    # each rank lived on only where it was to be killed after its last operation
+    # a rank survives only the trial in which it would die after its last operation
     assert [victim for victim, _, killed in trials if killed is None] == list(range(size))
     found = Counter(recovered(tmp_path / f"{victim}-{at}" / "checkpoints", size) for victim, at, _ in trials)
     print(f"\n{size} rank(s): {len(kills)} of {len(kills)} kills recovered, to {dict(found)}")
@@ -39,7 +39,7 @@ def test_every_rank_killed_before_each_of_its_operations(size: int, tmp_path: Pa
     mine = {rank: {killed for victim, _, killed in kills if victim == rank} for rank in range(size)}
     assert mine[0] == {"make_folder", "create", "write", "sync", "sync_folder", "rename", "remove_tree"}
     assert all(mine[rank] == {"create", "write", "sync", "sync_folder"} for rank in range(1, size))
-    # before the rename the previous one is all there is, after it the new one
+    # before the rename the previous checkpoint is the only one, after it the new one
     for victim, at, killed in kills:
         before = [what for who, number, what in kills if who == victim and number <= at]
         old = "rename" not in before[:-1]
@@ -47,7 +47,7 @@ def test_every_rank_killed_before_each_of_its_operations(size: int, tmp_path: Pa
 
 
 def recovered(root: Path, size: int) -> int:
-    """The step that is found, after a check of every bit, and of saving again what may have been lost."""
+    """The newest intact step, after a check of every bit and a second save of what may have been lost."""
     found, rejected = newest_intact(root, SoleRank())
     assert found is not None
     assert rejected == []

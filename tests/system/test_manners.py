@@ -67,7 +67,7 @@ def status_in(folder: Path) -> dict[str, Any]:
 # ---------------------------------------------------------------------- messages from Python
 
 
-def whole_config(folder: Path, **more: Any) -> dict[str, Any]:
+def complete_config(folder: Path, **more: Any) -> dict[str, Any]:
     return {
         "version": 1,
         "run": {"name": "run", "dir": str(folder), "steps": 2, "device": "cpu"},
@@ -84,18 +84,18 @@ def whole_config(folder: Path, **more: Any) -> dict[str, Any]:
 def test_train_reports_start_end_and_a_run_that_had_finished(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert disttrain.train(whole_config(tmp_path)).state == "finished"
+    assert disttrain.train(complete_config(tmp_path)).state == "finished"
     first = capsys.readouterr().err
     assert f"[report] {tmp_path}/run: from step 0" in first
     assert f"[report] {tmp_path}/run: finished at step 2\n" in first
-    again = disttrain.train(whole_config(tmp_path), {"optim.args.lr": 0.5})
+    again = disttrain.train(complete_config(tmp_path), {"optim.args.lr": 0.5})
     second = capsys.readouterr().err
     assert (again.state, again.step) == ("finished", 2)
     assert f"{tmp_path}/run: finished at step 2 already; set a larger run.steps" in second
     assert "nothing was trained with the changed optim.args.lr: 0.1 there, 0.5 requested" in second
-    disttrain.train(whole_config(tmp_path), {"run.steps": 3})
+    disttrain.train(complete_config(tmp_path), {"run.steps": 3})
     assert f"continues at step 2 from {tmp_path}/run/checkpoints/step-00000002" in capsys.readouterr().err
-    disttrain.train(whole_config(tmp_path), {"run.steps": 3}, logs=False)
+    disttrain.train(complete_config(tmp_path), {"run.steps": 3}, logs=False)
     assert capsys.readouterr().err == ""
 
 
@@ -110,7 +110,7 @@ def test_a_loop_that_ends_early_is_reported(tmp_path: Path, capsys: pytest.Captu
 
 @pytest.fixture
 def application_log(tmp_path: Path) -> Iterator[Path]:
-    """An application that writes warnings of all libraries to a file."""
+    """An application that writes the warnings of all libraries to a file."""
     file = tmp_path / "application.log"
     handler = logging.FileHandler(file)
     logging.getLogger().addHandler(handler)
@@ -122,7 +122,7 @@ def application_log(tmp_path: Path) -> Iterator[Path]:
 def test_an_application_that_configured_logging_keeps_its_configuration(
     tmp_path: Path, application_log: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its root logger passes warnings only, and its handler is the only one."""
+    """Its root logger passes only warnings, and its handler is the only one."""
     train_steps(engine_in(tmp_path / "first"))
     train_steps(engine_in(tmp_path / "first"))
     logging.getLogger("disttrain.report").warning("once")
@@ -182,7 +182,7 @@ def log_step_on_one_rank(folder: str) -> str:
 
 
 def test_built_in_keys_are_rejected_on_every_rank(tmp_path: Path) -> None:
-    """Rank 1 writes no metrics, and rejects the key all the same."""
+    """Rank 1 writes no metrics, but rejects the key as well."""
     assert run_world(2, log_step_on_one_rank, str(tmp_path))[1] == "ConfigError"
     status = status_in(tmp_path)
     assert (status["state"], status["exit_code"]) == ("failed", 2)
@@ -203,8 +203,8 @@ def test_the_status_has_the_step_of_each_report(tmp_path: Path) -> None:
     assert steps == [("running", number) for number in (1, 2, 3, 4)]
 
 
-def test_an_empty_status_does_not_keep_a_run_from_resuming(tmp_path: Path) -> None:
-    """A power cut may leave it so."""
+def test_a_run_resumes_despite_an_empty_status(tmp_path: Path) -> None:
+    """A power cut may leave an empty file."""
     train_steps(engine_in(tmp_path, "checkpoint.at_end=true"))
     (tmp_path / "run" / "status.json").write_text("")
     train_steps(engine_in(tmp_path, steps=6))
@@ -248,7 +248,7 @@ def test_a_failure_before_the_first_batch_is_in_the_status(act: Any, code: int, 
     assert status_in(tmp_path)["state"] == "finished"
 
 
-def test_a_failure_before_the_first_batch_keeps_what_the_folder_reports(tmp_path: Path) -> None:
+def test_a_failure_before_the_first_batch_keeps_the_status_in_the_folder(tmp_path: Path) -> None:
     """The step of an unfinished run, and a finished run, which a third attempt must not train again."""
     train_steps(engine_in(tmp_path, "checkpoint.at_end=true", steps=3))
     status = json.loads((tmp_path / "run" / "status.json").read_text())

@@ -19,7 +19,10 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def traced() -> list[tuple[int, int]]:
-    """(kept, peak) in KiB of two acts known by hand; in the first, an unprofiled thread lets go of a tensor."""
+    """Returns (kept, peak) in KiB of two actions with known sizes.
+
+    In the first, an unprofiled thread frees a tensor.
+    """
     import threading
 
     import torch
@@ -41,19 +44,19 @@ def traced() -> list[tuple[int, int]]:
     return [tuple(size - one.begin_bytes >> 10 for size in (one.end_bytes, one.peak_bytes)) for one in windows]
 
 
-def test_the_trace_sees_what_can_be_counted_by_hand() -> None:
+def test_the_trace_sees_known_sizes() -> None:
     three, gradient = run_world(1, traced)[0]
     assert three == (0, 3 * 1024)
-    assert gradient[0] == 4096  # the gradient stays; activations of a few KiB come and go
+    assert gradient[0] == 4096  # the gradient stays; activations of a few KiB are allocated and freed
     assert 4096 <= gradient[1] < 4096 + 32
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_steps_peak_is_the_formulas(name: str, tmp_path: Any) -> None:
+def test_a_steps_peak_equals_the_formula(name: str, tmp_path: Any) -> None:
     model = memory.MODELS["small"]
     expected = memory.expect(model, CASES[name], 2).bytes
     ranks = run_world(2, memory.measure, model, CASES[name], str(tmp_path))
     assert abs(memory.settled_peak(ranks) / expected - 1) < 0.05
-    if name == "fsdp":  # built shard by shard: never the whole of it on one rank
+    if name == "fsdp":  # built shard by shard: no rank ever holds the complete model
         whole = 4 * memory.shapes_of(model).numel()
         assert max(rank["construction"] for rank in ranks) < whole

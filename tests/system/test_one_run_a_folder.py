@@ -27,8 +27,8 @@ report:    {every: 1, progress: false, plot: false}
 """
 
 
-def hold(go_on: Any) -> None:
-    """A run that stands still after its third step until it is told to go on."""
+def hold(proceed: Any) -> None:
+    """A run that pauses after its third step until the event is set."""
     import disttrain
 
     with disttrain.Engine("mine.yaml") as engine:
@@ -38,13 +38,13 @@ def hold(go_on: Any) -> None:
             engine.step("model")
             engine.log()
             if engine.progress.steps == 3:
-                go_on.wait(120)
+                proceed.wait(120)
             if engine.should_stop():
                 break
 
 
 def train(wait_s: float, *overrides: str) -> tuple[int, str]:
-    """One rank's `disttrain.run`, with less patience for a run that is just ending."""
+    """Run `disttrain.run` as one rank, with a short wait for a run that is just ending."""
     from disttrain.report import RunFolder
     from disttrain.run import main
 
@@ -56,7 +56,7 @@ def train(wait_s: float, *overrides: str) -> tuple[int, str]:
 
 
 def content(*folders: Path) -> dict[Path, bytes]:
-    """Every file in them."""
+    """Every file in the folders."""
     return {path: path.read_bytes() for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
@@ -93,4 +93,4 @@ def test_the_second_of_two_runs_is_rejected(
         first.join()
     assert [line["step"] for line in metrics(run)] == list(range(1, 7))
     assert status(run)["state"] == "finished"
-    assert [code for code, _ in run_world(2, train, 0.5)] == [0, 0]  # finished already: nothing to refuse
+    assert [code for code, _ in run_world(2, train, 0.5)] == [0, 0]  # finished already: there is nothing to reject

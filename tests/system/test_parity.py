@@ -33,7 +33,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def parity(cwd: Path, config: str, *arguments: str, expect: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The command's JSON, and its cases; the folder it runs in is left as it was."""
+    """The command's JSON, and its cases. The folder it runs in must not change."""
     before = sorted(path for path in cwd.iterdir() if path.name != "__pycache__")
     done = launch("disttrain", "parity", config, *arguments, "--json", timeout_s=900, cwd=cwd, expect=expect)
     assert sorted(path for path in cwd.iterdir() if path.name != "__pycache__") == before
@@ -46,7 +46,7 @@ def named(case: dict[str, Any]) -> list[str]:
     return [cause["cause"] for cause in case["causes"]]
 
 
-def test_quick_start_is_all_equal_with_dropout_too(tmp_path: Path) -> None:
+def test_quick_start_is_equal_with_dropout_too(tmp_path: Path) -> None:
     config = str(PROJECT / "configs" / "quickstart.yaml")
     asked = ("--steps", "2", "--strategies", "ddp,fsdp,deepspeed:1,deepspeed:2,deepspeed:3", "--world-sizes", "2")
     found, cases = parity(tmp_path, config, *SMALL, "model.args.dropout=0.2", *asked, expect=0)
@@ -57,8 +57,8 @@ def test_quick_start_is_all_equal_with_dropout_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_one_process_tells_averages_dropout_and_a_clip_apart(folder: Path) -> None:
-    """Each by the default set in a world of one, which tries another micro-batch."""
+def test_one_process_detects_averages_dropout_and_a_clip(folder: Path) -> None:
+    """Each with the default set in a world of one, which tries another micro-batch."""
     averaged = "objective.target=parity_models:averaged"
     _, cases = parity(folder, "mine.yaml", "--steps", "2", "--world-sizes", "1", averaged, expect=6)
     assert [case["verdict"] for case in cases] == ["differs", "equal", "equal"]
@@ -72,7 +72,7 @@ def test_one_process_tells_averages_dropout_and_a_clip_apart(folder: Path) -> No
     other = ("--case", "strategy.name=none optim.clip_norm=0.01")
     _, (case,) = parity(folder, "mine.yaml", "--steps", "2", "--world-sizes", "1", *other, expect=6)
     assert named(case) == ["clip"]
-    # AdamW's first step is the same whatever its gradient is multiplied by.
+    # AdamW's first step does not depend on the scale of the gradient.
     assert (case["first_step"], case["first_in"]) == (2, "parameters")
     assert {one["name"] for one in case["tensors"]} == {"first.weight", "first.bias", "last.weight", "last.bias"}
 
@@ -83,14 +83,14 @@ def test_batch_norm_is_named(folder: Path) -> None:
     _, cases = parity(folder, "mine.yaml", "model.args.norm=true", "optim.clip_norm=null", *asked, expect=6)
     assert [(case["name"], case["micro_batch"]) for case in cases] == [("one process", 6), ("ddp", 4), ("ddp", 6)]
     assert [named(case) for case in cases] == [["batch_statistics"]] * 3
-    assert cases[0]["loss"] > 1e-5  # the maths is another one
-    assert cases[1]["loss"] < 1e-5  # the same maths; each process keeps statistics of its own
+    assert cases[0]["loss"] > 1e-5  # the maths differs
+    assert cases[1]["loss"] < 1e-5  # the same maths, but each process keeps statistics of its micro-batches
     assert {one["name"].partition(".")[0] for one in cases[1]["tensors"]} == {"norm"}
 
 
 @pytest.mark.slow
-def test_an_optimizer_that_looks_at_whole_parameters_is_named(folder: Path) -> None:
-    """Where parameters are cut it is refused before training, with the cause; `ddp` trains it as one process does."""
+def test_an_optimizer_that_reads_complete_parameters_is_named(folder: Path) -> None:
+    """Strategies that shard parameters reject it before training, with the cause. `ddp` trains it like one process."""
     asked = ("--steps", "1", "--strategies", "ddp,fsdp,deepspeed:2", "--world-sizes", "2")
     found, cases = parity(folder, "mine.yaml", "optim.target=parity_models:Whole", *asked, expect=0)
     assert found["model"]["elementwise"] is False
@@ -112,7 +112,7 @@ def test_a_case_that_dies_or_hangs_hides_no_other(folder: Path) -> None:
     assert "the user's own words" in by_name["raises"]["error"]["text"]
 
 
-def test_a_config_that_cannot_be_read_is_told_before_anything_runs(folder: Path) -> None:
+def test_an_unreadable_config_is_reported_before_anything_runs(folder: Path) -> None:
     for wrong in (("optim.args.lrr=3",), ("--case", "strategy.nam=fsdp"), ("--world-sizes", "two")):
         done = launch("disttrain", "parity", "mine.yaml", *wrong, timeout_s=240, cwd=folder, expect=2)
         assert done.stderr.startswith("error (exit 2)")
@@ -121,7 +121,10 @@ def test_a_config_that_cannot_be_read_is_told_before_anything_runs(folder: Path)
 
 @pytest.mark.slow
 def test_a_clip_that_a_native_json_leaves_to_deepspeed_is_named(folder: Path) -> None:
-    """DeepSpeed alone would clip at 1.0; here `optim.clip_norm` decides, and what the other would do is measured."""
+    """DeepSpeed alone would clip at 1.0.
+
+    Here `optim.clip_norm` decides, and the effect of the other value is measured.
+    """
     native = "strategy.deepspeed.native={zero_optimization: {stage: 2}}"
     asked = ("--steps", "2", "--strategies", "deepspeed:2", "--world-sizes", "2")
     _, (case,) = parity(folder, "mine.yaml", native, "optim.clip_norm=null", "optim.args.lr=0.1", *asked, expect=0)
@@ -139,7 +142,7 @@ def shown() -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("command", shown())
 def test_commands_of_the_document_run(command: str, tmp_path: Path) -> None:
-    """In little, and the first, which is the default set, by `none` alone: the slow test runs it as it is."""
+    """Shortened. The first command, the default set, runs with `none` only. The slow test runs it in full."""
     little = ("--steps", "1", *(() if "--" in command else ("--strategies", "none", "--world-sizes", "1")))
     done = launch(*shlex.split(command), *SMALL, *little, f"run.dir={tmp_path}", timeout_s=900)
     assert "differs" not in done.stdout
@@ -148,7 +151,7 @@ def test_commands_of_the_document_run(command: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_quick_start_as_it_is_by_the_default_set(tmp_path: Path) -> None:
+def test_quick_start_in_full_with_the_default_set(tmp_path: Path) -> None:
     done = launch("disttrain", "parity", "configs/quickstart.yaml", timeout_s=1700)
     assert done.stdout.rstrip().splitlines()[-1].startswith("All ")
     print(done.stdout)

@@ -26,7 +26,7 @@ COMMANDS = [line for block in blocks("bash") for line in block.splitlines()]
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """One in which the plug-in is installed, by the docs' own command, beside what is there."""
+    """An environment in which the plug-in is installed as well, by the command in the docs."""
     place = tmp_path_factory.mktemp("installed")
     source = shutil.copytree(PACKAGE, tmp_path_factory.mktemp("source") / "plugin_package")
     words = [str(source) if word == "tests/plugin_package" else word for word in COMMANDS[0].split()]
@@ -64,7 +64,7 @@ def test_check_knows_its_options(environment: dict[str, str], folder: Path) -> N
     assert "bucket_mb" in launch(*wrong.split(), timeout_s=240, cwd=folder, environment=environment, expect=2).stderr
 
 
-def test_absent_or_misspelt_it_is_missed(environment: dict[str, str], folder: Path) -> None:
+def test_an_absent_or_misspelt_plugin_is_reported(environment: dict[str, str], folder: Path) -> None:
     near = ("disttrain", "check", "configs/quickstart.yaml", "strategy.name=one_sun")
     assert (
         "did you mean 'one_sum'" in launch(*near, timeout_s=240, cwd=folder, environment=environment, expect=2).stderr
@@ -91,7 +91,7 @@ def test_passes_the_contract(environment: dict[str, str], folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-def test_passes_the_whole_contract(environment: dict[str, str], folder: Path) -> None:
+def test_passes_the_complete_contract(environment: dict[str, str], folder: Path) -> None:
     test = folder / "tests" / "plugin_package" / "tests" / "test_one_sum.py"
     text = (
         test.read_text(encoding="utf-8").replace("whole = False", "whole = True").replace("(1, 2, 3)", "(1, 2, 3, 4)")

@@ -27,10 +27,10 @@ Numbers = tuple[list[float], list[float]]
 
 @dataclass(frozen=True)
 class Plain:
-    """Losses and gradient norms by step in float64, and how far the same loop in float32 comes from them at most.
+    """Losses and gradient norms by step in float64, and the largest distance of the same loop in float32 from them.
 
-    At this rate the last of twenty steps make 1e-4 of a rounding, as chance will have it: 7e-5 or 9e-5 of the plain
-    loop's own, by its threads. One draw of it does not bound another: held is twice as much.
+    At this rate, chance turns a rounding into 1e-4 within the last of twenty steps: 7e-5 or 9e-5 for the plain loop,
+    depending on its threads. One measurement does not bound another, so the bound is twice the distance.
     """
 
     exact: Numbers
@@ -50,7 +50,7 @@ def expected() -> Plain:
 
 
 def is_near(run: Path, expected: Plain, name: str) -> bool:
-    """Whether losses and gradient norms are near the exact ones, for float32; printed, for docs/reference/parity.md."""
+    """Whether losses and gradient norms are near the exact ones, for float32. Printed for docs/reference/parity.md."""
     found = [list(column(run, key).values()) for key in ("loss", "grad_norm")]
     loss, norm = map(worst, found, expected.exact)
     print(f"{name}: loss {loss:.1e}, gradient norm {norm:.1e}; the plain loop {expected.rounding:.1e}")

@@ -62,7 +62,7 @@ COMPARED = ("step", "loss", "lr", "grad_norm", "samples", "tokens")
 
 
 def train(rank: int, port: int, overrides: list[str]) -> None:
-    """One rank, as torchrun places it; what it says goes to a file."""
+    """One rank, placed as by torchrun. Its output goes to a file."""
     take_place(rank, SIZE, port)
     os.dup2(os.open(f"said-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
@@ -72,7 +72,7 @@ def train(rank: int, port: int, overrides: list[str]) -> None:
 
 
 class World:
-    """Two ranks that train. Leaves none behind."""
+    """Two ranks that train. No process outlives the context."""
 
     def __init__(self, overrides: list[str]) -> None:
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -84,7 +84,7 @@ class World:
             rank.start()
 
     def ends(self) -> list[int | None]:
-        """Exit codes, once all have left by themselves or were killed; a rank that stays is a fault."""
+        """Returns the exit codes, once all ranks have exited or were killed. A rank that stays is a failure."""
         deadline = time.monotonic() + ENDS_S
         for rank in self.ranks:
             rank.join(max(0.0, deadline - time.monotonic()))
@@ -98,7 +98,7 @@ class World:
 
 @dataclass
 class Hunt:
-    """Kills so far, and what each lost: steps that the metrics had told of and that were computed again."""
+    """The kills so far, and the cost of each: steps that the metrics had reported and that were computed again."""
 
     kills: int = 0
     victims: Counter[str] = field(default_factory=Counter)
@@ -107,8 +107,8 @@ class Hunt:
     overtaken: int = 0
 
 
-def told(run: Path) -> int:
-    """The last step that metrics.jsonl has whole, 0 for none."""
+def reported_step(run: Path) -> int:
+    """The last step that metrics.jsonl reports in a complete line, 0 for none."""
     file = run / "metrics.jsonl"
     lines = file.read_text().split("\n")[:-1] if file.exists() else []
     return max((json.loads(line)["step"] for line in lines), default=0)
@@ -121,21 +121,21 @@ def ledger(run: Path, event: str) -> list[dict[str, Any]]:
 
 
 def hunt(run: Path, overrides: list[str], chosen: random.Random, kills: int, within_s: float = 1.0) -> Hunt:
-    """Train, kill, train again; each run that comes to its end is compared and removed. Ends with one that did."""
+    """Train, kill, train again. Each run that finishes is compared and removed. The last run finishes."""
     assert World(overrides).ends() == [0, 0], said()
     expected = (numbers(run), last_state(run))
     shutil.rmtree(run)
     found = Hunt()
     while found.kills < kills or run.exists():
         world = World(overrides)
-        before, segments = told(run), len(ledger(run, "segment"))
+        before, segments = reported_step(run), len(ledger(run, "segment"))
         if found.kills < kills:
             strike(world, run, chosen, found, segments, within_s)
         codes = world.ends()
         assert None not in codes, f"a rank did not leave within {ENDS_S} s: {codes}\n{said()}"
         began = ledger(run, "segment")[segments:]
         assert len(began) <= 1
-        for segment in began:  # what the kill before cost
+        for segment in began:  # the cost of the previous kill
             committed = max(
                 (one["step"] for one in ledger(run, "checkpoint") if one["time"] < segment["time"]), default=0
             )
@@ -153,7 +153,7 @@ def hunt(run: Path, overrides: list[str], chosen: random.Random, kills: int, wit
 
 
 def strike(world: World, run: Path, chosen: random.Random, found: Hunt, segments: int, within_s: float) -> None:
-    """Kill one rank or both, at a moment by chance: mostly while it trains, sometimes while it starts."""
+    """Kill one rank or both at a random moment: mostly while it trains, sometimes while it starts."""
     if chosen.random() < 0.8:
         deadline = time.monotonic() + ENDS_S
         while len(ledger(run, "segment")) == segments and time.monotonic() < deadline:
@@ -164,7 +164,7 @@ def strike(world: World, run: Path, chosen: random.Random, found: Hunt, segments
     for rank in alive:
         world.ranks[rank].kill()
     if alive and len(ledger(run, "segment")) == segments:
-        # A rank that still waits for one that never comes does so for run.timeout_s: torchrun ends it at once.
+        # A rank that waits for a missing peer does so for run.timeout_s. torchrun would end it at once.
         for rank in world.ranks:
             rank.kill()
     if alive:
@@ -185,7 +185,7 @@ def numbers(run: Path) -> list[dict[str, Any]]:
 def last_state(run: Path) -> dict[str, bytes]:
     """Every stored tensor of the run's last checkpoint, by its bytes."""
     last = Checkpoint.open(list_checkpoints(run / "checkpoints")[-1])
-    assert last.step == told(run)
+    assert last.step == reported_step(run)
     return {name: last.read(name).contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for name in last.tensors}
 
 
@@ -206,8 +206,8 @@ def judge(found: Hunt, kills: int, most: int = 2 * EVERY) -> None:
     )
     assert found.kills == kills
     assert found.finished >= 1
-    # A save that falls due waits for the one before it: of an interval of steps that were told, and of the one that
-    # was still being written when the kill came, nothing more is computed again.
+    # A save that falls due waits for the previous one. So one interval of reported steps is computed again, plus the
+    # interval that was still being written at the kill, and no more.
     assert max(found.lost, default=0) <= most
 
 
@@ -227,6 +227,6 @@ def test_two_hundred_kills_while_saving_in_the_background(seed: int, run: Path) 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", [13, 14])
-def test_where_a_save_takes_less_than_a_step_a_kill_costs_one_interval_at_most(seed: int, run: Path) -> None:
+def test_a_kill_costs_at_most_one_interval_if_a_save_takes_less_than_a_step(seed: int, run: Path) -> None:
     slow = [*STRATEGIES["ddp" if seed % 2 else "fsdp"], "data.collate.target=slow:collate", "run.steps=24"]
     judge(hunt(run, slow, random.Random(seed), 20, within_s=4.0), 20, most=EVERY)

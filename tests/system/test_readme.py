@@ -77,7 +77,7 @@ def test_first_run_page_starts_with_the_same_quick_start() -> None:
     assert lines_of("bash", FIRST_RUN) == [SET_UP[0], ACTIVATE]
 
 
-def test_extras_of_the_readme_are_those_of_the_package() -> None:
+def test_extras_in_the_readme_are_those_of_the_package() -> None:
     project = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     table = README[README.index("| extra |") : README.index("## Status")]
     named = {

@@ -68,7 +68,7 @@ def a_link(file: Path) -> None:
 
 
 class Trap:
-    """Unpickled, it makes a folder."""
+    """Makes a folder when it is unpickled."""
 
     def __init__(self, witness: Path) -> None:
         self.witness = str(witness)
@@ -96,7 +96,7 @@ FILES = ("manifest.json", "rank-00000.safetensors", "rank-00001.safetensors")
 
 
 def train(overrides: list[str], said: str) -> int:
-    """One rank's `disttrain.run`; what it says goes to a file."""
+    """Run `disttrain.run` as one rank. Its output goes to a file."""
     descriptor = os.open(f"{said}-{os.environ['RANK']}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     before = os.dup(2)
     os.dup2(descriptor, 2)
@@ -110,7 +110,7 @@ def train(overrides: list[str], said: str) -> int:
 
 
 def resume_all(cases: list[str]) -> list[int]:
-    """One rank: the same run in each of these folders, one after another."""
+    """Run the same training in each of these folders, one after another, on one rank."""
     return [train([f"run.dir={case}"], f"{case}/said") for case in cases]
 
 
@@ -127,13 +127,13 @@ def numbers(run: Path) -> list[dict[str, Any]]:
 
 
 def rejected(run: Path) -> list[tuple[str, str]]:
-    """(folder's name, reason) of each that the ledger says was rejected."""
+    """(folder's name, reason) of each checkpoint that the ledger reports as rejected."""
     lines = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
     return [(Path(one["path"]).name, one["reason"]) for one in lines if one["event"] == "checkpoint_rejected"]
 
 
 def unfinished(case: str) -> Path:
-    """A copy of the run as a kill after the newest checkpoint leaves it."""
+    """A copy of the run as it is after a kill that followed the newest checkpoint."""
     run = Path(case) / "mine"
     shutil.copytree("whole/mine", run)
     shutil.rmtree(run / "checkpoints" / f"step-{STEPS:08d}")
@@ -142,7 +142,7 @@ def unfinished(case: str) -> Path:
     return run
 
 
-def test_whatever_is_wrong_with_a_file_the_run_goes_on_and_names_it(folder: Path) -> None:
+def test_the_run_continues_past_any_damaged_file_and_names_it(folder: Path) -> None:
     assert run_world(2, train, [], "first") == [0, 0]
     expected = numbers(Path("whole/mine"))
     assert [line["step"] for line in expected] == list(range(1, STEPS + 1))
@@ -164,7 +164,7 @@ def test_whatever_is_wrong_with_a_file_the_run_goes_on_and_names_it(folder: Path
     print(f"\n{len(cases)} of {len(cases)} damaged runs went on from the checkpoint before")
 
 
-def test_files_of_two_ranks_swapped_two_bad_ones_and_pickles_of_any_name(folder: Path) -> None:
+def test_swapped_files_two_damaged_checkpoints_and_pickles_of_any_name(folder: Path) -> None:
     assert run_world(2, train, [], "first") == [0, 0]
     expected = numbers(Path("whole/mine"))
 

@@ -44,10 +44,10 @@ MIB = 2**20
 
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
-    """A server of this module's own, and its address."""
+    """A server for this module, and its address."""
     server = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it says every request
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it logs every request
     host, port = server.get_host_and_port()
     yield f"http://{host}:{port}"
     server.stop()
@@ -55,7 +55,7 @@ def endpoint() -> Iterator[str]:
 
 @pytest.fixture
 def bucket(endpoint: str) -> Iterator[Any]:
-    """The driver, on a server with one empty bucket; the environment says how to reach it."""
+    """The driver, on a server with one empty bucket. The environment says how to reach it."""
     reach(endpoint)
     urlopen(Request(f"{endpoint}/moto-api/reset", method="POST"))
     system = s3fs.S3FileSystem(use_listings_cache=False, skip_instance_cache=True)
@@ -64,7 +64,7 @@ def bucket(endpoint: str) -> Iterator[Any]:
 
 
 def reach(endpoint: str, key: str = "anybody") -> None:
-    """As a user says it: nothing of it is in a config."""
+    """Sets the environment as a user would, because no config names the server."""
     os.environ.update(
         AWS_ENDPOINT_URL=endpoint, AWS_ACCESS_KEY_ID=key, AWS_SECRET_ACCESS_KEY="secret", AWS_DEFAULT_REGION="us-east-1"
     )
@@ -72,7 +72,7 @@ def reach(endpoint: str, key: str = "anybody") -> None:
 
 
 def state(rank: int, size: int) -> dict[str, Any]:
-    """What rank holds of 36 MiB cut by rows, and one tensor that all hold."""
+    """The shards of a rank: rows of a 36 MiB tensor, and one tensor that all ranks hold."""
     whole = torch.arange(9 * MIB, dtype=torch.int32).view(torch.float32).view(9, -1)
     per = -(-9 // size)
     box = Box((rank * per, 0), (min(per, 9 - rank * per), MIB))
@@ -116,7 +116,7 @@ def save(step: int, value: float = 1.0) -> Address:
     return save_checkpoint(ROOT, step, [full_shard(W, torch.full((1500,), value))], {}, SoleRank(), chunk_bytes=4096)
 
 
-def test_saved_by_two_ranks_in_parts_and_loaded_by_three_bit_equal(endpoint: str, bucket: Any) -> None:
+def test_saved_in_parts_by_two_ranks_and_loaded_bit_equal_by_three(endpoint: str, bucket: Any) -> None:
     assert run_world(2, save_part, endpoint, 100) == ["s3://models/team/run/step-00000100"] * 2
     names = [entry["name"].rsplit("/", 1)[-1] for entry in bucket.ls("models/team/run/step-00000100", detail=True)]
     assert sorted(names) == ["manifest.json", "rank-00000.safetensors", "rank-00001.safetensors"]
@@ -162,7 +162,8 @@ def test_a_killed_writer_leaves_no_checkpoint_and_the_previous_one_loads(bucket:
         checkpoint, rejected = newest_intact(root, SoleRank())
         assert checkpoint is not None
         assert (checkpoint.step, rejected) == (100 if number < 5 else 200, [])
-        # Killed before its file was complete the first left none; what the others left is removed, the commits stay.
+        # The first writer was killed before its file was complete and left none. The files of the others are removed,
+        # the commits stay.
         removed = [root / "step-00000200"] if number in (2, 3, 4) else []
         assert remove_stale_staging(root) == removed
         assert [path.name for path in list_checkpoints(root)] == ["step-00000100", "step-00000200"][: 1 + number // 5]
@@ -184,7 +185,7 @@ def test_a_save_that_fails_in_the_middle_of_an_upload_leaves_nothing(bucket: Any
     assert save_checkpoint(ROOT, 100, state, {}, SoleRank()) == ROOT / "step-00000100"
 
 
-def test_rot_on_the_server_is_found_and_the_one_before_is_taken(bucket: Any) -> None:
+def test_damage_on_the_server_is_detected_and_the_previous_checkpoint_is_used(bucket: Any) -> None:
     for step in (100, 200, 300, 400):
         save(step, float(step))
     for step, name, place in ((400, "rank-00000.safetensors", -1), (300, "manifest.json", 200)):
@@ -208,14 +209,14 @@ def test_rot_on_the_server_is_found_and_the_one_before_is_taken(bucket: Any) -> 
     assert save(400) == ROOT / "step-00000400"
 
 
-def test_pruning_removes_every_key_of_the_old(bucket: Any) -> None:
+def test_pruning_removes_every_key_of_old_checkpoints(bucket: Any) -> None:
     paths = [save(step) for step in (1, 2, 3, 4)]
     assert prune(ROOT, 2, protect=[paths[0]]) == [paths[1]]
     assert list_checkpoints(ROOT) == [paths[0], *paths[2:]]
     assert len(bucket.find("models")) == 6
 
 
-def test_a_bucket_that_is_not_there_is_named(bucket: Any) -> None:
+def test_a_missing_bucket_is_named(bucket: Any) -> None:
     root = Address("s3://nowhere/run")
     with pytest.raises(CheckpointError, match=r"s3://nowhere/run[^\n]*\n.*bucket does not exist"):
         reject_unwritable(root)
@@ -227,12 +228,12 @@ def test_a_bucket_that_is_not_there_is_named(bucket: Any) -> None:
 
 
 def check_keys(endpoint: str, after: bytes) -> None:
-    """Have the server take requests from anybody only for the next so many."""
+    """Make the server accept the next few requests without permission, and reject later ones."""
     url, headers = f"{endpoint}/moto-api/reset-auth", {"Content-Type": "text/plain"}
     urlopen(Request(url, data=after, headers=headers, method="POST"))
 
 
-def test_credentials_that_may_not_are_named(endpoint: str, bucket: Any) -> None:
+def test_credentials_without_permission_are_named(endpoint: str, bucket: Any) -> None:
     path = save(100)
     check_keys(endpoint, b"0")
     try:
@@ -252,7 +253,7 @@ def test_credentials_that_may_not_are_named(endpoint: str, bucket: Any) -> None:
         check_keys(endpoint, b"inf")
 
 
-def test_a_server_that_is_not_there_is_named(bucket: Any) -> None:
+def test_an_unreachable_server_is_named(bucket: Any) -> None:
     reach("http://127.0.0.1:9")
     with pytest.raises(CheckpointError, match=r"(?s)s3://models/team/run.*127.0.0.1:9"):
         save(100)
@@ -295,7 +296,7 @@ def losses(folder: Path, name: str = "afar") -> dict[int, float]:
     return {line["step"]: line["loss"] for line in map(json.loads, lines) if "loss" in line}
 
 
-def test_a_run_goes_on_from_the_store_alone_with_the_numbers_of_one_that_never_stopped(
+def test_a_run_continues_from_the_store_alone_with_the_numbers_of_an_uninterrupted_run(
     endpoint: str, bucket: Any, folder: Path
 ) -> None:
     import disttrain
@@ -308,13 +309,14 @@ def test_a_run_goes_on_from_the_store_alone_with_the_numbers_of_one_that_never_s
         "step-00000005",
     ]
     assert not (folder / "runs" / "afar" / "checkpoints").exists()
-    shutil.rmtree(folder / "runs" / "afar")  # as if the node's disk were gone
+    shutil.rmtree(folder / "runs" / "afar")  # as if the node's disk were lost
     assert run_world(2, train, endpoint, str(folder), stored) == [0, 0]
     ours, theirs = losses(folder), losses(folder, "whole")
     assert list(ours) == [6, 7, 8]
-    assert ours == pytest.approx({step: theirs[step] for step in ours}, rel=1e-6)  # ddp beside fsdp: sums in fp32
+    # ddp in addition to fsdp: sums in fp32
+    assert ours == pytest.approx({step: theirs[step] for step in ours}, rel=1e-6)
 
-    # Read by address, by checkpoint, and by the run's folder, whose config says where its checkpoints are.
+    # Read by address, by checkpoint, and by the run's folder, whose config names the store.
     weights = [
         disttrain.load(where).state_dict()
         for where in ("s3://models/team/afar", "s3://models/team/afar/step-00000008", folder / "runs" / "afar")
@@ -325,14 +327,14 @@ def test_a_run_goes_on_from_the_store_alone_with_the_numbers_of_one_that_never_s
     start = ["run.name=next", f"model.weights={there}", f"checkpoint.resume={there}", "run.steps=9"]
     assert run_world(1, train, endpoint, str(folder), start) == [0]
     assert list(losses(folder, "next")) == [9]
-    assert run_world(1, train, endpoint, str(folder), ["run.steps=9"]) == [5]  # it would find none in its folder
+    assert run_world(1, train, endpoint, str(folder), ["run.steps=9"]) == [5]  # its folder has no checkpoints
     assert list(losses(folder)) == [6, 7, 8]
     never = [*stored, "checkpoint.resume=never", "run.dir=elsewhere"]
     assert run_world(1, train, endpoint, str(folder), never) == [5]
 
 
 def test_the_commands_read_and_prune_a_bucket(bucket: Any) -> None:
-    """By the console program, in processes of its own, which know the server by their environment alone."""
+    """With the console program in separate processes, which know the server only from their environment."""
     for step in (1, 2, 3):
         save(step)
     damaged = "models/team/run/step-00000003/rank-00000.safetensors"
@@ -357,7 +359,7 @@ def test_the_commands_read_and_prune_a_bucket(bucket: Any) -> None:
     assert {key.split("/")[3] for key in bucket.find("models/team/run")} == {"step-00000002", "step-00000003"}
 
 
-def test_a_storage_that_cannot_be_used_ends_a_run_before_its_first_step(
+def test_an_unusable_store_ends_a_run_before_its_first_step(
     endpoint: str, bucket: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from disttrain.config import load_config
@@ -375,8 +377,8 @@ def test_a_storage_that_cannot_be_used_ends_a_run_before_its_first_step(
     assert not (folder / "runs" / "afar" / "metrics.jsonl").exists()
 
 
-def test_memory_is_bounded_by_parts_and_chunks_and_not_by_the_state() -> None:
-    """By the benchmark, small: six parts of 16 MiB, of which a save holds three at most and a load one."""
+def test_memory_is_bounded_by_parts_and_chunks_not_by_the_state() -> None:
+    """With a small benchmark: six parts of 16 MiB. A save holds at most three of them, a load one."""
     script = Path(__file__).parents[2] / "benchmarks" / "checkpoint_storage.py"
     done = subprocess.run(
         [sys.executable, str(script), "--mib", "96", "--rounds", "1"], timeout=200, capture_output=True, text=True

@@ -37,7 +37,7 @@ def page_blocks(heading: str) -> list[Block]:
 
 @dataclass
 class Machines:
-    """Two folders, each with a bash that types a command of the page."""
+    """Two folders, each with a bash that runs commands of the page."""
 
     folder: Path
 
@@ -46,7 +46,7 @@ class Machines:
         return self.folder / "shared"
 
     def start(self, command: str) -> list[subprocess.Popen[str]]:
-        """Type the same command on both machines."""
+        """Run the same command on both machines."""
         with socket.socket() as one:
             one.bind(("127.0.0.1", 0))
             port = one.getsockname()[1]
@@ -133,17 +133,17 @@ def test_page_replicates_over_machines_with_the_same_losses(machines: Machines) 
     command, shown = page_blocks("Shards within a machine, replicas across machines")
     printed = machines.wait(machines.start(command.body))
     assert_shown(shown, printed)
-    # Shown as the losses of the two processes under ddp.
+    # The page shows these losses for two processes under ddp.
     assert shown.body.splitlines()[1:4] == page_blocks("Start the run")[1].body.splitlines()[1:4]
     assert sorted(column(machines.shared / "runs" / "hsdp", "loss"))[-1] == 100
 
 
-def test_page_says_what_a_folder_that_is_not_shared_looks_like(machines: Machines) -> None:
+def test_page_shows_the_error_for_a_folder_that_is_not_shared(machines: Machines) -> None:
     command, shown, _ = page_blocks("Without a shared file system")
     assert_shown(shown, machines.wait(machines.start(command.body), expect=1))
 
 
-def test_page_says_what_a_killed_worker_looks_like(machines: Machines) -> None:
+def test_page_shows_what_a_killed_worker_looks_like(machines: Machines) -> None:
     command, shown = page_blocks("When something fails")
     agents = machines.start(command.body)
     machines.await_checkpoint("killed")

@@ -47,7 +47,8 @@ def cluster() -> Iterator[SlurmCluster]:
     reason = missing_parts()
     if reason:
         pytest.skip(reason)
-    folder = Path(tempfile.mkdtemp(prefix="disttrain-slurm-"))  # short: a socket's path has 108 characters
+    # short, because a socket's path is limited to 108 characters
+    folder = Path(tempfile.mkdtemp(prefix="disttrain-slurm-"))
     try:
         with running_cluster(folder, user_environment()) as running:
             yield running
@@ -102,7 +103,7 @@ def test_losses_equal_a_world_of_one(cluster: SlurmCluster, tmp_path: Path) -> N
     for key in ("loss", "grad_norm"):
         expected = column(alone, key)
         assert sorted(expected) == list(range(1, 21))
-        # 2e-5: float32 sums in another order over 20 steps of AdamW, the issue's bound
+        # 2e-5: the order of float32 sums differs over 20 steps of AdamW
         assert column(over_nodes, key) == pytest.approx(expected, rel=2e-5)
 
 
@@ -170,9 +171,9 @@ def wait_until(reached: Callable[[], bool], what: str, timeout_s: float = 120.0)
 
 def test_page_submits_follows_and_reads_a_job(cluster: SlurmCluster, terminal: Shell, tmp_path: Path) -> None:
     submit, script = (block for block in page_blocks("Submit a job") if block.language == "bash")
-    # What the page shows of the script is the script.
+    # The page shows the script as it is.
     assert script.body in SCRIPT.read_text(encoding="utf-8")
-    assert "disttrai" in type_block(terminal, submit)  # squeue cuts the job's name at eight characters
+    assert "disttrai" in type_block(terminal, submit)  # squeue truncates the job's name to eight characters
     (job,) = submitted(terminal)
     assert cluster.wait(job, timeout_s=240) == "COMPLETED", (tmp_path / f"slurm-{job}.out").read_text()
     read, shown = page_blocks("Read the result")
@@ -187,7 +188,7 @@ def test_page_continues_in_the_next_job_of_a_chain(cluster: SlurmCluster, termin
     first, second = submitted(terminal, type_block(terminal, chain))
     run = tmp_path / "runs" / "long"
     wait_until(lambda: any(run.glob("checkpoints/step-*")), "a checkpoint of the first job")
-    cluster.run("scancel", str(first))  # as a time limit would
+    cluster.run("scancel", str(first))  # like a time limit
     cluster.wait(first, timeout_s=60)
     assert cluster.wait(second, timeout_s=240) == "COMPLETED", (tmp_path / f"slurm-{second}.out").read_text()
     assert status(run)["state"] == "finished"
@@ -203,7 +204,7 @@ def test_page_continues_a_requeued_job(cluster: SlurmCluster, terminal: Shell, t
     wait_until(lambda: any(run.glob("checkpoints/step-*")), "a checkpoint before the requeue")
     ran = terminal.run(requeue)
     assert ran.code == 0, ran.output
-    # SLURM 22.05 holds a requeued job for 121 s: the test does not.
+    # SLURM 22.05 holds a requeued job for 121 s. The test does not wait.
     wait_until(lambda: _start_now(cluster, job), "the requeued job's second start")
     wait_until(lambda: len(segments(run)) == 2, "the second start in the ledger")
     cluster.run("scancel", str(job))
@@ -213,7 +214,7 @@ def test_page_continues_a_requeued_job(cluster: SlurmCluster, terminal: Shell, t
 
 
 def _start_now(cluster: SlurmCluster, job: int) -> bool:
-    """Ask for an immediate start; whether the job runs."""
+    """Ask for an immediate start. Returns whether the job runs."""
     with suppress(RuntimeError):  # still completing, or running already
         cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
     return "JobState=RUNNING" in cluster.run("scontrol", "show", "job", str(job)) and "Restarts=1" in cluster.run(

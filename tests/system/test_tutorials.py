@@ -19,7 +19,7 @@ def test_page_prints_what_it_shows(page: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_nothing_on_a_page_is_left_unrun(page: Path) -> None:
+def test_every_block_of_a_page_is_run(page: Path) -> None:
     assert faults(page) == []
 
 
@@ -36,7 +36,7 @@ def run(tmp_path: Path, text: str, timeout_s: float = 30.0) -> None:
     run_page(page, folder, timeout_s=timeout_s)
 
 
-def test_a_page_is_one_terminal(tmp_path: Path) -> None:
+def test_a_page_uses_one_terminal(tmp_path: Path) -> None:
     run(
         tmp_path,
         "```json\n# file: sub/a.json\n{}\n```\n\n```console\n$ cd sub; export B=1\n$ cat a.json; echo 1.001 \\\n"
@@ -98,7 +98,7 @@ def test_shown_lines_come_in_order_and_others_may_come_between() -> None:
     assert missing_line(["c", "a"], "a\nb\nc") == "a"
 
 
-def test_blocks_that_nothing_runs_are_named(tmp_path: Path) -> None:
+def test_blocks_that_no_test_runs_are_named(tmp_path: Path) -> None:
     def faults_of(text: str) -> list[str]:
         return faults(written(tmp_path, text))
 

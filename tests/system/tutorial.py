@@ -38,9 +38,9 @@ from pathlib import Path
 from launched import PROJECT, user_environment
 
 LINKED = ("configs", "launch", "slurm")
-# The losses a page shows are deterministic on one machine; another processor's kernels change their last digits.
+# The losses on a page are deterministic on one machine. Another processor's kernels change their last digits.
 RELATIVE_TOLERANCE = 1e-2
-PAGE_TIMEOUT_S = 900.0  # a page takes below 40 s on two idle cores; a machine shared with others is slower
+PAGE_TIMEOUT_S = 900.0  # a page takes less than 40 s on two idle cores; shared machines are slower
 
 FENCE = re.compile(
     r"^(?P<comment><!--[^\n]*-->\n\n?)?```(?P<language>\w+)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL
@@ -50,7 +50,7 @@ FLOAT = re.compile(r"(?<![\w.])[-+]?(?:\d+\.\d+(?:e[-+]?\d+)?|\d+e[-+]?\d+)", re
 RUN_BY = re.compile(r"<!-- run by (?P<test>tests/[\w/]+\.py) -->")
 NOT_RUN = re.compile(r"<!-- not run: (?P<reason>.+) -->")
 
-# Started by a path of our own: without --standalone, two pages that are tested at once would meet on torchrun's port.
+# Started by path: without --standalone, two pages that run at the same time would use the same torchrun port.
 TORCHRUN = """#!/bin/sh
 case " $* " in
   *" --nnodes"* | *" --rdzv"* | *" --master"* | *" --standalone "*) exec {python} -m torch.distributed.run "$@" ;;
@@ -69,12 +69,12 @@ done
 
 
 class PageError(AssertionError):
-    """A command of a page fails, or prints something else than the page shows."""
+    """A command of a page fails, or its output differs from the page."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """One fenced block: its language, its text, the comment before it, the number of its first line."""
+    """One fenced block: its language, its text, the comment before it, and the number of its first line."""
 
     language: str
     body: str
@@ -83,19 +83,19 @@ class Block:
 
     @property
     def file(self) -> str | None:
-        """The name in the first line, where the block is a file."""
+        """The name in the first line, if the block is a file."""
         match = FILE_LINE.match(self.body)
         return match["name"] if match else None
 
     @property
     def content(self) -> str:
-        """What is written into the file."""
+        """The text that is written into the file."""
         return self.body[self.body.index("\n") + 1 :] if self.language == "json" else self.body
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command of a console block, the lines shown below it, and its line number on the page."""
+    """A command of a console block, the output lines shown for it, and its line number on the page."""
 
     text: str
     shown: tuple[str, ...]
@@ -105,7 +105,7 @@ class Command:
 
 @dataclass(frozen=True)
 class Ran:
-    """What a command printed (stdout and stderr in order), how it ended, how long it took."""
+    """What a command printed (stdout and stderr in order), its exit code, and how long it took."""
 
     output: str
     code: int
@@ -172,7 +172,7 @@ def matches(shown: str, actual: str) -> bool:
 
 
 def missing_line(shown: Sequence[str], output: str) -> str | None:
-    """The first shown line that the output does not have, in this order; None where it has all."""
+    """The first shown line that the output lacks, in this order. None if it has all."""
     actual = iter(re.split(r"[\r\n]+", output))
     for line in shown:
         if line.strip() in ("", "..."):
@@ -187,7 +187,7 @@ def _accept_interrupts() -> None:
 
 
 class Shell:
-    """One bash in a folder, as a reader's terminal: runs commands one by one, each with what is left of the time."""
+    """A bash process in a folder, like a reader's terminal. It runs commands one by one within the remaining time."""
 
     def __init__(self, folder: Path, code: Path, timeout_s: float) -> None:
         self._tools = tempfile.TemporaryDirectory()
@@ -208,7 +208,7 @@ class Shell:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            # As in a terminal, also where the tests themselves run as a background job, which ignores Ctrl-C.
+            # As in a terminal, even if the tests run as a background job, which ignores Ctrl-C.
             preexec_fn=_accept_interrupts,
         )
 
@@ -248,7 +248,7 @@ class Shell:
 
 
 def check(page: Path, command: Command, ran: Ran) -> None:
-    """Raise PageError where a command failed or printed something else than the page shows."""
+    """Raise PageError if a command failed or its output differs from the page."""
     where = f"{page.name}:{command.line}: $ {command.text}\n"
     if ran.code and not command.may_fail:
         raise PageError(f"{where}returned {ran.code} and printed:\n{ran.output}")
@@ -265,7 +265,7 @@ def run_page(
     code: Path = PROJECT,
     timeout_s: float = PAGE_TIMEOUT_S,
 ) -> None:
-    """Write the page's files and run its commands in page order; `on_ran` judges each command that has ended."""
+    """Write the page's files and run its commands in page order. `on_ran` judges each completed command."""
     for name in LINKED:
         (folder / name).symlink_to(PROJECT / name)
     with Shell(folder, code, timeout_s) as shell:
@@ -289,7 +289,7 @@ def _write(page: Path, block: Block, path: Path) -> None:
 
 
 def faults(page: Path) -> list[str]:
-    """Blocks of a page that nothing runs, although they need it."""
+    """Blocks of a page that no test runs, although they need a run."""
     found = []
     all_blocks = blocks(page.read_text(encoding="utf-8"))
     files = [_squeezed(block.content) for block in all_blocks if block.file]
@@ -314,7 +314,7 @@ def faults(page: Path) -> list[str]:
 
 
 def _squeezed(text: str) -> str:
-    """Without what an excerpt may lose: indentation and empty lines."""
+    """The text without what an excerpt may omit: indentation and empty lines."""
     return "\n".join(line.strip() for line in textwrap.dedent(text).splitlines() if line.strip())
 
 
