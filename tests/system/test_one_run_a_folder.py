@@ -69,9 +69,9 @@ def test_the_second_of_two_runs_is_rejected(
     shutil.copy(PROJECT / "tests" / "models" / "troubles.py", tmp_path)
     (tmp_path / "mine.yaml").write_text(YAML.replace("every: 2", f"every: 2{storage}"))
     monkeypatch.chdir(tmp_path)
-    run, go_on = Path("runs/mine"), CONTEXT.Event()
+    run, proceed = Path("runs/mine"), CONTEXT.Event()
     make: Any = CONTEXT.Process
-    first = make(target=hold, args=(go_on,))
+    first = make(target=hold, args=(proceed,))
     first.start()
     try:
         deadline = time.monotonic() + 120
@@ -85,7 +85,7 @@ def test_the_second_of_two_runs_is_rejected(
         assert all(words in told for words in ("one run at a time may write to", "another process", "run.name"))
         assert "Traceback" not in told
         assert content(run, Path("stored")) == before
-        go_on.set()
+        proceed.set()
         first.join(120)
         assert first.exitcode == 0
     finally:

@@ -31,7 +31,7 @@ data:
 optim: {target: torch.optim.SGD, args: {lr: 0.1}}
 strategy: {name: ddp}
 """
-# What a run would import: it leaves a mark when it does.
+# A module that a run would import. It creates a file when it is imported.
 PARTS = """\
 import pathlib
 pathlib.Path(__file__).with_name("user code ran").touch()
@@ -42,7 +42,7 @@ def make_data(count): ...
 
 
 def with_line(number: int, text: str) -> str:
-    """The good config with another line."""
+    """The good config with one line replaced."""
     lines = GOOD.splitlines()
     lines[number - 1] = text
     return "\n".join(lines) + "\n"
@@ -50,7 +50,7 @@ def with_line(number: int, text: str) -> str:
 
 @dataclass(frozen=True)
 class Bad:
-    """A bad config and what must be said of it: `says` are (key, line, a part of found, a part of what to do)."""
+    """A bad config and its expected message. `says` holds (key, line, part of the problem, part of the fix)."""
 
     text: str | None
     says: tuple[tuple[str, int, str, str], ...]
@@ -59,7 +59,7 @@ class Bad:
 
 
 def one(line: int, text: str, key: str, found: str, do: str) -> Bad:
-    """One line of the good config replaced, one problem in it."""
+    """The good config with one line replaced, which causes one problem."""
     return Bad(with_line(line, text), ((key, line, found, do),))
 
 
@@ -178,7 +178,7 @@ BAD = {
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A working directory with the user's project in a folder below, and disttrain's logger put back afterwards."""
+    """A working directory with the user's project in a subfolder. disttrain's logger is restored afterwards."""
     (tmp_path / "project").mkdir()
     (tmp_path / "project" / "bad_config_parts.py").write_text(PARTS)
     monkeypatch.chdir(tmp_path)
@@ -190,7 +190,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture
 def disttrain(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """The console script's own function: its exit code for these arguments."""
+    """The function of the console script. Returns its exit code for these arguments."""
 
     def command(*arguments: str) -> int:
         monkeypatch.setattr(sys, "argv", [SCRIPT, *arguments])
@@ -201,8 +201,8 @@ def disttrain(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     return command
 
 
-def lay_out(folder: Path, bad: Bad) -> list[Path]:
-    """Write the bad config; returns everything that is on the disk before anyone reads it."""
+def write_config(folder: Path, bad: Bad) -> list[Path]:
+    """Write the bad config. Returns the content of the disk before any command reads it."""
     for name, text in {"c.yaml": bad.text, **bad.files}.items():
         if text is not None:
             (folder / "project" / name).write_text(text)
@@ -213,8 +213,8 @@ def place(bad: Bad, line: int) -> str:
     return f"{bad.where}:{line}" if line else bad.where
 
 
-def assert_told(bad: Bad, text: str) -> None:
-    """`text` is the whole message: every problem in one block, in order, and not a word more."""
+def assert_message(bad: Bad, text: str) -> None:
+    """`text` is the complete message: every problem in one block, in order, and nothing else."""
     number = f"{len(bad.says)} problem{'' if len(bad.says) == 1 else 's'}"
     first, *lines = text.splitlines()
     assert first == f"error (exit 2): {number} in the config"
@@ -229,21 +229,21 @@ def assert_told(bad: Bad, text: str) -> None:
 def test_the_good_config_is_good(
     folder: Path, disttrain: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lay_out(folder, Bad(GOOD, ()))
+    write_config(folder, Bad(GOOD, ()))
     assert disttrain("check", "project/c.yaml") == 0
     assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_check_rejects(
+def test_check_rejects_a_bad_config(
     kind: str, folder: Path, disttrain: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     bad = BAD[kind]
-    before = lay_out(folder, bad)
+    before = write_config(folder, bad)
     assert disttrain("check", "project/c.yaml") == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert_told(bad, err)
+    assert_message(bad, err)
     assert disttrain("check", "project/c.yaml", "--json") == 2
     out, err = capsys.readouterr()
     assert err == ""
@@ -258,17 +258,17 @@ def test_check_rejects(
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_a_run_rejects(kind: str, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    before = lay_out(folder, BAD[kind])
+def test_a_run_rejects_a_bad_config(kind: str, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    before = write_config(folder, BAD[kind])
     assert run_main(["project/c.yaml"]) == 2
     out, err = capfd.readouterr()
     assert out == ""
-    assert_told(BAD[kind], err)  # and so no line of the engine, which tells of the process group it made
+    assert_message(BAD[kind], err)  # and so no line of the engine, which logs the process group that it made
     assert sorted(folder.rglob("*")) == before
 
 
-def test_a_run_rejects_before_torch_is_loaded(folder: Path) -> None:
-    lay_out(folder, BAD["wrong type"])
+def test_a_run_rejects_a_bad_config_before_torch_is_loaded(folder: Path) -> None:
+    write_config(folder, BAD["wrong type"])
     command = [sys.executable, "-X", "importtime", "-m", "disttrain.run", "project/c.yaml"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 2
@@ -278,47 +278,47 @@ def test_a_run_rejects_before_torch_is_loaded(folder: Path) -> None:
 
 @pytest.mark.parametrize("command", [[SCRIPT, "check"], [sys.executable, "-m", "disttrain.run"]], ids=["check", "run"])
 def test_a_real_process_ends_with_the_same_code_and_message(command: list[str], folder: Path) -> None:
-    before = lay_out(folder, BAD["fourteen at once"])
+    before = write_config(folder, BAD["fourteen at once"])
     command = [*command, "project/c.yaml"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert (done.returncode, done.stdout) == (2, "")
-    assert_told(BAD["fourteen at once"], done.stderr)
+    assert_message(BAD["fourteen at once"], done.stderr)
     assert sorted(folder.rglob("*")) == before
 
 
-def test_a_world_of_two_tells_it_once_and_ends_at_once(folder: Path) -> None:
+def test_a_world_of_two_prints_the_message_once_and_ends_at_once(folder: Path) -> None:
     bad = BAD["wrong argument"]
-    before = lay_out(folder, bad)
+    before = write_config(folder, bad)
     agent = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [*agent, "-m", "disttrain.run", "project/c.yaml"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode != 0
     at = done.stderr.index("error (exit 2)")
-    assert_told(bad, "\n".join(done.stderr[at:].splitlines()[:4]))
+    assert_message(bad, "\n".join(done.stderr[at:].splitlines()[:4]))
     assert done.stderr.count("error (exit 2)") == 1
     assert "[engine]" not in done.stderr
     assert "exitcode  : 2" in done.stderr, "torchrun's own summary"
     assert sorted(folder.rglob("*")) == before
 
 
-def test_sections_that_only_a_run_needs_are_noted_by_check_and_rejected_by_a_run(
+def test_check_notes_sections_that_only_a_run_needs_and_a_run_rejects_their_absence(
     folder: Path, disttrain: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = lay_out(folder, Bad("version: 1\nrun: {steps: 3}\nobjective: {target: mse}\n", ()))
+    before = write_config(folder, Bad("version: 1\nrun: {steps: 3}\nobjective: {target: mse}\n", ()))
     assert disttrain("check", "project/c.yaml") == 0
     assert "no section model, data, optim: enough for a custom training loop" in capsys.readouterr().err
     assert run_main(["project/c.yaml"]) == 2
     says = tuple(
         (name, 1, "the section is missing", f"add the section '{name}'") for name in ("model", "data", "optim")
     )
-    assert_told(Bad("", says), capsys.readouterr().err)
+    assert_message(Bad("", says), capsys.readouterr().err)
     assert sorted(folder.rglob("*")) == before
 
 
 def test_a_bad_override_is_rejected_by_both(
     folder: Path, disttrain: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lay_out(folder, Bad(GOOD, ()))
+    write_config(folder, Bad(GOOD, ()))
     overrides = ["run.steps=[", "optim.args.lr:0.1", "strategy.name=deepspeed", "strategy.deepspeed.stage=0"]
     assert disttrain("check", "project/c.yaml", *overrides) == 2
     told = capsys.readouterr().err
@@ -328,14 +328,14 @@ def test_a_bad_override_is_rejected_by_both(
 
 
 @pytest.mark.parametrize("arguments", [[], ["chek", "c.yaml"], ["check"], ["check", "c.yaml", "--jsn"], ["report"]])
-def test_a_wrong_command_line_is_told_with_code_2(
+def test_a_wrong_command_line_exits_with_code_2(
     arguments: list[str], folder: Path, disttrain: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert disttrain(*arguments) == 2
     assert "Usage: disttrain" in "".join(capsys.readouterr())
 
 
-def test_a_run_without_a_config_shows_how_it_is_called(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+def test_a_run_without_a_config_prints_its_usage(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     assert run_main([]) == 2
     assert "usage: python -m disttrain.run CONFIG" in capsys.readouterr().err
     assert run_main(["--help"]) == 0

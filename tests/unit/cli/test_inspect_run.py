@@ -99,7 +99,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def disttrain(monkeypatch: pytest.MonkeyPatch, project: Path) -> Callable[..., int]:
-    """The console script's own function, in the project's folder: its exit code for these arguments."""
+    """The function of the console script, in the project's folder. Returns its exit code for these arguments."""
     monkeypatch.chdir(project)
 
     def command(*arguments: str) -> int:
@@ -132,7 +132,7 @@ def strict(text: str) -> Any:
 
 
 def plain_loss(run: Path, count: int, seed: int) -> float:
-    """The mean squared error of the stored weights, model's and objective's, in float64."""
+    """The mean squared error of the stored weights of the model and the objective, in float64."""
     x = torch.randn(count, 3, generator=torch.Generator().manual_seed(seed)).double()
     found = {name.rpartition("/")[2]: tensor.double() for name, tensor in weights(run).items() if "optim" not in name}
     output = (x @ found["line.weight"].T + found["line.bias"]) * found["scale"]
@@ -145,7 +145,7 @@ def test_eval_is_the_loss_of_the_stored_weights(
     run = project / "runs" / "line"
     before = contents(project)
     assert disttrain("eval", "runs/line", "--json") == 0
-    found = strict(capsys.readouterr().out)  # what user code prints is not in it
+    found = strict(capsys.readouterr().out)  # the output of user code is not in it
     assert found["step"] == 8
     # float32 over 13 samples against float64
     assert found["eval/held_out/loss"] == pytest.approx(plain_loss(run, 13, 5), rel=1e-5)
@@ -185,10 +185,10 @@ def test_eval_takes_other_sets_from_the_command_line(
 @pytest.mark.parametrize(
     ("override", "code"),
     [
-        ("eval.sets.held_out.args.count=-1", 1),  # raised by the user's own code
+        ("eval.sets.held_out.args.count=-1", 1),  # the user's code raises it
         ("eval.sets.held_out.target=loud_line_parts:pints", 2),
         ("eval.sets.held_out=3", 2),
-        ("run.seed=7", 5),  # what makes the run that run
+        ("run.seed=7", 5),  # the sections that identify the run
     ],
 )
 def test_an_eval_that_fails_does_not_mark_the_run_as_failed(
@@ -197,7 +197,7 @@ def test_an_eval_that_fails_does_not_mark_the_run_as_failed(
     before = contents(project)
     try:
         ended = disttrain("eval", "runs/line", override)
-    except RuntimeError:  # a traceback for the user, whose defect it is
+    except RuntimeError:  # a traceback for the user, because the defect is in their code
         ended = 1
     assert ended == code
     assert capsys.readouterr().out == ""
@@ -211,7 +211,7 @@ def test_eval_without_sets_says_what_to_add(
     assert "its config has no eval.sets" in capsys.readouterr().err
 
 
-def test_report_tells_what_the_metrics_say(
+def test_report_shows_the_metrics(
     project: Path, disttrain: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = metrics(project / "runs" / "line")
@@ -230,7 +230,7 @@ def test_report_tells_what_the_metrics_say(
 
 
 def greedy(run: Path, prompt: bytes, length: int, context: int) -> bytes:
-    """The likeliest bytes, by the decoder written out plainly over the stored weights."""
+    """The likeliest bytes, by a plain decoder with the stored weights."""
     stored = {name.removeprefix("model/model/"): one for name, one in weights(run).items() if name.startswith("model/")}
     model, text = PlainGPT(stored, layers=1, heads=2, kv_heads=2), list(prompt)
     for _ in range(length):
@@ -264,7 +264,7 @@ def test_a_sample_is_a_function_of_its_seed(
     ("run", "found"),
     [("line", "a Line without an attribute `context`"), ("words", "a GPT over 300 tokens")],
 )
-def test_sample_rejects_a_model_that_is_none_over_bytes(
+def test_sample_rejects_a_model_without_a_byte_vocabulary(
     project: Path, disttrain: Callable[..., int], run: str, found: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert disttrain("sample", f"runs/{run}") == 2

@@ -43,7 +43,7 @@ def test_torch_is_not_imported(command: list[str], asked: str, tmp_path: Path) -
 
 
 def least_cpu_s(command: list[str], cwd: Path, times: int = 3) -> float:
-    """User and system seconds of the quickest of several runs: others on the machine only ever add."""
+    """User and system seconds of the fastest of several runs. Other processes on the machine can only add time."""
     spent = []
     for _ in range(times):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -57,7 +57,7 @@ def least_cpu_s(command: list[str], cwd: Path, times: int = 3) -> float:
 def test_the_answer_takes_less_than_half_of_importing_torch(tmp_path: Path) -> None:
     torch = least_cpu_s([sys.executable, "-c", "import torch"], tmp_path)
     for asked in ("help", "check"):
-        run([*SCRIPT, *ASKED[asked]], tmp_path)  # compiles what is not compiled yet
+        run([*SCRIPT, *ASKED[asked]], tmp_path)  # compiles what has not been compiled yet
         assert 0 < least_cpu_s([*SCRIPT, *ASKED[asked]], tmp_path) < torch / 2, asked
 
 
@@ -90,12 +90,12 @@ def test_check_runs_no_user_code_and_import_does(tmp_path: Path) -> None:
         ("make = lambda b: b", "got an unexpected keyword argument 'a'"),
     ],
 )
-def test_import_tells_what_the_source_alone_does_not_show(
+def test_import_reports_errors_that_the_source_does_not_show(
     source: str, found: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from disttrain.cli.check import check_config
 
-    (tmp_path / "hidden_parts.py").write_text(source + "\nglobals\n")  # code may add names: the source is no judge
+    (tmp_path / "hidden_parts.py").write_text(source + "\nglobals\n")  # code may add names, so the source cannot decide
     (tmp_path / "c.yaml").write_text("run: {seed: 1}\nmodel: {target: 'hidden_parts:make', args: {a: 1}}\n")
     path = str(tmp_path / "c.yaml")
     assert check_config(path, [], as_json=True, imports=False) == 0

@@ -73,7 +73,7 @@ def test_boxes_tile_exactly_when_each_element_is_covered_once(case) -> None:
 
 
 @given(SHAPES, st.lists(st.floats(0, 1), max_size=5))
-def test_cut_flat_ranges_tile_and_miss_one_box_do_not(shape, cuts) -> None:
+def test_split_flat_ranges_tile_and_miss_one_do_not(shape, cuts) -> None:
     numel = math.prod(shape)
     edges = [0, *sorted(int(cut * numel) for cut in cuts), numel]
     boxes = [box for a, b in itertools.pairwise(edges) for box in flat_range_to_boxes(shape, a, b)]
@@ -101,7 +101,7 @@ def test_a_scalar_is_one_box_without_dims() -> None:
     assert tiling_fault((), []) is not None
 
 
-def test_a_box_of_impossible_numbers_is_rejected() -> None:
+def test_a_box_with_impossible_numbers_is_rejected() -> None:
     with pytest.raises(ValueError, match="negative"):
         Box((0,), (-1,))
     with pytest.raises(ValueError, match="one size per offset"):

@@ -16,7 +16,7 @@ WORD = 2**64
 
 
 def expected(tensor: Tensor) -> int:
-    """By Python's own numbers, element by element."""
+    """The checksum computed element by element with Python integers."""
     size = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     flat = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     total = 0
@@ -37,7 +37,7 @@ def cut(tensor: Tensor, edges: list[list[int]]) -> list[Shard]:
 
 @settings(deadline=None, max_examples=40)
 @given(st.data())
-def test_is_the_same_for_every_cut(data: st.DataObject) -> None:
+def test_is_the_same_for_every_sharding(data: st.DataObject) -> None:
     shape = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=3))
     dtype = data.draw(
         st.sampled_from([torch.float32, torch.bfloat16, torch.float64, torch.complex64, torch.complex128])

@@ -37,7 +37,7 @@ cuts = st.integers(0, 3).flatmap(
 
 
 @given(cuts)
-def test_a_regular_cut_comes_back_box_by_box_with_its_writers(case: tuple) -> None:
+def test_a_regular_sharding_is_restored_box_by_box_with_its_writers(case: tuple) -> None:
     held = cut(*case)
     grid = find_grid(case[0], held)
     if len(set(held.values())) < len(held):
@@ -50,7 +50,7 @@ def test_a_regular_cut_comes_back_box_by_box_with_its_writers(case: tuple) -> No
 
 
 @given(cuts, st.data())
-def test_what_meets_a_box_is_what_overlaps_it(case: tuple, data: st.DataObject) -> None:
+def test_boxes_that_meet_a_box_are_those_that_overlap_it(case: tuple, data: st.DataObject) -> None:
     held, shape = cut(*case), case[0]
     offsets = tuple(data.draw(st.integers(0, size - 1)) for size in shape)
     sizes = tuple(data.draw(st.integers(0, size - offset)) for size, offset in zip(shape, offsets, strict=True))
@@ -61,7 +61,7 @@ def test_what_meets_a_box_is_what_overlaps_it(case: tuple, data: st.DataObject) 
 
 
 @given(cuts, st.data())
-def test_a_missing_moved_or_other_writers_box_is_no_grid_or_the_right_one(case: tuple, data: st.DataObject) -> None:
+def test_a_missing_moved_or_misattributed_box_is_no_grid_or_the_right_one(case: tuple, data: st.DataObject) -> None:
     held, shape = cut(*case), case[0]
     box = data.draw(st.sampled_from(sorted(held, key=str)))
     rank = held.pop(box)
@@ -72,7 +72,7 @@ def test_a_missing_moved_or_other_writers_box_is_no_grid_or_the_right_one(case: 
     assert other is None or dict(other.all()) == held
 
 
-def test_flat_ranges_and_uneven_cuts_are_no_grid() -> None:
+def test_flat_ranges_and_uneven_shards_are_no_grid() -> None:
     assert find_grid((4, 3), {Box((0, 0), (1, 2)): 0, Box((0, 2), (1, 1)): 1, Box((1, 0), (3, 3)): 1}) is None
     assert find_grid((7,), {Box((0,), (3,)): 0, Box((3,), (1,)): 1, Box((4,), (3,)): 2}) is None
     assert find_grid((0, 3), {}) is None

@@ -24,7 +24,7 @@ BIG = 2**22
 
 
 def weights_of_some() -> dict[str, Tensor]:
-    """The awkward tensors of the model alone."""
+    """Only the model's tensors with unusual shapes and dtypes."""
     found = {name.removeprefix("model/model/"): tensor for name, tensor in some_tensors().items()}
     return {name: tensor for name, tensor in found.items() if "/" not in name}
 
@@ -37,7 +37,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 def test_a_safetensors_file_is_read_by_safetensors(checkpoint: Path, tmp_path: Path) -> None:
     expected = weights_of_some()
-    expected["wave"] = expected["wave"].to(torch.complex64)  # the format has no wider one
+    expected["wave"] = expected["wave"].to(torch.complex64)  # the format has no wider type
     shards = [full_shard(f"model/model/{name}", tensor) for name, tensor in expected.items()]
     source = save_checkpoint(tmp_path / "narrow", 7, shards, {}, SoleRank())
     done = convert(source, tmp_path / "weights.safetensors")
@@ -106,7 +106,7 @@ def test_a_full_disk_leaves_nothing(to: str, tmp_path: Path) -> None:
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_type_that_safetensors_lacks_is_rejected_with_a_way_out(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_type_that_safetensors_lacks_is_rejected_with_a_fix(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"wave[^\n]*\n[^\n]*complex128[^\n]*\n[^\n]*--to torch"):
         convert(checkpoint, tmp_path / "weights.safetensors")
     assert not (tmp_path / "weights.safetensors").exists()
@@ -121,7 +121,7 @@ def test_another_name_and_another_format_are_named(checkpoint: Path, tmp_path: P
         convert(checkpoint, tmp_path / "x", to="disttrain")
 
 
-def test_what_a_path_looks_like_says_its_format(checkpoint: Path, tmp_path: Path) -> None:
+def test_the_suffix_of_a_path_selects_the_format(checkpoint: Path, tmp_path: Path) -> None:
     single = save_checkpoint(tmp_path / "one", 1, [full_shard("model/model/a", torch.ones(9))], {}, SoleRank())
     found = {"disttrain": checkpoint}
     for to in EXPORTS:
@@ -151,5 +151,5 @@ def test_an_export_holds_one_tensor(to: str, tmp_path: Path) -> None:
     source = save_checkpoint(tmp_path, 1, tensors, {}, SoleRank())
     command = [sys.executable, "-c", MEASURED, str(source), str(tmp_path / "target"), to]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    # What is read together, 32 MiB, and a chunk of the reader, 16 MiB, of 192 MiB in all; the rest is slack.
+    # Data read together is 32 MiB, and a chunk of the reader 16 MiB, of 192 MiB in total. The rest is slack.
     assert int(done.stdout) < (32 + 16 + 24) * 2**20

@@ -32,7 +32,7 @@ from disttrain.errors import CheckpointError
 
 
 class Canary:
-    """Leaves a mark where it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -63,7 +63,7 @@ def net() -> Net:
 
 
 def written(kind: str, model: nn.Module, folder: Path) -> Path:
-    """The model's state as others write it."""
+    """The model's state in the format of another library."""
     state = model.state_dict()
     folder.mkdir()
     if kind == "safetensors":
@@ -95,12 +95,12 @@ def test_every_form_of_weights_loads(kind: str, net: Net, tmp_path: Path) -> Non
     assert again.head.weight is again.encoder.weight
 
 
-def test_a_part_of_a_tensor_is_all_that_is_read(net: Net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_requested_part_of_a_tensor_is_read(net: Net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> Any:
         raise AssertionError("a whole tensor was read")
 
     class Slices:
-        """The library's own handle, without the way to a whole tensor."""
+        """The library's handle, without the method that returns a complete tensor."""
 
         def __init__(self, path: str, **options: Any) -> None:
             self._handle = safe_open(path, **options)
@@ -114,7 +114,7 @@ def test_a_part_of_a_tensor_is_all_that_is_read(net: Net, tmp_path: Path, monkey
 
 
 def fill_matching(weights: Any, shards: Any, **options: Any) -> Any:
-    """As an engine loads weights; what differs."""
+    """Loads weights as an engine does, and returns the differences."""
     found, wanted = match_weights(weights, shards, **options)
     weights.fill(wanted)
     return found
@@ -185,14 +185,14 @@ def test_no_pickle_is_run(place: str, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError) as refused:
             act()
         assert refused.value.exit_code == 5
-        assert "mkdir" in str(refused.value) or place == "bare pickle"  # which torch refuses for its protocol already
+        assert "mkdir" in str(refused.value) or place == "bare pickle"  # which torch rejects because of its protocol
         assert "nothing in it was run" in str(refused.value)
     assert not mark.exists() and not (tmp_path / "target").exists()
     pickle.loads(pickle.dumps(Canary(mark)))
-    assert mark.exists()  # so it would have been seen
+    assert mark.exists()  # so the test above would have detected it
 
 
-def test_an_index_does_not_lead_out_of_its_folder(tmp_path: Path) -> None:
+def test_an_index_cannot_point_outside_its_folder(tmp_path: Path) -> None:
     safetensors.torch.save_file({"w": torch.ones(3)}, tmp_path / "secret.safetensors")
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -218,7 +218,7 @@ def test_damaged_files_are_rejected_by_name(net: Net, tmp_path: Path) -> None:
             open_weights(path)
 
 
-def test_what_is_none_of_the_formats_is_named(tmp_path: Path) -> None:
+def test_other_formats_are_named(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("nothing to load here")
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -252,7 +252,7 @@ def dcp_of(state: dict[str, Any], folder: Path) -> Path:
     return folder
 
 
-def test_a_torch_distributed_checkpoint_may_keep_its_weights_anywhere_usual(net: Net, tmp_path: Path) -> None:
+def test_a_torch_distributed_checkpoint_may_keep_its_weights_under_any_usual_key(net: Net, tmp_path: Path) -> None:
     plain = net.state_dict()
     optimizer: dict[str, Tensor] = {f"state.{name}.exp_avg": torch.ones_like(t) for name, t in plain.items()}
     del optimizer["state.head.weight.exp_avg"]
@@ -274,7 +274,7 @@ def test_a_torch_distributed_checkpoint_may_keep_its_weights_anywhere_usual(net:
     assert "model/net/head.weight" not in found.tensors
 
 
-def test_what_a_torch_distributed_checkpoint_cannot_carry_is_said(tmp_path: Path) -> None:
+def test_state_that_a_torch_distributed_checkpoint_cannot_hold_is_reported(tmp_path: Path) -> None:
     model = nn.Linear(3, 2)
     optimizer = torch.optim.Adam(model.parameters())
     model(torch.ones(1, 3)).sum().backward()
@@ -309,7 +309,7 @@ def test_damage_in_a_torch_distributed_checkpoint_is_rejected(damage: str, tmp_p
 
 
 @pytest.mark.parametrize("kind", ["plain", "bin", "dcp"])
-def test_every_flipped_bit_of_a_weight_is_found(kind: str, net: Net, tmp_path: Path) -> None:
+def test_every_flipped_bit_of_a_weight_is_detected(kind: str, net: Net, tmp_path: Path) -> None:
     if kind == "dcp":
         source = dcp_of({"model": net.state_dict()}, tmp_path / "there")
         (file,) = source.glob("*.distcp")
@@ -329,7 +329,7 @@ def test_every_flipped_bit_of_a_weight_is_found(kind: str, net: Net, tmp_path: P
     import_checkpoint(source, tmp_path / "target")
 
 
-def test_reads_a_weight_whole(net: Net, tmp_path: Path) -> None:
+def test_reads_a_weight_in_full(net: Net, tmp_path: Path) -> None:
     for kind in ("safetensors", "plain"):
         weights = open_weights(written(kind, net, tmp_path / kind))
         assert torch.equal(read_weight(weights, "decoder.bias"), net.decoder.bias)

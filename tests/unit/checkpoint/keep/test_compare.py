@@ -36,7 +36,7 @@ def saved(
 
 
 def compared(tmp_path: Path, a: Tensor, b: Tensor) -> StoredTensorDifference | None:
-    """One tensor against another of its shape and dtype."""
+    """Compares one tensor with another of its shape and dtype."""
     left, right = saved(tmp_path / "a", {"user/u/t": a}), saved(tmp_path / "b", {"user/u/t": b})
     found = compare_tensors(left, right)
     assert found.same == (not found.differences)
@@ -97,7 +97,7 @@ NAN, INF = math.nan, math.inf
         ([0.0, 5.0], [1e-30, 5.5], 2, 0, (0.5, (1,)), (1.0, (0,))),
     ],
 )
-def test_what_is_no_plain_number(
+def test_values_that_are_no_finite_numbers(
     tmp_path: Path, a: list[float], b: list[float], differing: int, nans: int, absolute: Any, relative: Any
 ) -> None:
     one = compared(tmp_path, torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64))
@@ -179,7 +179,7 @@ def test_damage_is_an_error_and_no_difference(tmp_path: Path) -> None:
 
 
 def test_every_chunk_is_read_as_often_as_one_load_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once to check it before anything is used, once to copy: pieces are cut where chunks end."""
+    """Once to check it before use, once to copy. Pieces end at chunk boundaries."""
     tensors = {"model/m/big": torch.arange(40_000.0), "model/m/small": torch.arange(77.0)}
     a, b = (saved(tmp_path / side, tensors, "rows", 2) for side in "ab")
     reads: list[tuple[str, int]] = []
@@ -219,7 +219,10 @@ print(sum(one.differing for one in found.differences), peak() - before, time.pro
 
 
 def measured(*words: object) -> tuple[int, int, float]:
-    """In a process of its own: elements that differ, bytes that its peak grew by, CPU seconds."""
+    """Runs in a separate process.
+
+    Returns the number of differing elements, the growth of peak bytes, and CPU seconds.
+    """
     asked = [sys.executable, "-c", MEASURE, *map(str, words)]
     done = subprocess.run(asked, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -239,7 +242,7 @@ def test_a_big_tensor_is_compared_in_little_memory(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_what_a_comparison_costs(tmp_path: Path) -> None:
-    """Half a GiB in one tensor, and in 2,000: the figures of docs/reference/checkpoint-commands.md."""
+    """Half a GiB in one tensor, and in 2,000 tensors: the figures of docs/reference/checkpoint-commands.md."""
     big = {"model/m/w": torch.randn(8192, 16384)}
     many = {f"model/m/w{number:05d}": torch.randn(256, 256) for number in range(2_000)}
     for kind, tensors, other in (

@@ -29,7 +29,7 @@ def steps_in(root: Path) -> list[int]:
     keep=st.integers(1, 3),
     mode=st.sampled_from(["min", "max"]),
 )
-def test_what_is_kept(
+def test_which_checkpoints_are_kept(
     scores: dict[int, float | None], keep_last: int, keep_every: int | None, keep: int, mode: str
 ) -> None:
     kept = choose_kept(scores, keep_last=keep_last, keep_every=keep_every, best=Best("m", mode, keep))
@@ -55,7 +55,7 @@ def test_newest_every_and_best_stay_on_the_disk(tmp_path: Path) -> None:
     assert steps_in(tmp_path) == [4, 7, 8], "a better one takes the best's place"
 
 
-def test_a_run_that_goes_on_reads_what_it_did_not_write_and_counts_only_what_is_whole(tmp_path: Path) -> None:
+def test_a_resumed_run_reads_earlier_checkpoints_and_counts_only_intact_ones(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         save(tmp_path, step)
     rotten = tmp_path / "step-00000003" / "rank-00000.safetensors"

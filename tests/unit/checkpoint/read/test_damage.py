@@ -35,7 +35,10 @@ from disttrain.errors import CheckpointError, UnreadableError
 
 
 def save(root: Path, step: int, ranks: int = 2, value: float | None = None, listed: bool = False) -> Path:
-    """By several ranks that each hold rows; in the ranks' own order a grid, in another one listed box by box."""
+    """Save from several ranks that each hold rows.
+
+    In rank order the boxes form a grid, in another order they are listed.
+    """
     tensors = some_tensors() if value is None else {"model/m/w": torch.full((1500,), value)}
     act = lambda own: save_checkpoint(  # noqa: E731
         root,
@@ -49,7 +52,7 @@ def save(root: Path, step: int, ranks: int = 2, value: float | None = None, list
 
 
 def load_all(path: Path) -> None:
-    """What a resuming rank does."""
+    """Loads everything, as a resuming rank does."""
     checkpoint = Checkpoint.open(path)
     checkpoint.load_into(blank(LAYOUTS["replicated"](some_tensors(), 0, 1)))
     checkpoint.verify()
@@ -75,7 +78,7 @@ def test_four_hundred_single_bit_flips_are_all_detected(tmp_path: Path) -> None:
 
 
 def test_two_hundred_bit_flips_each_send_the_run_back_to_the_previous_and_name_the_file(tmp_path: Path) -> None:
-    """Everywhere in the folder by size, every fourth in the manifest; no flip is where another was."""
+    """Anywhere in the folder in proportion to size, every fourth in the manifest. No position is used twice."""
     save(tmp_path, 100)
     path = save(tmp_path, 200)
     files = sorted(path.iterdir())
@@ -141,7 +144,7 @@ def test_truncated_emptied_zeroed_lengthened_missing_and_swapped_files_are_detec
         load_all(file.parent)
 
 
-def test_damage_names_the_file_and_nothing_is_copied_before_it_is_found(tmp_path: Path) -> None:
+def test_damage_names_the_file_and_nothing_is_copied_before_it_is_detected(tmp_path: Path) -> None:
     path = save(tmp_path, 100)
     file = path / "rank-00001.safetensors"
     content = bytearray(file.read_bytes())
@@ -154,8 +157,8 @@ def test_damage_names_the_file_and_nothing_is_copied_before_it_is_found(tmp_path
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["straight", "through the buffer"])
-def test_damage_done_after_all_was_verified_is_found_while_tensors_are_filled(tmp_path: Path, dtype: Any) -> None:
-    """In the bytes asked for, between them, in the header: in every chunk that this process has not read before."""
+def test_damage_after_verification_is_detected_while_tensors_are_filled(tmp_path: Path, dtype: Any) -> None:
+    """In the requested bytes, between them, in the header: in every chunk that this process has not read before."""
     tensors = {f"model/m/{name}": torch.arange(float(size)) for name, size in (("a", 300), ("b", 2500), ("c", 40))}
     path = save_checkpoint(
         tmp_path, 1, [full_shard(*item) for item in tensors.items()], {}, SoleRank(), chunk_bytes=4096
@@ -168,7 +171,7 @@ def test_damage_done_after_all_was_verified_is_found_while_tensors_are_filled(tm
 
     def load(*names: str) -> list[torch.Tensor]:
         checkpoint = Checkpoint.open(path)
-        checkpoint.verify_while_loading()  # as after `newest_intact`: other ranks have read it
+        checkpoint.verify_while_loading()  # as after `newest_intact`: other ranks have read the chunk
         into = [torch.zeros(tensors[name].shape, dtype=dtype) for name in names]
         checkpoint.load_into([full_shard(*item) for item in zip(names, into, strict=True)], strict=False)
         return into
@@ -203,13 +206,13 @@ def test_shards_may_ask_for_the_same_bytes_and_in_any_order(tmp_path: Path, at_o
         assert all(torch.equal(shard.tensor, tensor[shard.box.slices()]) for shard in shards)
 
 
-def test_resuming_goes_on_from_the_newest_whole_one_and_says_what_was_wrong(tmp_path: Path) -> None:
+def test_resuming_uses_the_newest_intact_checkpoint_and_says_what_was_wrong(tmp_path: Path) -> None:
     for step in (100, 200, 300, 400):
         save(tmp_path, step, value=float(step))
     (tmp_path / "step-00000400" / "manifest.json").unlink()
     file = tmp_path / "step-00000300" / "rank-00001.safetensors"
     file.write_bytes(file.read_bytes()[:-4] + b"abcd")
-    (tmp_path / "step-00000200").rename(tmp_path / "step-00000250")  # whole, but not what its name says
+    (tmp_path / "step-00000200").rename(tmp_path / "step-00000250")  # intact, but its content belongs to another step
     for size in (1, 3):
         found = on_ranks(size, lambda ranks: newest_intact(tmp_path, ranks))
         for checkpoint, rejected in found:
@@ -221,8 +224,8 @@ def test_resuming_goes_on_from_the_newest_whole_one_and_says_what_was_wrong(tmp_
         assert len({str(rejected) for _, rejected in found}) == 1
 
 
-def test_one_of_a_newer_format_ends_the_search_and_is_left_alone(tmp_path: Path) -> None:
-    """To go on from an older one would throw away what a newer disttrain has trained."""
+def test_a_checkpoint_of_a_newer_format_ends_the_search_and_is_unchanged(tmp_path: Path) -> None:
+    """Continuing from an older checkpoint would discard what a newer disttrain has trained."""
     save(tmp_path, 100)
     newer = save(tmp_path, 200)
     seal(newer, lambda m: m.update(version=2))
@@ -271,14 +274,14 @@ FIRST = "rank-00000.safetensors"
         _evil("newer", lambda m: m.update(version=2), "upgrade disttrain"),
     ],
 )
-def test_a_manifest_that_does_not_add_up_is_rejected(tmp_path: Path, change, found: str) -> None:
+def test_an_inconsistent_manifest_is_rejected(tmp_path: Path, change, found: str) -> None:
     path = save(tmp_path, 100, value=3.0, listed=True)
     reject_changed(path, change, found)
 
 
 def reject_changed(path: Path, change: Callable[[dict[str, Any]], None], found: str) -> None:
     seal(path, lambda manifest: None)
-    Checkpoint.open(path).verify()  # resealing alone changes nothing
+    Checkpoint.open(path).verify()  # recomputing the digest alone changes nothing
     seal(path, change)
     with pytest.raises(CheckpointError, match=r"step-00000100") as caught:
         Checkpoint.open(path)
@@ -300,7 +303,7 @@ def reject_changed(path: Path, change: Callable[[dict[str, Any]], None], found: 
         _evil("negative stride", lambda m: m["tensors"][W].update(strides=[-1]), "is -1"),
     ],
 )
-def test_a_grid_that_does_not_add_up_is_rejected(tmp_path: Path, change, found: str) -> None:
+def test_an_inconsistent_grid_is_rejected(tmp_path: Path, change, found: str) -> None:
     reject_changed(save(tmp_path, 100, value=3.0), change, found)
 
 
@@ -317,7 +320,7 @@ def test_a_grid_that_does_not_add_up_is_rejected(tmp_path: Path, change, found: 
         _evil("a list", lambda h: h.update({"model/m/w[0:750]": []}), "does not fit"),
     ],
 )
-def test_a_header_that_lies_is_rejected_before_anything_is_written(tmp_path: Path, change, found: str) -> None:
+def test_a_false_header_is_rejected_before_anything_is_written(tmp_path: Path, change, found: str) -> None:
     path = save(tmp_path, 100, value=3.0)
     file = path / FIRST
     raw = file.read_bytes()
@@ -338,7 +341,7 @@ def test_a_header_that_lies_is_rejected_before_anything_is_written(tmp_path: Pat
 
 
 @pytest.mark.parametrize("listed", [False, True])
-def test_random_values_anywhere_in_a_manifest_never_end_in_another_error(tmp_path: Path, listed: bool) -> None:
+def test_random_values_anywhere_in_a_manifest_never_raise_another_error(tmp_path: Path, listed: bool) -> None:
     path = save(tmp_path, 100, value=3.0, listed=listed)
     original = (path / "manifest.json").read_bytes()
     chosen = random.Random(1)
@@ -411,7 +414,7 @@ def test_a_pickle_of_any_name_is_never_run(tmp_path: Path) -> None:
         (["notes.txt"], "no manifest.json among notes.txt"),
     ],
 )
-def test_a_folder_of_someone_elses_format_is_named(tmp_path: Path, content: list[str], found: str) -> None:
+def test_a_folder_in_a_foreign_format_is_named(tmp_path: Path, content: list[str], found: str) -> None:
     for name in content:
         (tmp_path / name).touch()
     with pytest.raises(CheckpointError, match=found):
@@ -420,7 +423,7 @@ def test_a_folder_of_someone_elses_format_is_named(tmp_path: Path, content: list
         Checkpoint.open(tmp_path / "absent")
 
 
-def test_a_full_disk_is_named_with_the_room_needed_and_found_and_leaves_nothing(small_disk: Path) -> None:
+def test_a_full_disk_is_reported_with_the_required_and_free_space_and_leaves_nothing(small_disk: Path) -> None:
     root = small_disk / "checkpoints"
     first = save(root, 100)
     state = [full_shard("model/m/w", torch.zeros(200_000)), full_shard("model/m/v", torch.zeros(200_000))]
@@ -436,10 +439,10 @@ def test_a_full_disk_is_named_with_the_room_needed_and_found_and_leaves_nothing(
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_whatever_operation_fails_all_ranks_learn_it_and_nothing_is_left(tmp_path: Path, victim: int) -> None:
+def test_all_ranks_learn_of_a_failed_operation_and_nothing_is_left(tmp_path: Path, victim: int) -> None:
     tensors = {"model/m/w": torch.arange(3000.0), "model/m/b": torch.ones(5)}
     failing, seen = 0, []
-    while failing <= len(seen):  # the last round fails nothing
+    while failing <= len(seen):  # nothing fails in the last round
         root, seen = tmp_path / str(failing), []
         first = save(root, 100)
 
@@ -455,7 +458,7 @@ def test_whatever_operation_fails_all_ranks_learn_it_and_nothing_is_left(tmp_pat
 
         found = on_ranks(2, act)
         failed = failing < len(seen)
-        # The commit is the rename: where only the folder's sync after it fails, the checkpoint is there, and is whole.
+        # The commit is the rename. If only the folder's sync after it fails, the checkpoint exists and is intact.
         committed = not failed or seen[failing - 1] == "rename"
         if failed:
             assert all(isinstance(e, CheckpointError) and "Input/output error" in str(e) for e in found), found

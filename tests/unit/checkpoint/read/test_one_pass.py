@@ -24,7 +24,7 @@ CHUNK = 4096
 
 
 def large_tensors(scale: float = 1.0) -> dict[str, torch.Tensor]:
-    """Rows that every world here divides, of several chunks a rank."""
+    """Tensors with rows that every world here divides evenly, and several chunks per rank."""
     return {f"model/m/{name}": torch.arange(36.0 * 240).view(36, 240) * scale + k for k, name in enumerate("abc")}
 
 
@@ -36,7 +36,7 @@ def save(root: Any, step: int, tensors: dict[str, torch.Tensor], layout: str = "
 
 
 def resume(root: Any, tensors: dict[str, torch.Tensor], layout: str, ranks: int) -> list[Any]:
-    """Of each rank: what was found, what was rejected, and its shards as they were filled."""
+    """Returns for each rank: the selected checkpoint, the rejected ones, and its shards after filling."""
 
     def act(own: Any) -> Any:
         shards = blank(LAYOUTS[layout](tensors, own.rank, ranks))
@@ -77,7 +77,7 @@ def test_all_ranks_together_read_every_chunk_once(
 
         monkeypatch.setattr(ChunkReader, "scatter", scattered)
         monkeypatch.setattr(ChunkReader, "fill", filled)
-        monkeypatch.setattr(reader, "_MOST_HEADERS", 64)  # of all headers here the first bytes, and then the rest
+        monkeypatch.setattr(reader, "_MOST_HEADERS", 64)  # the first bytes of all headers here, then the rest
         for found, rejected, shards in resume(root, large_tensors(), "rows", loaded):
             assert (found.step, rejected) == (7, [])
             refuse_other_bits(shards, large_tensors())
@@ -88,10 +88,10 @@ def test_all_ranks_together_read_every_chunk_once(
 
 @pytest.mark.parametrize("layout", sorted(LAYOUTS))
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_a_flip_anywhere_sends_every_rank_to_the_one_before_whose_bits_it_then_has(
-    layout: str, ranks: int, tmp_path: Path
-) -> None:
-    """Also where no rank reads it for itself, and after tensors were filled from the damaged one."""
+def test_a_flip_anywhere_makes_every_rank_load_the_previous_checkpoint(layout: str, ranks: int, tmp_path: Path) -> None:
+    """This holds also if no rank reads the chunk for its shards, and after tensors were filled from the damaged
+    checkpoint.
+    """
     old = {name: tensor.clone() for name, tensor in some_tensors().items()}
     for name in ("model/model/embed.weight", "optim/model/embed.weight:exp_avg"):
         old[name] = old[name] + 1
@@ -110,7 +110,7 @@ def test_a_flip_anywhere_sends_every_rank_to_the_one_before_whose_bits_it_then_h
 
         def act(own: Any) -> Any:
             shards = blank(LAYOUTS[layout](old, own.rank, ranks))
-            names = {shard.name for shard in shards}  # flat parts of a scalar are one rank's
+            names = {shard.name for shard in shards}  # flat parts of a scalar belong to one rank
             fill = lambda one: one.load_into(shards, ignore=set(one.tensors) - names)  # noqa: E731
             return *newest_intact(tmp_path, own, fill), shards
 
@@ -123,8 +123,8 @@ def test_a_flip_anywhere_sends_every_rank_to_the_one_before_whose_bits_it_then_h
         file.write_bytes(original)
 
 
-def test_what_one_rank_alone_finds_damaged_all_reject(tmp_path: Path) -> None:
-    """The last rows, which the last rank alone reads; the others have filled theirs by then."""
+def test_all_ranks_reject_a_checkpoint_that_one_rank_finds_damaged(tmp_path: Path) -> None:
+    """The damage is in the last rows, which only the last rank reads. The others have filled theirs by then."""
     save(tmp_path, 1, large_tensors())
     path = save(tmp_path, 2, large_tensors(2.0))
     file = path / "rank-00001.safetensors"
@@ -137,7 +137,7 @@ def test_what_one_rank_alone_finds_damaged_all_reject(tmp_path: Path) -> None:
         refuse_other_bits(shards, large_tensors())
 
 
-def test_what_filling_raises_rejects_the_candidate_on_every_rank(tmp_path: Path) -> None:
+def test_an_error_while_filling_rejects_the_candidate_on_every_rank(tmp_path: Path) -> None:
     save(tmp_path, 1, large_tensors())
     save(tmp_path, 2, large_tensors())
 
@@ -153,7 +153,7 @@ def test_what_filling_raises_rejects_the_candidate_on_every_rank(tmp_path: Path)
         assert "RuntimeError: no room" in rejected[0][1]
 
 
-def test_chunks_that_nobody_read_are_shared_out_evenly() -> None:
+def test_chunks_that_no_rank_read_are_shared_evenly() -> None:
     files = {"a": FileInfo(0, (0,) * 10), "b": FileInfo(0, (0,) * 4), "c": FileInfo(0, ())}
     chosen = random.Random(3)
     for _ in range(200):
@@ -170,8 +170,8 @@ def test_chunks_that_nobody_read_are_shared_out_evenly() -> None:
     assert merge_chunks([("b", 1), ("a", 3), ("a", 1), ("a", 2)]) == [("a", 1, 4), ("b", 1, 2)]
 
 
-def test_a_header_that_reads_otherwise_a_second_time_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the first reading all was placed; the chunk that fits its checksum says another thing."""
+def test_a_header_that_differs_in_a_second_reading_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first reading placed all tensors. The chunk that matches its checksum has different content."""
     save(tmp_path, 1, large_tensors())
     save(tmp_path, 2, large_tensors(2.0))
     plain = Checkpoint._bytes
@@ -190,8 +190,8 @@ def test_a_header_that_reads_otherwise_a_second_time_is_damage(tmp_path: Path, m
         Checkpoint.open(tmp_path / "step-00000002").load_into(blank(LAYOUTS["replicated"](large_tensors(), 0, 1)))
 
 
-def test_a_file_that_may_not_be_read_any_more_ends_the_search(tmp_path: Path) -> None:
-    """It may well be whole: to go on from an older one would throw away what was trained."""
+def test_a_file_that_has_become_unreadable_ends_the_search(tmp_path: Path) -> None:
+    """The file may be intact. Continuing from an older checkpoint would discard trained steps."""
     for step in (1, 2):
         save(tmp_path, step, large_tensors())
 
@@ -206,8 +206,8 @@ def test_a_file_that_may_not_be_read_any_more_ends_the_search(tmp_path: Path) ->
         assert isinstance(found, UnreadableError) and "not any more" in str(found)
 
 
-def test_what_a_rejected_candidate_was_filled_into_is_let_go_at_once(tmp_path: Path) -> None:
-    """Not when Python next collects garbage, which a training script may have turned off."""
+def test_memory_filled_from_a_rejected_candidate_is_freed_at_once(tmp_path: Path) -> None:
+    """Not at Python's next garbage collection, which a training script may have turned off."""
     path = save(tmp_path, 1, large_tensors())
     (path / "rank-00001.safetensors").write_bytes((path / "rank-00001.safetensors").read_bytes()[:-1] + b"?")
     made: list[weakref.ref[torch.Tensor]] = []

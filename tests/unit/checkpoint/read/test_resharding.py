@@ -48,7 +48,7 @@ def test_every_layout_loads_into_every_other_bit_equal(tmp_path: Path, layout: s
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_box_of_a_tensor_larger_than_a_chunk_reads_right(tmp_path: Path, data: st.DataObject) -> None:
-    shape = (7, 50, 11)  # 15 400 bytes over four chunks
+    shape = (7, 50, 11)  # 15,400 bytes over four chunks
     tensor = torch.arange(7 * 50 * 11, dtype=torch.int32).reshape(shape)
     layout, size = data.draw(st.sampled_from(["rows", "columns", "flat"])), data.draw(st.integers(1, 3))
     root = tmp_path / f"{layout}-{size}"
@@ -66,7 +66,7 @@ def test_the_document_comes_back_with_tuples_as_lists(tmp_path: Path) -> None:
     assert document == {**DOCUMENT, "betas": [0.9, 0.999]}
 
 
-def test_replicated_state_is_written_once_and_spread_over_the_ranks(tmp_path: Path) -> None:
+def test_replicated_state_is_written_once_and_distributed_over_the_ranks(tmp_path: Path) -> None:
     tensors = {f"model/m/{i}": torch.full((1000,), float(i)) for i in range(8)}
     path = save(tmp_path, "replicated", 4, tensors)
     sizes = [file.stat().st_size for file in sorted(path.glob("*.safetensors"))]
@@ -124,7 +124,7 @@ def test_all_missing_unexpected_and_misshapen_names_are_listed_and_nothing_is_wr
     Checkpoint.open(path).load_into([wanted[0]], ignore={"model/m/b", "model/m/c"})
 
 
-def test_an_integer_never_becomes_a_float_in_silence(tmp_path: Path) -> None:
+def test_an_integer_is_never_silently_converted_to_a_float(tmp_path: Path) -> None:
     path = save(tmp_path, "rows", 1, {"model/m/a": torch.arange(3)})
     with pytest.raises(CheckpointError, match=r"torch.int64 in the checkpoint, torch.float32 here"):
         Checkpoint.open(path).load_into([full_shard("model/m/a", torch.zeros(3))])
@@ -177,8 +177,8 @@ def test_an_existing_name_is_never_written_into(tmp_path: Path) -> None:
         save_checkpoint(tmp_path, 200, [], {}, SoleRank())
 
 
-def test_hybrid_meshes_with_uneven_cuts_on_two_axes_are_written_once(tmp_path: Path) -> None:
-    """Two axes of two: x is cut over the first and replicated over the second, y the other way round, both unevenly."""
+def test_hybrid_meshes_with_uneven_shards_on_two_axes_are_written_once(tmp_path: Path) -> None:
+    """Two axes of two: x is sharded over the first and replicated over the second, y the reverse, both unevenly."""
     x, y = torch.randn(3, 4), torch.randn(5, 2)
 
     def cut(name: str, tensor: torch.Tensor, index: int, replica: int) -> Shard:

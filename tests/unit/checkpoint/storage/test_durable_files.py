@@ -24,7 +24,7 @@ LARGE = 64 * MIB
 
 
 class Writes:
-    """`os.write`, with a note of how many bytes went past the cache, and through it."""
+    """`os.write` that counts the bytes that bypass the cache, and those that use it."""
 
     def __init__(self, refused: int = 0, refusal: int = errno.EINVAL) -> None:
         self.direct: list[int] = []
@@ -47,7 +47,7 @@ def write(path: Path, pieces: Sequence[bytes]) -> None:
 
 
 def pieces_of(size: int, seed: int) -> list[bytes]:
-    """Random content, cut at random."""
+    """Random content, split at random positions."""
     chosen = random.Random(seed)
     content = chosen.randbytes(size)
     cuts = sorted([0, size, *(chosen.randrange(size + 1) for _ in range(9))])
@@ -56,7 +56,7 @@ def pieces_of(size: int, seed: int) -> list[bytes]:
 
 @pytest.fixture
 def taken(tmp_path: Path) -> None:
-    """Skips where this file system does not write so."""
+    """Skips the test if this file system does not bypass the cache."""
     descriptor = os.open(tmp_path / "probe", os.O_WRONLY | os.O_CREAT)
     kind, direct = module.file_system(descriptor), module._set_direct(descriptor, True)
     os.close(descriptor)
@@ -64,7 +64,7 @@ def taken(tmp_path: Path) -> None:
         pytest.skip(f"this file system ({kind}) refuses O_DIRECT, or was not measured")
 
 
-def test_the_kind_of_a_file_system_is_the_kernels(tmp_path: Path) -> None:
+def test_the_reported_file_system_is_the_kernels(tmp_path: Path) -> None:
     for place in (tmp_path, Path("/dev/shm"), Path("/proc")):
         told = subprocess.run(["stat", "-f", "-c", "%T", place], capture_output=True, text=True, check=True).stdout
         descriptor = os.open(place, os.O_RDONLY)
@@ -86,7 +86,7 @@ def test_reads_back_what_was_written(size: int, tmp_path: Path, taken: None, mon
 
 @pytest.mark.parametrize("refusal", [errno.EINVAL, errno.ENOTSUP])
 @pytest.mark.parametrize("refused", [1, 2])
-def test_a_rejected_write_goes_through_the_cache(
+def test_a_write_that_the_system_rejects_uses_the_cache(
     refused: int, refusal: int, tmp_path: Path, taken: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     writes = Writes(refused, refusal)
@@ -98,7 +98,7 @@ def test_a_rejected_write_goes_through_the_cache(
     assert sum(writes.cached) == 20 * MIB + 77 - refused * 8 * MIB
 
 
-def test_a_system_that_has_no_such_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_system_without_direct_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_DIRECT", 0)
     writes = Writes()
     monkeypatch.setattr(os, "write", writes)
@@ -108,14 +108,14 @@ def test_a_system_that_has_no_such_way(tmp_path: Path, monkeypatch: pytest.Monke
     assert not writes.direct
 
 
-def test_a_full_disk_is_told_of(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_DIRECT_ON", {"tmpfs"})
     with pytest.raises(OSError, match="No space left") as caught:
         write(small_disk / "file", pieces_of(20 * MIB, seed=3))
     assert caught.value.errno == errno.ENOSPC
 
 
-def test_small_files_are_not_written_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_files_use_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writes = Writes()
     monkeypatch.setattr(os, "write", writes)
     with Disk().create(tmp_path / "file", 4096) as file:

@@ -38,7 +38,7 @@ W = "model/m/w"
 
 @pytest.fixture(autouse=True)
 def store() -> Iterator[Any]:
-    """The store's content, by key; empty before and after."""
+    """The store's content by key, empty before and after."""
     with empty_store() as held:
         yield held
 
@@ -61,7 +61,7 @@ def content(store: Any) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("size", [1, 3])
-def test_what_any_ranks_saved_loads_into_any_others_bit_equal(layout: str, size: int) -> None:
+def test_saved_by_any_ranks_and_loaded_bit_equal_by_any_others(layout: str, size: int) -> None:
     tensors = some_tensors()
     save(100, size)
     for ranks in (1, 2, 3):
@@ -86,12 +86,12 @@ def test_a_store_holds_the_bytes_that_a_disk_holds(tmp_path: Path, store: Any) -
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_whatever_operation_fails_all_ranks_learn_it_and_nothing_is_left(store: Any, victim: int) -> None:
+def test_all_ranks_learn_of_a_failed_operation_and_nothing_is_left(store: Any, victim: int) -> None:
     tensors = {W: torch.arange(3000.0), "model/m/b": torch.ones(5)}
     save(100)
     before_it = content(store)
     failing, seen = 0, []
-    while failing <= len(seen):  # the last round fails nothing
+    while failing <= len(seen):  # nothing fails in the last round
         seen = []
 
         def before(operation: str, place: Address, seen: list[str] = seen, failing: int = failing) -> None:
@@ -139,7 +139,7 @@ def test_a_writer_stopped_at_any_operation_leaves_the_previous_or_the_new_checkp
             killed = False
         except Killed:
             store.clear()
-            store.update(as_it_was)  # a killed process tidies nothing up
+            store.update(as_it_was)  # a killed process cleans nothing up
         checkpoint, rejected = newest_intact(ROOT, SoleRank())
         assert checkpoint is not None
         assert rejected == []
@@ -154,7 +154,7 @@ def test_a_writer_stopped_at_any_operation_leaves_the_previous_or_the_new_checkp
     assert len(steps) > 5
 
 
-def test_a_folder_without_a_manifest_is_listed_by_nobody_and_its_step_is_free_once_removed(store: Any) -> None:
+def test_a_folder_without_a_manifest_is_not_listed_and_its_step_is_free_after_removal(store: Any) -> None:
     save(100)
     save(200)
     del store["/bucket/run/step-00000200/manifest.json"]
@@ -168,14 +168,14 @@ def test_a_folder_without_a_manifest_is_listed_by_nobody_and_its_step_is_free_on
     assert save(200) == ROOT / "step-00000200"
 
 
-def test_what_disttrain_does_not_write_is_never_removed_as_a_leftover(store: Any) -> None:
+def test_files_of_others_are_never_removed_as_leftovers(store: Any) -> None:
     fsspec.filesystem("memory").pipe_file("memory://bucket/run/step-00000300/thesis.pdf", b"years of work")
     fsspec.filesystem("memory").pipe_file("memory://bucket/run/notes.txt", b"more")
     assert remove_stale_staging(ROOT) == []
     assert len(store) == 2
 
 
-def test_one_flipped_byte_is_found_and_the_run_goes_on_from_the_one_before(store: Any) -> None:
+def test_one_flipped_byte_is_detected_and_the_run_continues_from_the_previous_checkpoint(store: Any) -> None:
     for step in (100, 200, 300):
         save(step)
     store["/bucket/run/step-00000300/rank-00001.safetensors"].getbuffer()[-1] ^= 1
@@ -192,7 +192,7 @@ def test_one_flipped_byte_is_found_and_the_run_goes_on_from_the_one_before(store
 
 
 @pytest.mark.parametrize("at_once", [False, True])
-def test_a_store_is_asked_once_for_a_chunk_however_many_tensors_are_in_it(
+def test_a_store_is_read_once_per_chunk_for_any_number_of_tensors(
     store: Any, at_once: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tensors = {f"model/m/small{number:03d}": torch.full((64,), float(number)) for number in range(100)}
@@ -219,7 +219,7 @@ def test_a_store_is_asked_once_for_a_chunk_however_many_tensors_are_in_it(
     assert len(asked) <= (1 if at_once else 2) * chunks + headers, "to check it and to fill, or once"
 
 
-def test_when_a_file_was_written_is_told_unknown_or_rejected(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_modification_time_is_returned_or_unknown_or_rejected(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save(1) / "manifest.json"
     told = storage_of(path).written_at(path)
     assert told is not None and told.tzinfo is not None
@@ -260,7 +260,7 @@ def test_pruning_keeps_the_newest_and_the_protected_and_leaves_nothing_of_the_ot
     assert not [key for key in store if "step-00000001" in key or "step-00000003" in key]
 
 
-def test_a_removal_stopped_on_the_way_leaves_no_checkpoint(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_removal_leaves_no_checkpoint(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = [save(step, value=1.0) for step in (1, 2)]
 
     def fail(*_: Any, **__: Any) -> None:
@@ -285,21 +285,21 @@ def test_a_rejected_checkpoint_set_aside_keeps_its_bytes_and_frees_its_step(stor
     assert save(100) == path
 
 
-def test_strays_are_named_and_never_read(store: Any) -> None:
+def test_stray_keys_are_named_and_never_read(store: Any) -> None:
     path = save(100)
     fsspec.filesystem("memory").pipe_file(f"{path}/model.pt", b"a pickle")
     assert Checkpoint.open(path).strays() == ["model.pt"]
     Checkpoint.open(path).verify()
 
 
-def test_a_run_and_a_checkpoint_are_told_apart() -> None:
+def test_a_run_and_a_checkpoint_are_distinguished() -> None:
     path = save(100)
     assert holds_checkpoints(ROOT)
     assert not holds_checkpoints(path)
     assert not holds_checkpoints(Address("memory://bucket/elsewhere"))
 
 
-def test_places_are_read_as_they_are_written() -> None:
+def test_addresses_are_read_as_they_are_written() -> None:
     assert parse_location("runs/a") == Path("runs/a")
     assert parse_location("file:///data/a") == Path("/data/a")
     place = parse_location("s3://bucket/prefix/run/")
@@ -311,7 +311,7 @@ def test_places_are_read_as_they_are_written() -> None:
         "s3://bucket/prefix/b",
     )
     with pytest.raises(TypeError):
-        Path(place)  # type: ignore[arg-type] # a path of it would be the local folder s3:
+        Path(place)  # type: ignore[arg-type] # as a path it would be the local folder s3:
 
 
 @pytest.mark.parametrize(
@@ -324,7 +324,7 @@ def test_places_are_read_as_they_are_written() -> None:
         ("adl://store/a", "adlfs", "install the package"),
     ],
 )
-def test_an_address_that_cannot_be_used_is_rejected_without_a_network(url: str, found: str, do: str) -> None:
+def test_an_unusable_address_is_rejected_without_network_access(url: str, found: str, do: str) -> None:
     fault = address_fault(Address(url))
     assert fault is not None
     assert found in fault[0]

@@ -20,7 +20,7 @@ MANY = {f"model/m/layer{number:03d}": torch.arange(12.0).view(6, 2) + number for
 
 
 class Counted:
-    """Ranks that count the bytes of what they say."""
+    """Ranks that count the bytes of their messages."""
 
     def __init__(self, ranks: ThreadRanks) -> None:
         self.rank, self.size, self._ranks, self.said = ranks.rank, ranks.size, ranks, 0
@@ -37,7 +37,7 @@ class Counted:
 
 
 def save(root: Path, step: int, memories: list[PlanCache], cut: Any, tensors: Mapping[str, Tensor]) -> list[Any]:
-    """Bytes that each rank said, or what it raised."""
+    """Bytes that each rank sent, or the error that it raised."""
 
     def act(own: ThreadRanks) -> int:
         ranks = Counted(own)
@@ -48,7 +48,7 @@ def save(root: Path, step: int, memories: list[PlanCache], cut: Any, tensors: Ma
     return on_ranks(SIZE, act)
 
 
-def test_a_save_that_is_cut_like_the_one_before_says_a_digest(tmp_path: Path) -> None:
+def test_a_save_with_the_sharding_of_the_previous_one_sends_a_digest(tmp_path: Path) -> None:
     memories = [PlanCache() for _ in range(SIZE)]
     first, again = (save(tmp_path, step, memories, LAYOUTS["rows"], MANY) for step in (1, 2))
     fresh = save(tmp_path / "fresh", 2, [PlanCache() for _ in range(SIZE)], LAYOUTS["rows"], MANY)
@@ -62,8 +62,10 @@ def test_a_save_that_is_cut_like_the_one_before_says_a_digest(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_whatever_is_cut_otherwise_is_judged_anew(layout: str, tmp_path: Path) -> None:
-    """Another cut, then a tensor more, one of another dtype, and the first cut again: each loads as it was saved."""
+def test_a_save_with_another_sharding_is_planned_again(layout: str, tmp_path: Path) -> None:
+    """Another sharding, one tensor more, a tensor of another dtype, and the first sharding again: each loads as it was
+    saved.
+    """
     memories = [PlanCache() for _ in range(SIZE)]
     tensors = some_tensors()
     wider = {**tensors, "model/m/more": torch.arange(7.0)}
@@ -78,7 +80,7 @@ def test_whatever_is_cut_otherwise_is_judged_anew(layout: str, tmp_path: Path) -
         assert all(same_bits(found.read(key), value) for key, value in held.items())
 
 
-def test_one_rank_that_changed_alone_is_not_taken_for_what_it_was(tmp_path: Path) -> None:
+def test_a_change_on_one_rank_only_is_noticed(tmp_path: Path) -> None:
     memories = [PlanCache() for _ in range(SIZE)]
 
     def cut(tensors: Mapping[str, Tensor], rank: int, size: int) -> list[Shard]:
@@ -91,7 +93,7 @@ def test_one_rank_that_changed_alone_is_not_taken_for_what_it_was(tmp_path: Path
     assert all(isinstance(one, int) for one in save(tmp_path, 2, memories, LAYOUTS["rows"], MANY))
 
 
-def test_a_save_that_failed_after_its_plans_were_judged_can_be_tried_again(tmp_path: Path) -> None:
+def test_a_save_that_failed_after_planning_can_be_tried_again(tmp_path: Path) -> None:
     memories = [PlanCache() for _ in range(SIZE)]
     save(tmp_path, 1, memories, LAYOUTS["rows"], MANY)
     told = save(tmp_path, 1, memories, LAYOUTS["rows"], MANY)

@@ -49,7 +49,7 @@ def save(root: Path, step: int, recorder: Recorder | None = None) -> None:
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Operation]]:
-    """Three saves by two ranks into a run's folder that has none yet, the older ones removed after the new is there."""
+    """Two ranks save three times into a new run folder. Older checkpoints are removed after the new one exists."""
     run = tmp_path_factory.mktemp("run")
     root, recorder = run / "checkpoints", Recorder()
     for step in (100, 200, 300):
@@ -63,7 +63,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Opera
 
 @dataclass
 class Tally:
-    """Crash points, disk states looked at and possible, and what was lost or mixed, in words."""
+    """Crash points, disk states (checked and possible), and what was lost or mixed, in words."""
 
     points: int
     looked_at: int
@@ -72,7 +72,7 @@ class Tally:
 
 
 def replay(run: Path, operations: Sequence[Operation], place: Path, limit: int) -> Tally:
-    """Cut the power after each number of operations; look at all the states of the disk, or at `limit` by chance."""
+    """Cut the power after each number of operations. Checks all states of the disk, or `limit` random ones."""
     model, chosen = ModelDisk(run), random.Random(4)
     tally, safe, begun = Tally(0, 0, 0, []), 0, 0
     for number in range(len(operations) + 1):
@@ -99,7 +99,10 @@ def replay(run: Path, operations: Sequence[Operation], place: Path, limit: int) 
 
 
 def fault_of(root: Path, safe: int, begun: int, *, go_on: bool) -> str | None:
-    """What is wrong with what a resuming run finds: `safe` is the newest step whose save had returned, 0 for none."""
+    """Returns what is wrong with the state that a resuming run loads.
+
+    `safe` is the newest step whose save had returned, 0 for none.
+    """
     found, rejected = newest_intact(root, SoleRank())
     if found is None:
         return f"nothing found, {safe} was saved" if safe or rejected else None
@@ -113,10 +116,10 @@ def fault_of(root: Path, safe: int, begun: int, *, go_on: bool) -> str | None:
         return f"{found.step} holds another {', '.join(mixed)}"
     if rejected:
         return f"{found.step} found, but a newer one half there: {rejected}"
-    half = [path.name for path in root.glob("step-*") if not whole(path)]
+    half = [path.name for path in root.glob("step-*") if not is_complete(path)]
     if half:
         return f"{found.step} found, but {half} are half there"
-    if go_on:  # what a run does next: clean up, and save what the cut took
+    if go_on:  # a run does this next: clean up, and save what the cut removed
         remove_stale_staging(root)
         for path, _ in rejected:
             set_aside(path)
@@ -128,7 +131,7 @@ def fault_of(root: Path, safe: int, begun: int, *, go_on: bool) -> str | None:
     return None
 
 
-def whole(path: Path) -> bool:
+def is_complete(path: Path) -> bool:
     try:
         Checkpoint.open(path, verify=False)
     except CheckpointError:
@@ -144,7 +147,10 @@ def shape(tree: object) -> object:
 def test_every_state_after_a_power_cut_has_the_previous_or_the_new_checkpoint(
     recorded, tmp_path: Path, limit: int
 ) -> None:
-    """At most eight states of each crash point in CI, chosen by a fixed seed. The slow test reads every state."""
+    """CI checks at most eight states of each crash point, chosen with a fixed seed.
+
+    The slow test checks every state.
+    """
     run, operations = recorded
     tally = replay(run, operations, tmp_path / "cut", limit)
     print(f"\n{tally.points} crash points, {tally.looked_at} of {tally.possible} disk states looked at")
@@ -155,7 +161,7 @@ def test_every_state_after_a_power_cut_has_the_previous_or_the_new_checkpoint(
 
 
 @pytest.mark.parametrize("forgotten", ["sync", "sync_folder"])
-def test_a_writer_that_forgets_to_sync_is_caught(recorded, tmp_path: Path, forgotten: str) -> None:
+def test_a_writer_that_does_not_sync_is_detected(recorded, tmp_path: Path, forgotten: str) -> None:
     run, operations = recorded
     careless = [one for one in operations if one.name != forgotten]
     assert replay(run, careless, tmp_path / "cut", limit=10).faults

@@ -13,9 +13,7 @@ from disttrain.checkpoint import Checkpoint, ShardCopies, save_checkpoint
 
 @pytest.mark.parametrize("layout", sorted(LAYOUTS))
 @pytest.mark.parametrize("size", [1, 3])
-def test_a_save_of_the_copy_is_the_save_of_what_was_there_when_it_was_made(
-    tmp_path: Path, layout: str, size: int
-) -> None:
+def test_a_save_of_the_copy_equals_a_save_at_the_time_of_the_copy(tmp_path: Path, layout: str, size: int) -> None:
     tensors = some_tensors()
 
     def save(ranks: ThreadRanks) -> tuple[int, int]:

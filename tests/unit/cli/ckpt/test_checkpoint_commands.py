@@ -40,7 +40,7 @@ class Done(NamedTuple):
 
 @pytest.fixture
 def ckpt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Done]]:
-    """The console script's own function: exit code, stdout and stderr of `disttrain ckpt ARGUMENTS`."""
+    """The function of the console script. Returns exit code, stdout and stderr of `disttrain ckpt ARGUMENTS`."""
     logger = logging.getLogger("disttrain")
     before = (list(logger.handlers), logger.level, logger.propagate)
 
@@ -58,7 +58,7 @@ def ckpt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
 
 def document(step: int, **more: Any) -> dict[str, Any]:
-    """As the engine writes it."""
+    """The document in the form that the engine writes."""
     group = {"members": ["w", "b"], "lr": 0.1}
     return {
         "progress": {"steps": step, "samples": 8 * step, "tokens": 0, "positions": {"train": {"position": 8 * step}}},
@@ -100,7 +100,7 @@ def names(run: Path) -> list[str]:
 # ---------------------------------------------------------------------- ls
 
 
-def test_ls_tells_what_there_is_what_is_whole_and_what_is_no_checkpoint(
+def test_ls_shows_checkpoints_whether_they_are_intact_and_other_folders(
     tmp_path: Path, ckpt: Callable[..., Done]
 ) -> None:
     run = tmp_path / "run"
@@ -147,7 +147,7 @@ def test_ls_tells_what_there_is_what_is_whole_and_what_is_no_checkpoint(
     assert contents(run) == before
 
 
-def test_ls_takes_one_checkpoint_and_says_by_its_code_that_none_is_whole(
+def test_ls_accepts_one_checkpoint_and_its_code_says_that_none_is_intact(
     tmp_path: Path, ckpt: Callable[..., Done]
 ) -> None:
     path = save(tmp_path / "run", 100)
@@ -162,7 +162,7 @@ def test_ls_takes_one_checkpoint_and_says_by_its_code_that_none_is_whole(
 # ---------------------------------------------------------------------- inspect
 
 
-def test_inspect_says_where_each_tensors_bytes_lie(tmp_path: Path, ckpt: Callable[..., Done]) -> None:
+def test_inspect_shows_the_position_of_each_tensors_bytes(tmp_path: Path, ckpt: Callable[..., Done]) -> None:
     path = save(tmp_path / "run", 100)
     save(tmp_path / "run", 50)
     (save(tmp_path / "run", 200) / "rank-00000.safetensors").unlink()
@@ -246,7 +246,7 @@ def test_verify_reads_every_byte_and_names_every_fault(tmp_path: Path, ckpt: Cal
     assert ckpt("verify", rotten).code == 5
 
 
-def test_what_a_run_removes_meanwhile_is_no_damage(
+def test_files_that_a_run_removes_meanwhile_are_no_damage(
     tmp_path: Path, ckpt: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for step in (1, 2):
@@ -307,7 +307,7 @@ def test_diff_shows_what_differs_by_size_and_in_the_state(tmp_path: Path, ckpt: 
     assert text.endswith("4 tensors differ, 0 are equal; 6 other values of the state differ.\n")
 
 
-def test_diff_by_name_looks_at_these_tensors_alone(tmp_path: Path, ckpt: Callable[..., Done]) -> None:
+def test_diff_by_name_compares_only_these_tensors(tmp_path: Path, ckpt: Callable[..., Done]) -> None:
     many = {f"model/m/w{number:02d}": torch.tensor(float(number)) for number in range(30)}
     a = save(tmp_path / "a", 1, tensors={**many, "model/m/same": torch.ones(2)})
     b = save(
@@ -322,7 +322,7 @@ def test_diff_by_name_looks_at_these_tensors_alone(tmp_path: Path, ckpt: Callabl
 
 
 def rank_state(ranks: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the engine keeps for single ranks: tensors and document."""
+    """The engine's per-rank state: tensors and document."""
     (random,) = random_shards(0, ranks, torch.device("cpu"))[:1]
     shards, told = tracked_shards("mine/rank-00000", Holder(), (0, 1))
     tensors = {random.name: torch.zeros(ranks, random.shape[1]), **{shard.name: shard.tensor for shard in shards}}
@@ -334,9 +334,7 @@ class Holder:
         return {"count": 3, "kept": torch.ones(2)}
 
 
-def test_diff_compares_what_belongs_to_ranks_only_in_worlds_of_one_size(
-    tmp_path: Path, ckpt: Callable[..., Done]
-) -> None:
+def test_diff_compares_per_rank_state_only_in_worlds_of_one_size(tmp_path: Path, ckpt: Callable[..., Done]) -> None:
     shared = {"model/m/w": torch.ones(4)}
     stored = {}
     for ranks in (2, 3):
@@ -360,7 +358,7 @@ def test_diff_compares_what_belongs_to_ranks_only_in_worlds_of_one_size(
     ]
 
 
-def test_diff_of_a_damaged_one_is_an_error(tmp_path: Path, ckpt: Callable[..., Done]) -> None:
+def test_diff_of_a_damaged_checkpoint_is_an_error(tmp_path: Path, ckpt: Callable[..., Done]) -> None:
     a, b = save(tmp_path / "a", 1), save(tmp_path / "b", 1)
     flip(b / "rank-00000.safetensors")
     done = ckpt("diff", a, b)
@@ -414,7 +412,7 @@ def test_prune_counts_and_removes_nothing_that_is_damaged(tmp_path: Path, ckpt: 
     run = tmp_path / "run"
     for step in (100, 200, 300, 400, 500):
         save(run, step)
-    flip(run / "checkpoints" / "step-00000500" / "rank-00001.safetensors")  # seen only where its content is read
+    flip(run / "checkpoints" / "step-00000500" / "rank-00001.safetensors")  # detected only when its content is read
     (run / "checkpoints" / "step-00000300" / "rank-00001.safetensors").unlink()
     done = ckpt("prune", run, "--keep-last", "1", "--json")
     assert (done.json["kept"], done.json["removed"]) == (["step-00000400"], ["step-00000100", "step-00000200"])
@@ -424,7 +422,7 @@ def test_prune_counts_and_removes_nothing_that_is_damaged(tmp_path: Path, ckpt: 
     assert names(run) == ["step-00000300", "step-00000400", "step-00000500"]
 
 
-def test_prune_never_removes_the_only_whole_one(tmp_path: Path, ckpt: Callable[..., Done]) -> None:
+def test_prune_never_removes_the_only_intact_checkpoint(tmp_path: Path, ckpt: Callable[..., Done]) -> None:
     run = tmp_path / "run"
     for step in (100, 200, 300):
         save(run, step)
@@ -475,27 +473,27 @@ def test_prune_is_rejected_while_a_run_holds_the_folder(tmp_path: Path, ckpt: Ca
         other.communicate()
     assert ckpt("prune", run, "--keep-last", "1").code == 0
     assert names(run) == ["step-00000200"]
-    RunFolder(run).lock(wait_s=0)  # let go of again
+    RunFolder(run).lock(wait_s=0)  # released again
 
 
 @pytest.mark.parametrize("options", [[], ["--keep-last", "0"], ["--keep-last", "1", "--keep-every", "0"]])
-def test_prune_wants_to_know_what_to_keep(tmp_path: Path, ckpt: Callable[..., Done], options: list[str]) -> None:
+def test_prune_needs_a_rule_for_what_to_keep(tmp_path: Path, ckpt: Callable[..., Done], options: list[str]) -> None:
     save(tmp_path / "run", 1)
     assert ckpt("prune", tmp_path / "run", *options).code == 2
 
 
-def test_prune_takes_no_single_checkpoint(tmp_path: Path, ckpt: Callable[..., Done]) -> None:
+def test_prune_accepts_no_single_checkpoint(tmp_path: Path, ckpt: Callable[..., Done]) -> None:
     path = save(tmp_path / "run", 1)
     done = ckpt("prune", path, "--keep-last", "1")
     assert done.code == 5 and "it is one checkpoint, not the checkpoints of a run" in done.err
 
 
-# ---------------------------------------------------------------------- in a store
+# ---------------------------------------------------------------------- stores
 
 
 @pytest.fixture
 def store() -> Iterator[Any]:
-    """A store in this process's memory, empty before and after: keys to files."""
+    """A store in this process's memory, empty before and after, as a mapping from keys to files."""
     with empty_store() as held:
         yield held
 
@@ -510,8 +508,8 @@ def save_in(root: Any, step: int, ranks: int = 2, layout: str = "rows", **more: 
     return found[0]
 
 
-def test_a_store_is_read_as_a_folder_is(tmp_path: Path, ckpt: Callable[..., Done], store: Any) -> None:
-    """All that the commands say of three checkpoints on a disk, they say of the same three in a store."""
+def test_a_store_is_read_like_a_folder(tmp_path: Path, ckpt: Callable[..., Done], store: Any) -> None:
+    """The commands print the same for three checkpoints on a disk and for the same three in a store."""
     there = "memory://bucket/one"
     for step in (100, 200, 300):
         save(tmp_path / "one", step, 2)
@@ -530,7 +528,7 @@ def test_a_store_is_read_as_a_folder_is(tmp_path: Path, ckpt: Callable[..., Done
         told = []
         for path in (str(here), there):
             done = ckpt(words[0], path, *words[1:], "--json")
-            text = done.out.replace("No such file or directory", "no such file")  # in the words of each
+            text = done.out.replace("No such file or directory", "no such file")  # each storage words it differently
             text = text.replace(str(here), "ROOT").replace(there, "ROOT")
             told.append((done.code, re.sub(r'("when": )"[^"]*"', r"\1WHEN", text)))
             assert ("WHEN" in told[-1][1]) == (words[0] != "verify"), "a store says when too"
@@ -540,7 +538,7 @@ def test_a_store_is_read_as_a_folder_is(tmp_path: Path, ckpt: Callable[..., Done
     assert ckpt("diff", f"{there}/step-00000100", f"{there}/step-00000300").code == 5, "damaged bytes"
 
 
-def test_a_run_is_found_in_the_storage_that_its_config_names(
+def test_a_run_is_located_in_the_store_that_its_config_names(
     tmp_path: Path, ckpt: Callable[..., Done], store: Any
 ) -> None:
     folder = tmp_path / "runs" / "afar"
@@ -559,7 +557,7 @@ def test_a_run_is_found_in_the_storage_that_its_config_names(
     own.lock()
     try:
         with subprocess.Popen([sys.executable, "-c", PRUNE, folder], stderr=subprocess.PIPE, text=True) as other:
-            assert "another process still holds .lock" in other.communicate()[1]  # asked before the store is reached
+            assert "another process still holds .lock" in other.communicate()[1]  # checked before the store is reached
     finally:
         own.unlock()
     done = ckpt("prune", folder, "--keep-last", "1", "--json")
@@ -581,7 +579,7 @@ with _sole_writer(Listing(folder, Address("memory://bucket/team/afar"), ()), fai
 """
 
 
-def test_a_storage_that_is_a_folder_is_not_pruned_while_a_run_writes_to_it(
+def test_a_folder_used_as_a_store_is_not_pruned_while_a_run_writes_to_it(
     tmp_path: Path, ckpt: Callable[..., Done]
 ) -> None:
     storage = tmp_path / "fast" / "one"
@@ -607,7 +605,7 @@ def test_a_save_under_way_in_a_store_is_no_damage(ckpt: Callable[..., Done], sto
     there = "memory://bucket/one"
     save_in(Address(there), 1)
     save_in(Address(there), 2)
-    del store["/bucket/one/step-00000002/manifest.json"]  # it would be put last
+    del store["/bucket/one/step-00000002/manifest.json"]  # the manifest is written last
     done = ckpt("verify", there, "--json")
     assert (done.code, [one["step"] for one in done.json["checkpoints"]]) == (0, [1])
     assert [(one["name"], one["what"].partition(":")[0]) for one in done.json["others"]] == [
@@ -628,7 +626,7 @@ def test_a_save_under_way_in_a_store_is_no_damage(ckpt: Callable[..., Done], sto
         ("simplecache::memory://bucket/run", "a chain of file systems"),
     ],
 )
-def test_an_address_without_a_checkpoint_is_rejected_with_what_is_there(
+def test_an_address_without_a_checkpoint_is_rejected_with_a_list_of_what_exists(
     ckpt: Callable[..., Done], store: Any, path: str, found: str
 ) -> None:
     fsspec.filesystem("memory").pipe_file("memory://bucket/others/weights.bin", b"x")
@@ -642,7 +640,7 @@ def test_an_address_without_a_checkpoint_is_rejected_with_what_is_there(
 
 
 def make_foreign(tmp_path: Path) -> dict[str, tuple[Path, str]]:
-    """Paths that hold no checkpoint, each with what is to be said of it."""
+    """Paths that hold no checkpoint, each with the expected message."""
     for name in ("empty", "dcp", "deepspeed", "new/checkpoints", "fresh", "files/checkpoints", "runs/a/checkpoints"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "dcp" / ".metadata").write_bytes(b"x")
@@ -675,7 +673,7 @@ def make_foreign(tmp_path: Path) -> dict[str, tuple[Path, str]]:
     [["ls"], ["inspect"], ["verify"], ["prune", "--keep-last", "1"], ["diff", "GOOD"]],
     ids=lambda one: one[0],
 )
-def test_a_path_without_a_checkpoint_is_rejected_with_what_is_there(
+def test_a_path_without_a_checkpoint_is_rejected_with_a_list_of_what_exists(
     tmp_path: Path, ckpt: Callable[..., Done], command: list[str]
 ) -> None:
     good = save(tmp_path / "good", 1)
@@ -692,7 +690,7 @@ def test_a_path_without_a_checkpoint_is_rejected_with_what_is_there(
         assert contents(tmp_path) == before
 
 
-def test_a_newer_format_is_told_with_what_to_do(tmp_path: Path, ckpt: Callable[..., Done]) -> None:
+def test_a_newer_format_is_rejected_with_the_fix(tmp_path: Path, ckpt: Callable[..., Done]) -> None:
     path = save(tmp_path / "run", 1)
     seal(path, lambda content: content.update(version=2))
     for words in (["ls", path], ["verify", path], ["inspect", path], ["diff", path, path], ["ls", tmp_path / "run"]):
@@ -703,12 +701,12 @@ def test_a_newer_format_is_told_with_what_to_do(tmp_path: Path, ckpt: Callable[.
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody who may not read what root wrote")
-def test_a_folder_that_may_not_be_read_is_told(tmp_path: Path, ckpt: Callable[..., Done]) -> None:
+def test_a_folder_without_read_permission_is_reported(tmp_path: Path, ckpt: Callable[..., Done]) -> None:
     path = save(tmp_path / "run", 1)
     above = {parent: parent.stat().st_mode for parent in (tmp_path, *list(tmp_path.parents)[:2])}
     for parent in above:
         parent.chmod(0o755)
-    ckpt("ls", path)  # what is imported late is imported by now
+    ckpt("ls", path)  # modules that are imported late are imported by now
     for locked in (tmp_path / "run", tmp_path / "run" / "checkpoints", path):
         locked.chmod(0o700)
         os.seteuid(65534)
