@@ -104,7 +104,7 @@ def test_the_check_finds_a_planted_name(text: str) -> None:
     assert len(foreign_names(files)) == 1
 
 
-def test_private_names_of_disttrain_are_its_business() -> None:
+def test_private_names_of_disttrain_are_allowed() -> None:
     text = (
         "class A:\n    def __init__(self, b):\n        self._b = b\n    def same(self, other):\n        return other._b"
     )

@@ -40,7 +40,7 @@ def circles(imports: dict[str, set[str]]) -> list[str]:
 
 
 def imports_of(source: str, package: str) -> set[str]:
-    """Modules of `package` that `source` imports anywhere, also lazily."""
+    """Modules of `package` that `source` imports anywhere, also in functions."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and node.module == package:

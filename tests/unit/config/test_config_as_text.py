@@ -18,7 +18,7 @@ from disttrain.config import Config, ConfigProblem, ConfigProblemsError, load_co
 from disttrain.config.problems import UnknownNameError
 from disttrain.config.render import every_source
 
-# Any text that UTF-8 can hold; `${` is taken: a reference is resolved before anything is written.
+# Any text that UTF-8 can hold, except `${`: a reference is resolved before anything is written.
 _TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=12).filter(lambda text: "${" not in text)
 _TRICKY = st.sampled_from(
     [
@@ -35,7 +35,7 @@ _SCALARS = (
     | _TEXTS
     | _TRICKY
 )
-_KEYS = (_TEXTS | _TRICKY).filter(lambda key: key != "target")  # which makes its mapping a part to build
+_KEYS = (_TEXTS | _TRICKY).filter(lambda key: key != "target")  # which turns its mapping into a part to build
 _VALUES = st.recursive(
     _SCALARS,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_KEYS, inner, max_size=3),
@@ -44,18 +44,18 @@ _VALUES = st.recursive(
 
 
 def strict(value: Any) -> str:
-    """As JSON: `True` is no 1 there, 1 no 1.0, and the order of keys counts."""
+    """Compares like JSON: `True` is not 1, 1 is not 1.0, and the order of keys counts."""
     return json.dumps(value)
 
 
 @settings(max_examples=150, deadline=None)
 @given(args=st.dictionaries(_KEYS, _VALUES, max_size=4), seed=st.integers(0, 2**63 - 1), clip=st.floats(0, 1e6))
-def test_what_is_printed_reads_back_as_the_same_config(
+def test_a_printed_config_reads_back_as_itself(
     tmp_path_factory: pytest.TempPathFactory, args: dict[str, Any], seed: int, clip: float
 ) -> None:
     optim = {"target": "torch.optim.AdamW", "clip_norm": clip, "no_decay": ["*.bias", "3"]}
     config = load_config({"run": {"seed": seed}, "model": {"target": "builtins:dict", "args": args}, "optim": optim})
-    assume(config.to_dict() == config.to_dict(redact=False))  # secrets do not read back, and have tests of their own
+    assume(config.to_dict() == config.to_dict(redact=False))  # secrets do not read back, and have separate tests
     file = tmp_path_factory.mktemp("saved") / "config.yaml"
     file.write_text(render_config(config), encoding="utf-8")
     again = load_config(file)
@@ -68,8 +68,8 @@ def test_what_is_printed_reads_back_as_the_same_config(
     )
 
 
-def test_the_config_of_an_own_loop_reads_back_too(tmp_path: Path) -> None:
-    config = load_config({"model": {"target": "builtins:dict"}})  # no data, so nothing to say how long to train
+def test_the_config_of_a_custom_loop_reads_back_too(tmp_path: Path) -> None:
+    config = load_config({"model": {"target": "builtins:dict"}})  # without data, and so without a length of training
     (tmp_path / "c.yaml").write_text(render_config(config))
     assert load_config(tmp_path / "c.yaml").to_dict() == config.to_dict()
 
@@ -100,7 +100,7 @@ def test_every_value_is_printed_with_its_source(tmp_path: Path, monkeypatch: pyt
 
 
 def secretive(args: dict[str, Any]) -> tuple[Config, str]:
-    """A config with these args, and everything that is ever printed or saved of it."""
+    """A config with these args, and every text that is printed or saved of it."""
     config = load_config({"model": {"target": "builtins:dict", "args": args}})
     return config, render_config(config) + json.dumps(config.to_dict())
 
@@ -142,7 +142,7 @@ def test_a_secret_is_used_and_never_printed(args: dict[str, Any], secret: str) -
         {"auth": "basic", "mode": "basic"},
     ],
 )
-def test_what_only_sounds_like_a_secret_is_printed(args: dict[str, Any]) -> None:
+def test_values_with_names_that_only_resemble_secrets_are_printed(args: dict[str, Any]) -> None:
     config, _ = secretive(args)
     assert config.to_dict()["model"]["args"] == {**args, **({"auth": "(redacted)"} if "auth" in args else {})}
 
@@ -162,18 +162,18 @@ def test_a_fault_does_not_print_the_secret_it_is_about() -> None:
 
 @dataclasses.dataclass
 class Shape:
-    """An argument as a Python user may bring it."""
+    """An argument that a Python user may pass."""
 
     width: int
     parts: tuple[int, ...]
 
 
 def make(width: int = 1) -> None:
-    """A callable to name."""
+    """A callable that a config can name."""
 
 
 class Maker:
-    """A callable object, and a method to name."""
+    """A callable object, and a method that a config can name."""
 
     def __call__(self) -> None: ...
     def build(self) -> None: ...
@@ -227,7 +227,7 @@ def test_a_config_is_frozen() -> None:
         config.sources["run.seed"] = "nowhere"  # type: ignore[index]
 
 
-def test_errors_survive_the_way_out_of_a_process() -> None:
+def test_errors_can_leave_a_process() -> None:
     problems = ConfigProblemsError(
         [ConfigProblem("run.seed", "c.yaml:2", "3", "mend it"), ConfigProblem("", "c.yaml:1", "x", "y")]
     )

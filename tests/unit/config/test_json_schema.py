@@ -31,7 +31,10 @@ SPEAKS_ONLY = {"$schema", "$defs", "title", "description", "default"}
 
 
 def misfits(value: Any, schema: dict[str, Any], path: str = "") -> Iterator[str]:
-    """Where `value` does not fit: the words of draft 2020-12 that this schema uses, and an error for any other."""
+    """Where `value` does not fit.
+
+    Knows the keywords of draft 2020-12 that this schema uses, and raises for any other.
+    """
     for word, said in schema.items():
         if word == "$ref":
             yield from misfits(value, SCHEMA["$defs"][said.removeprefix("#/$defs/")], path)
@@ -80,7 +83,7 @@ def test_the_file_is_what_the_module_writes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", sorted((PROJECT / "configs").glob("*.yaml")), ids=lambda path: path.name)
-def test_every_config_of_the_project_fits(path: Path) -> None:
+def test_every_config_of_the_project_is_valid(path: Path) -> None:
     value = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert list(misfits(value, SCHEMA)) == []
 
@@ -100,7 +103,7 @@ GOOD: dict[str, Any] = {
 }
 
 
-def test_every_form_a_config_may_have_fits() -> None:
+def test_every_form_of_a_config_is_valid() -> None:
     assert list(misfits(GOOD, SCHEMA)) == []
     assert list(misfits({}, SCHEMA)) == [], "a file may leave everything to the one it extends"
 
@@ -129,7 +132,7 @@ def test_every_form_a_config_may_have_fits() -> None:
         ("report", "trackers", [{"args": 3}]),
     ],
 )
-def test_what_check_rejects_in_one_key_an_editor_marks_too(section: str, key: str, value: Any) -> None:
+def test_faults_that_check_rejects_in_one_key_are_marked_by_an_editor_too(section: str, key: str, value: Any) -> None:
     assert list(misfits({**GOOD, section: {**GOOD[section], key: value}}, SCHEMA)), "it fits"
 
 

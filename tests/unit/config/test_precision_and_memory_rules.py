@@ -9,7 +9,7 @@ import pytest
 from disttrain.config import load_config
 from disttrain.errors import ConfigError
 
-# compute: (masters, reductions), the first of each being what a config that leaves it out means.
+# compute: (masters, reductions). The first of each is the default.
 ALLOWED = {
     "fp64": (["fp64"], ["fp64"]),
     "fp32": (["fp32"], ["fp32", "bf16"]),
@@ -41,7 +41,7 @@ def test_each_precision_has_its_masters_and_reductions(compute: str) -> None:
             assert f"under precision.compute={compute}" in str(caught.value)
 
 
-def test_pure_bf16_adds_gradients_up_in_float32_unless_told_otherwise() -> None:
+def test_pure_bf16_accumulates_gradients_in_float32_by_default() -> None:
     assert load_config({"precision": {"compute": "bf16", "master": "bf16"}}).precision.reduce == "fp32"
 
 
@@ -54,7 +54,7 @@ def test_pure_bf16_adds_gradients_up_in_float32_unless_told_otherwise() -> None:
         ({"recompute": "some"}, "memory.recompute"),
     ],
 )
-def test_memory_savers_that_do_not_go_together(memory: dict[str, object], do: str) -> None:
+def test_memory_savers_that_cannot_be_combined(memory: dict[str, object], do: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config({"memory": memory})
     assert do in str(caught.value)

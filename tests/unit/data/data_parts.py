@@ -29,12 +29,12 @@ def keyed_seed(seed: int, *keys: int | str) -> int:
 
 
 def draw(number: float) -> Tensor:
-    """An item that knows its number and draws from the three generators that user code draws from."""
+    """An item with its number and draws from the three generators that user code uses."""
     return torch.stack([torch.tensor(float(number)), torch.rand(()), torch.tensor(np.random.rand() + random.random())])
 
 
 def drawn(epoch: int, index: int, number: float | None = None) -> Tensor:
-    """What `draw` gives as item `index`: each generator seeded by hand."""
+    """The result of `draw` for item `index`, with each generator seeded by hand."""
     key = keyed_seed(SEED, "item", epoch, index)
     torch.manual_seed(key)
     np.random.seed(key % 2**32)
@@ -56,7 +56,7 @@ class Numbers(Dataset):
 
 
 class Augmented(Numbers):
-    """Item i is i and what is drawn for it."""
+    """Item i is i and its random numbers."""
 
     def __getitem__(self, index: int) -> Tensor:
         return draw(index)
@@ -76,7 +76,7 @@ class AugmentedInBulk(Augmented):
 
 
 class Columns:
-    """Rows of dictionaries over columns, asked by number or by list, in the manner of Hugging Face's `Dataset`."""
+    """Rows as dictionaries over columns, read by number or by list, like Hugging Face's `Dataset`."""
 
     def __init__(self, size: int) -> None:
         self.columns = {"text": [f"row {i}" for i in range(size)], "label": list(range(size))}
@@ -95,7 +95,7 @@ class Columns:
 
 
 class Reader(IterableDataset):
-    """Items from the front, without a state. `first` tells one stream's items from another's."""
+    """Items from the front, without a state. `first` distinguishes the items of streams."""
 
     def __init__(self, size: int, first: int = 0) -> None:
         self.size, self.first = size, first
@@ -105,7 +105,7 @@ class Reader(IterableDataset):
 
 
 class Resumable(IterableDataset):
-    """Knows its place, in one dictionary that it goes on changing, and its epoch: item k of epoch e is 1000 e + k."""
+    """Keeps its position in one dictionary that it modifies, and its epoch. Item k of epoch e is 1000 e + k."""
 
     def __init__(self, size: int) -> None:
         self.size, self.epoch, self.state, self.read = size, 0, {"at": 0}, 0
@@ -127,7 +127,7 @@ class Resumable(IterableDataset):
 
 
 class Sharded(IterableDataset):
-    """Part i of n has `sizes[i]` items, numbered from 100 i: whoever reads one knows whose it is."""
+    """Part i of n has `sizes[i]` items, numbered from 100 i, so that an item shows its part."""
 
     def __init__(self, sizes: Sequence[int], shard: int | None = None) -> None:
         self.sizes, self.own = sizes, shard
@@ -142,19 +142,19 @@ class Sharded(IterableDataset):
 
 
 def take(batches: Batches, count: int) -> list[StepBatch]:
-    """The next `count` steps; workers are ended."""
+    """The next `count` steps. Workers are ended."""
     found = list(itertools.islice(batches, count))
     batches.close()
     return found
 
 
 def steps_of_parts(make: Callable[[tuple[int, int]], Batches], parts: int, count: int) -> list[list[StepBatch]]:
-    """`count` steps of every part: found[part][step]."""
+    """`count` steps of every part, as result[part][step]."""
     return [take(make((part, parts)), count) for part in range(parts)]
 
 
 def joined(found: Sequence[Sequence[StepBatch]]) -> list[list[Any]]:
-    """Every step's items in the order of the global batch, from all parts' micro-batches that are no replay."""
+    """Every step's items in the order of the global batch, from all parts' micro-batches except replays."""
     steps = []
     for by_part in zip(*found, strict=True):
         assert len({len(step) for step in by_part}) == 1, "parts with different numbers of micro-batches would deadlock"
@@ -167,7 +167,7 @@ def joined(found: Sequence[Sequence[StepBatch]]) -> list[list[Any]]:
 
 
 def chunks(epochs: Iterable[tuple[int, Sequence[Any]]], size: int, *, drop: bool = False) -> Iterator[tuple[int, Any]]:
-    """(epoch, items) of every step: plain slices of each epoch's items, no step over an epoch's end."""
+    """(epoch, items) of every step: plain slices of each epoch's items. No step crosses an epoch's end."""
     for epoch, items in epochs:
         for start in range(0, len(items), size):
             if not drop or start + size <= len(items):
@@ -175,6 +175,6 @@ def chunks(epochs: Iterable[tuple[int, Sequence[Any]]], size: int, *, drop: bool
 
 
 def generator_states() -> tuple[Any, ...]:
-    """The three global generators, comparable."""
+    """The states of the three global generators, comparable."""
     name, keys, *rest = np.random.get_state()
     return torch.get_rng_state().tolist(), random.getstate(), name, keys.tolist(), rest

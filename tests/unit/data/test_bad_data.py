@@ -51,14 +51,14 @@ class Endless(IterableDataset):
         (DataLoader(Numbers(8)), "problem: a DataLoader\n  fix: provide the DataLoader's dataset"),
     ],
 )
-def test_what_is_no_dataset(thing: Any, said: str) -> None:
+def test_objects_that_are_no_dataset(thing: Any, said: str) -> None:
     message = refusal(thing)
     assert message.startswith("A dataset needs __len__ and __getitem__, or __iter__")
     assert said in message
 
 
 class Ragged(Numbers):
-    """Item 6 is of another shape."""
+    """Item 6 has another shape."""
 
     def __init__(self, item: Any, odd: Any) -> None:
         super().__init__(12)
@@ -91,7 +91,7 @@ def test_items_of_different_shape_are_named(item: Any, odd: Any, said: str, work
     assert "data.collate" in message
 
 
-def test_items_that_no_batch_can_be_made_of() -> None:
+def test_items_that_cannot_form_a_batch() -> None:
     assert "problem: items of object: default_collate" in refusal([object()] * 8)
 
 
@@ -116,7 +116,7 @@ def test_fewer_items_than_asked_for() -> None:
 
 
 class TwoPartError(Exception):
-    """Cannot be made from one text, as a DataLoader would want to."""
+    """Cannot be constructed from one text, which a DataLoader would try."""
 
     def __init__(self, code: int, text: str) -> None:
         super().__init__(code, text)
@@ -141,7 +141,7 @@ class BrokenInBulk(Broken):
 
 
 @pytest.mark.parametrize("error", [OSError("no such picture"), RuntimeError("bad record"), KeyError("label")])
-def test_what_user_code_raises_comes_through_with_the_place(error: Exception) -> None:
+def test_errors_of_user_code_are_raised_with_the_position(error: Exception) -> None:
     with pytest.raises(type(error)) as raised:
         read(Broken(error))
     assert raised.value is error
@@ -157,14 +157,14 @@ def test_what_user_code_raises_comes_through_with_the_place(error: Exception) ->
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_of_many_items_asked_for_at_once_the_first_are_named(workers: int) -> None:
+def test_items_requested_together_are_named_by_the_first(workers: int) -> None:
     with pytest.raises(OSError) as raised:
         read(BrokenInBulk(OSError("gone")), steps=1, global_batch=11, micro_batch=11, workers=workers)
     told = str(raised.value) + "".join(getattr(raised.value, "__notes__", []))
     assert "while fetching indices 0, 1, 2, 3, 4, 5, 6, 7 and 3 more of BrokenInBulk in epoch 0" in told
 
 
-def test_an_error_that_cannot_cross_processes_is_told_all_the_same() -> None:
+def test_an_error_that_cannot_cross_processes_is_reported_too() -> None:
     with pytest.raises(TwoPartError):
         read(Broken(TwoPartError(5, "torn")))
     with pytest.raises(RuntimeError, match=r"(?s)TwoPartError.*torn.*while fetching index 6"):
@@ -176,7 +176,7 @@ def pad_badly(items: list[Any]) -> Any:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_collate_functions_own_error_is_not_blamed_on_the_shapes(workers: int) -> None:
+def test_an_error_in_a_collate_function_is_not_attributed_to_shapes(workers: int) -> None:
     with pytest.raises(ValueError, match="no padding token") as raised:
         read(Ragged([1, 2], [1]), collate=pad_badly, workers=workers)
     told = str(raised.value) + "".join(getattr(raised.value, "__notes__", []))
@@ -184,16 +184,17 @@ def test_a_collate_functions_own_error_is_not_blamed_on_the_shapes(workers: int)
 
 
 class Killed(Numbers):
-    """Whoever fetches item 9 dies of it."""
+    """The process that fetches item 9 dies."""
 
     def __getitem__(self, index: int) -> int:
         if index == 9 and get_worker_info() is not None:
-            time.sleep(0.5)  # until the other side waits for it: torch may tell of a death anywhere in that process
+            # until the other side waits for it, because torch may report a death anywhere in that process
+            time.sleep(0.5)
             os.kill(os.getpid(), signal.SIGKILL)
         return index
 
 
-def test_a_killed_worker_is_told_with_what_to_do() -> None:
+def test_a_killed_worker_is_reported_with_the_fix() -> None:
     message = refusal(Killed(12), workers=2, prefetch=1)
     assert (
         "A worker process (data.workers) that fetched items of Killed died.\n  problem: DataLoader worker (pid"

@@ -75,7 +75,7 @@ def test_parts_together_give_the_plain_order_step_by_step(shape: dict[str, Any],
 
 @settings(max_examples=80, deadline=None)
 @given(shapes(), st.integers(1, 4), st.integers(1, 4), st.integers(0, 9), st.integers(1, 20))
-def test_a_position_goes_on_at_any_other_world_size_and_micro_batch(
+def test_a_position_continues_at_any_other_world_size_and_micro_batch(
     shape: dict[str, Any], parts: int, later_parts: int, at: int, later_micro_batch: int
 ) -> None:
     first = make(shape, (0, parts))
@@ -93,7 +93,7 @@ def test_a_position_goes_on_at_any_other_world_size_and_micro_batch(
 
 
 @pytest.mark.parametrize("last", ["short", "drop"])
-def test_workers_bring_the_same_batches_in_the_same_order_from_any_position(last: str) -> None:
+def test_workers_return_the_same_batches_in_the_same_order_from_any_position(last: str) -> None:
     shape = {"size": 23, "global_batch": 7, "micro_batch": 2, "shuffle": True, "last": last}
     steps = [items for _, items in expected(shape, 11)]
     assert numbers(steps_of_parts(lambda part: make(shape, part, workers=2), 2, 8)) == steps[:8]
@@ -105,7 +105,7 @@ def test_workers_bring_the_same_batches_in_the_same_order_from_any_position(last
         later.load_state_dict(before.state_dict())
         return later
 
-    # What workers had fetched ahead is no part of the position.
+    # Batches that workers fetched in advance are not part of the position.
     assert numbers(steps_of_parts(resumed, 2, 6)) == steps[5:11]
 
 
@@ -157,7 +157,7 @@ def plain(batch: Any) -> Any:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_collate_functions_batch_comes_as_it_was_made(workers: int) -> None:
+def test_a_collate_functions_batch_is_passed_unchanged(workers: int) -> None:
     batches = Batches(
         Numbers(9), seed=SEED, global_batch=3, micro_batch=3, part=(0, 1), workers=workers, collate=arrays_and_names
     )
@@ -174,13 +174,13 @@ def arrays_and_names(items: list[int]) -> tuple[np.ndarray, tuple[str, ...]]:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_users_own_generators_are_left_as_they_were(workers: int) -> None:
+def test_the_users_generators_are_unchanged(workers: int) -> None:
     before = generator_states()
     take(Batches(Augmented(8), seed=SEED, global_batch=4, micro_batch=2, part=(0, 1), workers=workers), 3)
     assert generator_states() == before
 
 
-def test_ctrl_c_is_left_to_the_training_process() -> None:
+def test_ctrl_c_is_handled_by_the_training_process_only() -> None:
     batches = Batches(Workers(40), seed=SEED, global_batch=4, micro_batch=1, part=(0, 1), workers=2, shuffle=False)
     steps = iter(batches)
     pids = {int(micro.batch) for micro in next(steps)}
@@ -188,7 +188,7 @@ def test_ctrl_c_is_left_to_the_training_process() -> None:
     assert os.getpid() not in pids
     for pid in pids:
         os.kill(pid, signal.SIGINT)
-    # Two workers hold one step in advance: the later ones are asked for after the signal.
+    # Two workers hold one step in advance. The later steps are requested after the signal.
     assert {int(micro.batch) for _ in range(4) for micro in next(steps)} == pids
     batches.close()
 
@@ -196,12 +196,12 @@ def test_ctrl_c_is_left_to_the_training_process() -> None:
 def test_workers_end_with_the_loop_that_they_work_for() -> None:
     steps = iter(Batches(Workers(40), seed=SEED, global_batch=4, micro_batch=1, part=(0, 1), workers=2))
     assert {int(micro.batch) for micro in next(steps)} == {child.pid for child in multiprocessing.active_children()}
-    del steps  # as a `break` does
+    del steps  # like a `break`
     assert not multiprocessing.active_children()
 
 
 class Workers(Numbers):
-    """Items are the process they come from."""
+    """Items are the ids of the processes that made them."""
 
     def __getitem__(self, index: int) -> int:
         return os.getpid()
@@ -217,7 +217,7 @@ class Workers(Numbers):
         ({"on_resume": "skip"}, "data.on_resume is unknown.\n  problem: 'skip' is neither exact nor replay"),
     ],
 )
-def test_a_setting_that_means_nothing_is_rejected(setting: dict[str, Any], said: str) -> None:
+def test_a_setting_without_effect_is_rejected(setting: dict[str, Any], said: str) -> None:
     known: dict[str, Any] = {"seed": 0, "global_batch": 4, "micro_batch": 2, "part": (0, 1)}
     with pytest.raises(ConfigError) as refused:
         Batches(Numbers(8), **known | setting)

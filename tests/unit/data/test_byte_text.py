@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from disttrain.data import ByteText
 from disttrain.errors import DataError
 
-UNREADABLE = Path("/proc/self/mem")  # opens, also for root, and fails to read at its beginning
+UNREADABLE = Path("/proc/self/mem")  # opens, also for root, and fails to read at its first byte
 
 
 def contents(source: Path | str, split: str, **options: float) -> bytes:
-    """All bytes of a split, put together from windows of one."""
+    """All bytes of a split, joined from windows of one byte."""
     text = ByteText(str(source), 1, split, **options)
     first = text[0][0].tolist() if len(text) else []
     return bytes(first + [int(text[index][1]) for index in range(len(text))])
@@ -26,7 +26,7 @@ def contents(source: Path | str, split: str, **options: float) -> bytes:
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data(), st.binary(min_size=2, max_size=300))
-def test_a_window_is_a_slice_and_its_targets_the_slice_one_further(
+def test_a_window_is_a_slice_and_its_targets_are_shifted_by_one(
     tmp_path: Path, data: st.DataObject, raw: bytes
 ) -> None:
     (tmp_path / "one").write_bytes(raw)
@@ -59,7 +59,7 @@ def test_a_single_file_is_split_by_position(tmp_path: Path, share: float) -> Non
         assert len(held_out) == round(200 * share)
 
 
-def test_a_folder_is_split_by_file_as_the_hash_of_its_path_says(tmp_path: Path) -> None:
+def test_a_folder_is_split_by_file_according_to_the_hash_of_its_path(tmp_path: Path) -> None:
     files = {f"{folder}/{name}.txt": f"<{folder} {name}>" for folder in ("a", "b/c") for name in range(40)}
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +76,7 @@ def test_a_folder_is_split_by_file_as_the_hash_of_its_path_says(tmp_path: Path) 
         assert contents(tmp_path, split, eval_share=0.25).decode() == text
 
 
-def test_a_folder_is_the_same_wherever_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_is_the_same_at_any_location(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for root in (tmp_path / "plain", tmp_path / ".hidden" / "texts"):
         root.mkdir(parents=True)
         for name in "abc":
@@ -88,7 +88,7 @@ def test_a_folder_is_the_same_wherever_it_lies(tmp_path: Path, monkeypatch: pyte
     assert contents("~/plain", "all") == b"aaaaabbbbbccccc"
 
 
-def test_hidden_and_binary_files_of_a_folder_are_left_out_and_that_is_said(
+def test_hidden_and_binary_files_of_a_folder_are_excluded_with_a_message(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "text.txt").write_bytes("Grüße, 世界".encode())
@@ -105,12 +105,12 @@ def test_hidden_and_binary_files_of_a_folder_are_left_out_and_that_is_said(
     assert "picture.png" in caplog.text
 
 
-def test_a_binary_file_that_is_named_is_taken_as_it_is(tmp_path: Path) -> None:
+def test_a_binary_file_that_is_named_is_used_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "raw").write_bytes(bytes(50))
     assert contents(tmp_path / "raw", "all") == bytes(50)
 
 
-def test_a_name_that_is_no_text_is_a_name_all_the_same(tmp_path: Path) -> None:
+def test_a_file_name_that_is_not_text_is_accepted(tmp_path: Path) -> None:
     for name in (b"caf\xe9", b"other"):
         Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).write_bytes(name)
     assert contents(tmp_path, "train", eval_share=1e-6) == b"caf\xe9other"
@@ -153,7 +153,7 @@ def test_the_standard_library_has_text_for_both_splits() -> None:
         ),
     ],
 )
-def test_what_cannot_be_read_or_cut_is_rejected(
+def test_text_that_cannot_be_read_or_split_is_rejected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, str | float], said: str
 ) -> None:
     monkeypatch.chdir(tmp_path)

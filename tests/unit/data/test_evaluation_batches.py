@@ -15,7 +15,7 @@ from disttrain.errors import DataError
 
 
 def passes(dataset: Any, micro_batch: int, parts: int) -> list[list[MicroBatch]]:
-    """Every part's micro-batches."""
+    """The micro-batches of every part."""
     return [
         list(EvaluationBatches(dataset, seed=SEED, micro_batch=micro_batch, part=(part, parts)))
         for part in range(parts)
@@ -28,7 +28,7 @@ def test_each_sample_counts_once_and_parts_stay_aligned(size: int, micro_batch: 
     found = passes(kind(size), micro_batch, parts)
     assert {len(own) for own in found} == {-(-size // (micro_batch * parts))}, "rounds, equally many on every part"
     real = sorted((micro for own in found for micro in own if micro.real), key=lambda micro: micro.index)
-    # A place is one at any world size: what an objective draws for a micro-batch hangs on it.
+    # A sample has the same position at any world size: an objective's draws for a micro-batch depend on it.
     assert [micro.index for micro in real] == list(range(-(-size // micro_batch)))
     rows = torch.cat([micro.batch for micro in real])
     assert rows.tolist() == torch.stack([drawn(-1, index) for index in range(size)]).tolist()
@@ -38,7 +38,7 @@ def test_each_sample_counts_once_and_parts_stay_aligned(size: int, micro_batch: 
         assert kept == sorted(kept, reverse=True), "replays come last"
 
 
-def test_another_pass_draws_the_same_and_leaves_the_users_generators_alone() -> None:
+def test_another_pass_draws_the_same_and_leaves_the_users_generators_unchanged() -> None:
     for dataset in (Augmented(10), Reader(10)):
         batches = EvaluationBatches(dataset, seed=SEED, micro_batch=3, part=(0, 2))
         before = generator_states()
@@ -48,7 +48,7 @@ def test_another_pass_draws_the_same_and_leaves_the_users_generators_alone() -> 
         assert [micro.batch.tolist() for micro in batches] == first
 
 
-def test_streams_that_could_be_cut_or_hold_a_place_are_read_whole_from_the_front() -> None:
+def test_streams_that_could_be_sharded_or_resumed_are_read_completely_from_the_front() -> None:
     found = passes(Sharded((5, 4, 3)), 2, 3)
     assert sorted(int(row[0]) for own in found for micro in own if micro.real for row in micro.batch) == [
         *range(5), *range(100, 104), *range(200, 203)

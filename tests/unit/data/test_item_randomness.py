@@ -31,7 +31,7 @@ from world import run_world
 import disttrain
 from disttrain.data import Batches, Order
 
-SIZE, GLOBAL_BATCH = 20, 6  # four steps an epoch, the last one of two samples
+SIZE, GLOBAL_BATCH = 20, 6  # four steps per epoch, the last one with two samples
 
 DATASETS: dict[str, Callable[[], Any]] = {
     "item by item": lambda: Augmented(SIZE),
@@ -42,7 +42,7 @@ DATASETS: dict[str, Callable[[], Any]] = {
 
 
 def expected_steps(count: int, size: int = SIZE) -> list[list[Tensor]]:
-    """Every step's rows, each drawn by hand under its own seeds."""
+    """The rows of every step, each drawn by hand under its seeds."""
     order = Order(size, SEED)
     epochs = ((epoch, order.indices(epoch, 0, size).tolist()) for epoch in itertools.count())
     steps = itertools.islice(chunks(epochs, GLOBAL_BATCH), count)
@@ -55,7 +55,7 @@ def assert_rows(found: list[list[Any]], steps: list[list[Tensor]]) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("name", DATASETS)
-def test_any_way_to_ask_for_items_gives_the_same_draws(name: str, workers: int) -> None:
+def test_every_form_of_access_gives_the_same_draws(name: str, workers: int) -> None:
     def make(part: tuple[int, int]) -> Batches:
         dataset = DATASETS[name]()
         return Batches(dataset, seed=SEED, global_batch=GLOBAL_BATCH, micro_batch=2, part=part, workers=workers)
@@ -63,7 +63,7 @@ def test_any_way_to_ask_for_items_gives_the_same_draws(name: str, workers: int) 
     assert_rows(joined(steps_of_parts(make, 2, 6)), expected_steps(6))
 
 
-def test_items_of_parts_of_a_dataset_are_keyed_by_their_index_in_the_whole() -> None:
+def test_items_of_parts_of_a_dataset_are_keyed_by_their_index_in_the_complete_dataset() -> None:
     dataset = ConcatDataset([Augmented(7), Augmented(13)])
     batches = Batches(dataset, seed=SEED, global_batch=SIZE, micro_batch=SIZE, part=(0, 1), shuffle=False)
     ((micro,),) = take(batches, 1)
@@ -84,7 +84,7 @@ def test_a_dataset_that_seldom_draws_is_exact_from_any_position() -> None:
             assert micro.batch.tolist() == torch.stack(rows).tolist()
 
 
-def test_only_data_that_draw_are_asked_item_by_item() -> None:
+def test_only_data_that_draw_are_read_item_by_item() -> None:
     still, drawing = AugmentedInBulk(SIZE, every=SIZE), AugmentedInBulk(SIZE)
     for dataset in (still, drawing):
         without_the_first = Subset(dataset, range(1, SIZE))
@@ -94,7 +94,7 @@ def test_only_data_that_draw_are_asked_item_by_item() -> None:
 
 
 def noisy(items: list[int]) -> Tensor:
-    """A collate function that draws, as one that masks tokens does."""
+    """A collate function that draws, like one that masks tokens."""
     return torch.tensor([[float(i), float(torch.rand(())), np.random.rand(), random.random()] for i in items])
 
 
@@ -112,7 +112,7 @@ class Still(Numbers):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("kind", [Numbers, Still])
-def test_a_collate_functions_draws_depend_on_its_items_only(kind: type[Numbers], workers: int) -> None:
+def test_a_collate_functions_draws_depend_only_on_its_items(kind: type[Numbers], workers: int) -> None:
     order = Order(SIZE, SEED)
     for start in (0, 2):
         batches = Batches(
@@ -127,7 +127,9 @@ def test_a_collate_functions_draws_depend_on_its_items_only(kind: type[Numbers],
 
 
 def train_in_world(folder: Path, runs: list[tuple[str, int, int, int]]) -> dict[str, list[list[tuple[int, Any]]]]:
-    """Each run (name, workers, micro-batch, last step): every step's real micro-batches on this rank, (index, rows)."""
+    """Each run (name, workers, micro-batch, last step): the real micro-batches of every step on this rank, (index,
+    rows).
+    """
     multiprocessing.current_process().daemon = False  # a daemon may have no workers
     found = {}
     for name, workers, micro_batch, until in runs:
@@ -152,7 +154,7 @@ def train_in_world(folder: Path, runs: list[tuple[str, int, int, int]]) -> dict[
     return found
 
 
-def test_draws_are_one_at_any_world_size_with_workers_and_after_a_resume(tmp_path: Path) -> None:
+def test_draws_are_equal_at_any_world_size_with_workers_and_after_a_resume(tmp_path: Path) -> None:
     found: dict[str, list[list[Tensor]]] = {}
 
     def run(size: int, runs: list[tuple[str, int, int, int]]) -> None:

@@ -43,29 +43,34 @@ def chi_square(counts: np.ndarray) -> float:
 
 
 def six_sigma(freedom: int) -> tuple[float, float]:
-    """A chi-square variable has mean `freedom` and variance twice that. Seeds are fixed: what passes always passes."""
+    """A chi-square variable has mean `freedom` and variance twice that.
+
+    Seeds are fixed, so the outcome never changes.
+    """
     return freedom - 6 * math.sqrt(2 * freedom), freedom + 6 * math.sqrt(2 * freedom)
 
 
 @pytest.mark.parametrize("epoch", [0, 3, 10**9])
 @pytest.mark.parametrize("position", [0, 1, 4_999_999_999, VAST - 1])
 def test_an_index_of_ten_billion_costs_no_more_than_one_of_ten_thousand(epoch: int, position: int) -> None:
-    few = 9537  # fills the same share of 2**14 as ten billion of 2**34, so that equally many values are walked again
+    # fills the same share of 2**14 as ten billion does of 2**34, so that equally many values are walked again
+    few = 9537
     took: dict[int, list[float]] = {VAST: [], few: []}
-    for more in range(7):  # every one in an epoch not seen before: keys are derived each time
+    for more in range(7):  # each index in a new epoch, because keys are derived once per epoch
         for size, times in took.items():
             started = time.process_time()
             (index,) = Order(size, seed=5).indices(epoch + more, position % size, 1)
             times.append(time.process_time() - started)
             assert 0 <= index < size
-    assert min(took[VAST]) < 4 * min(took[few]), took  # a busy machine disturbs both; a list would cost a million times
+    # a busy machine disturbs both; a list would cost a million times as much
+    assert min(took[VAST]) < 4 * min(took[few]), took
 
 
 def test_no_memory_grows_with_size_epochs_or_positions() -> None:
     order = Order(VAST, seed=5)
     generator = np.random.default_rng(0)
     places = list(enumerate(generator.integers(VAST, size=3500).tolist()))
-    for epoch, position in places[:2500]:  # Python itself keeps up to 2000 freed tuples, and counts them as memory
+    for epoch, position in places[:2500]:  # Python keeps up to 2000 freed tuples, and counts them as memory
         order.indices(epoch, position, 1)
     tracemalloc.start()
     try:
@@ -95,8 +100,8 @@ def test_every_seed_and_epoch_is_a_bijection(size: int, seed: int, epoch: int) -
 
 @settings(max_examples=100, deadline=None)
 @given(st.data(), st.integers(1, 2**62), SEEDS, EPOCHS)
-def test_the_order_is_that_of_its_paper_at_any_size(data: st.DataObject, size: int, seed: int, epoch: int) -> None:
-    # Of a few samples most walks are long, of 2**62 the arithmetic reaches the last bit.
+def test_the_order_is_that_of_the_paper_at_any_size(data: st.DataObject, size: int, seed: int, epoch: int) -> None:
+    # With few samples most walks are long. With 2**62 the arithmetic reaches the last bit.
     size = data.draw(st.sampled_from([1, 2, 3, 15, 16, 17, 257, VAST, 2**62 - 1, 2**62, size]))
     start = data.draw(st.integers(0, size - 1))
     count = data.draw(st.integers(0, min(40, size - start)))
@@ -106,22 +111,22 @@ def test_the_order_is_that_of_its_paper_at_any_size(data: st.DataObject, size: i
 
 
 @given(st.integers(1, 50), EPOCHS)
-def test_without_shuffle_the_order_is_the_datas_own(size: int, epoch: int) -> None:
+def test_without_shuffle_the_order_is_that_of_the_dataset(size: int, epoch: int) -> None:
     order = Order(size, seed=1, shuffle=False)
     assert order.indices(epoch, 0, size).tolist() == list(range(size))
 
 
-def test_epochs_and_seeds_have_orders_of_their_own() -> None:
+def test_epochs_and_seeds_have_different_orders() -> None:
     size, places = 1000, list(itertools.product(range(6), range(6)))
     orders = [Order(size, seed).indices(epoch, 0, size) for seed, epoch in places]
     equal = [int((a == b).sum()) for a, b in itertools.combinations(orders, 2)]
-    # Two random orders agree at one place on average, Poisson: 630 pairs sum to 630, give or take six times 25.
+    # Two random orders agree at one position on average (Poisson): 630 pairs sum to 630, plus or minus six times 25.
     assert max(equal) < 12
     assert abs(sum(equal) - len(equal)) < 6 * math.sqrt(len(equal))
 
 
 @pytest.mark.slow
-def test_every_arrangement_of_four_is_as_likely() -> None:
+def test_every_arrangement_of_four_is_equally_likely() -> None:
     seen = dict.fromkeys(itertools.permutations(range(4)), 0)
     for epoch in range(2400):
         seen[tuple(Order(4, seed=2).indices(epoch, 0, 4).tolist())] += 1
@@ -130,12 +135,12 @@ def test_every_arrangement_of_four_is_as_likely() -> None:
 
 
 @pytest.mark.parametrize("size", [2, 5, 20, 64])
-def test_every_sample_is_as_likely_at_every_position(size: int) -> None:
+def test_every_sample_is_equally_likely_at_every_position(size: int) -> None:
     epochs = 2000
     counts = np.zeros((size, size))
     for epoch in range(epochs):
         counts[np.arange(size), Order(size, seed=3).indices(epoch, 0, size)] += 1
-    freedom = (size - 1) ** 2  # rows and columns each sum to `epochs`, so that the statistic is scaled to it
+    freedom = (size - 1) ** 2  # rows and columns each sum to `epochs`, and the statistic is scaled for that
     low, high = six_sigma(freedom)
     assert max(0, low) <= chi_square(counts) * (size - 1) / size < high
     # Samples in the middle at every position: a mean over 2000 epochs, each with a uniform's standard deviation.
@@ -143,15 +148,15 @@ def test_every_sample_is_as_likely_at_every_position(size: int) -> None:
     assert np.abs(means - (size - 1) / 2).max() < 6 * math.sqrt((size**2 - 1) / 12 / epochs)
 
 
-def test_nothing_stays_in_place_or_beside_its_neighbour_more_than_by_chance() -> None:
+def test_samples_stay_in_place_or_adjacent_only_by_chance() -> None:
     size, epochs = 1000, 400
     orders = [Order(size, seed=4).indices(epoch, 0, size) for epoch in range(epochs)]
-    bound = 6 * math.sqrt(epochs)  # both counts are Poisson with mean one an epoch
+    bound = 6 * math.sqrt(epochs)  # both counts are Poisson with mean one per epoch
     assert abs(sum(int((order == np.arange(size)).sum()) for order in orders) - epochs) < bound
     assert abs(sum(int((np.diff(order) == 1).sum()) for order in orders) - epochs) < bound
 
 
-def test_the_first_positions_of_ten_billion_lie_all_over_it() -> None:
+def test_the_first_positions_of_ten_billion_are_spread_over_the_range() -> None:
     first = Order(VAST, seed=6).indices(2, 0, 20_000)
     assert len(set(first.tolist())) == 20_000
     low, high = six_sigma(63)
@@ -160,7 +165,7 @@ def test_the_first_positions_of_ten_billion_lie_all_over_it() -> None:
     assert abs(correlation) < 6 / math.sqrt(20_000)
 
 
-def test_what_lies_outside_is_rejected() -> None:
+def test_positions_outside_the_range_are_rejected() -> None:
     order = Order(10, seed=0)
     for start, count in ((-1, 1), (10, 1), (-1, 2), (9, 2)):
         with pytest.raises(IndexError, match="10 samples"):

@@ -42,7 +42,7 @@ def test_every_sample_is_computed_once_and_parts_stay_aligned(samples: int, micr
 
 @settings(max_examples=200, deadline=None)
 @given(st.data(), MICRO, PARTS)
-def test_shares_of_streams_that_are_cut_are_even_and_aligned(data: st.DataObject, micro_batch: int, parts: int) -> None:
+def test_shares_of_sharded_streams_are_even_and_aligned(data: st.DataObject, micro_batch: int, parts: int) -> None:
     samples = data.draw(st.integers(parts, 200))
     shares = [even_share(samples, (part, parts)) for part in range(parts)]
     assert sum(shares) == samples
@@ -57,7 +57,7 @@ def test_shares_of_streams_that_are_cut_are_even_and_aligned(data: st.DataObject
 
 
 def test_a_worked_example() -> None:
-    # Seven samples by two over three parts: 0-1, 2-3, 4-5, 6; the last round has one micro-batch and two replays.
+    # Seven samples by two over three parts: 0-1, 2-3, 4-5, 6. The last round has one micro-batch and two replays.
     assert plan_step(7, 2, (0, 3)) == [Slot(0, 0, 2, True), Slot(3, 6, 1, True)]
     assert plan_step(7, 2, (1, 3)) == [Slot(1, 2, 2, True), Slot(1, 2, 2, False)]
     assert plan_step(7, 2, (2, 3)) == [Slot(2, 4, 2, True), Slot(2, 4, 2, False)]
@@ -66,7 +66,7 @@ def test_a_worked_example() -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=6))
-def test_a_scripts_own_batches_are_each_used_once_and_the_last_replayed(counts: list[int]) -> None:
+def test_micro_batches_of_a_script_are_each_used_once_and_the_last_is_replayed(counts: list[int]) -> None:
     steps = [align_batches([f"{part}.{k}" for k in range(count)], counts, part) for part, count in enumerate(counts)]
     assert {len(step) for step in steps} == {max(counts)}
     for part, (count, step) in enumerate(zip(counts, steps, strict=True)):

@@ -41,7 +41,7 @@ def make(dataset: Any, part: tuple[int, int] = (0, 1), **more: Any) -> Batches:
 
 
 def expected(size: int, global_batch: int, count: int, *, drop: bool = False, per_epoch: int = 0) -> list[list[Tensor]]:
-    """Rows of the first steps: item k of an epoch is keyed by k, and is k, or says its epoch too."""
+    """Rows of the first steps. Item k of an epoch is keyed by k, and is k, or also contains its epoch."""
     epochs = ((epoch, range(size)) for epoch in itertools.count())
     steps = itertools.islice(chunks(epochs, global_batch, drop=drop), count)
     return [[drawn(epoch, k, per_epoch * epoch + k) for k in items] for epoch, items in steps]
@@ -53,7 +53,7 @@ def rows(steps: list[list[Any]]) -> list[Any]:
 
 @settings(max_examples=40, deadline=None)
 @given(st.data(), st.integers(1, 20), st.integers(1, 8), st.integers(1, 4), st.sampled_from(["short", "drop"]))
-def test_every_item_once_an_epoch_and_its_draws_by_its_number(
+def test_every_item_once_per_epoch_with_draws_keyed_by_its_number(
     data: st.DataObject, size: int, micro_batch: int, parts: int, last: str
 ) -> None:
     global_batch = data.draw(st.integers(1, size))
@@ -65,7 +65,7 @@ def test_every_item_once_an_epoch_and_its_draws_by_its_number(
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 7), st.integers(1, 3), st.integers(1, 3), st.integers(1, 5))
-def test_a_state_goes_on_exactly_at_any_other_world_size(at: int, parts: int, later: int, micro_batch: int) -> None:
+def test_a_state_continues_exactly_at_any_other_world_size(at: int, parts: int, later: int, micro_batch: int) -> None:
     first = make(Resumable(10), (0, parts))
     take(first, at)
     state = json.loads(json.dumps(first.state_dict()))
@@ -82,13 +82,13 @@ def test_a_state_goes_on_exactly_at_any_other_world_size(at: int, parts: int, la
     assert all(dataset.read == consumed for dataset in datasets), "nothing is read twice"
 
 
-def test_a_position_stays_what_it_was_while_reading_goes_on() -> None:
+def test_a_position_does_not_change_while_reading_continues() -> None:
     steps = take(make(Resumable(10)), 3)
     assert [step.position["stream"] for step in steps] == [{"at": 4}, {"at": 8}, {"at": 10}]
 
 
 @pytest.mark.parametrize("at", [1, 3, 4])
-def test_without_a_state_a_position_is_rejected_or_read_again(at: int) -> None:
+def test_without_a_state_a_position_is_rejected_or_reached_by_reading_again(at: int) -> None:
     first = make(Reader(10))
     take(first, at)
     state = json.loads(json.dumps(first.state_dict()))
@@ -103,20 +103,20 @@ def test_without_a_state_a_position_is_rejected_or_read_again(at: int) -> None:
     assert rows(joined(steps_of_parts(resumed, 2, 4))) == rows(expected(10, 4, at + 4)[at:])
 
 
-def test_the_very_beginning_needs_no_state() -> None:
+def test_the_start_of_an_epoch_needs_no_state() -> None:
     batches = make(Reader(10))
     batches.load_state_dict(make(Reader(10)).state_dict())
     assert rows(joined([take(batches, 2)])) == rows(expected(10, 4, 2))
 
 
 class Shuffling(IterableDataset):
-    """Draws its whole order when it begins."""
+    """Draws its complete order when it begins."""
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter(torch.randperm(12))
 
 
-def test_an_order_drawn_at_the_beginning_is_one_on_all_parts_and_another_every_epoch() -> None:
+def test_an_order_drawn_at_the_beginning_is_equal_on_all_parts_and_new_in_every_epoch() -> None:
     found = [[int(i) for i in items] for items in joined(steps_of_parts(lambda part: make(Shuffling(), part), 3, 6))]
     first, second = list(itertools.chain(*found[:3])), list(itertools.chain(*found[3:]))
     assert sorted(first) == sorted(second) == list(range(12))
@@ -126,13 +126,13 @@ def test_an_order_drawn_at_the_beginning_is_one_on_all_parts_and_another_every_e
     assert [[int(i) for i in items] for items in joined([take(later, 2)])] == found[4:]
 
 
-def test_the_users_own_generators_are_left_as_they_were() -> None:
+def test_the_users_generators_are_unchanged() -> None:
     before = generator_states()
     take(make(Reader(10), collate=lambda items: torch.stack(items) + torch.rand(())), 5)
     assert generator_states() == before
 
 
-def test_workers_are_not_used_and_that_is_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_workers_are_not_used_and_a_message_says_so(caplog: pytest.LogCaptureFixture) -> None:
     batches = make(Reader(10), workers=3)
     assert "data.workers=3: iterable data is read in the training process, without workers" in caplog.text
     assert rows(joined([take(batches, 2)])) == rows(expected(10, 4, 2))
@@ -150,7 +150,7 @@ def test_an_iterable_without_torchs_base_class_is_a_stream() -> None:
     ]
 
 
-def test_an_iterator_that_is_spent_after_one_epoch_is_not_waited_for() -> None:
+def test_an_iterator_that_ends_after_one_epoch_is_not_waited_for() -> None:
     batches = iter(make(iter(range(8))))
     next(batches), next(batches)
     with pytest.raises(DataError, match=r"(?s)in epoch 1.*must start from the beginning"):
@@ -164,7 +164,7 @@ def test_a_stream_without_one_step_is_rejected_on_every_part(size: int, last: st
             next(iter(make(Reader(size), (part, 3), last=last)))
 
 
-def test_what_a_streams_own_code_raises_comes_through_with_the_place() -> None:
+def test_errors_of_a_streams_code_are_raised_with_the_position() -> None:
     def broken() -> Iterator[int]:
         yield from range(5)
         raise OSError("the disk is gone")
@@ -182,7 +182,7 @@ SIZES = (9, 7, 8)  # items of each rank's shard; a step takes 3, 2, 2: the secon
 
 
 def read_shards(folder: Path, runs: list[tuple[str, int, int, str]]) -> dict[str, Any]:
-    """Each run (name, micro-batch, last step, on_resume) on this rank: its steps, or the DataError that it met."""
+    """Each run (name, micro-batch, last step, on_resume) on this rank: its steps, or the DataError."""
     found: dict[str, Any] = {}
     for name, micro_batch, until, on_resume in runs:
         config = {
@@ -208,7 +208,7 @@ def read_shards(folder: Path, runs: list[tuple[str, int, int, str]]) -> dict[str
     return found
 
 
-def own_rows(step: list[tuple[int, bool, Any]]) -> list[list[float]]:
+def rows_of_rank(step: list[tuple[int, bool, Any]]) -> list[list[float]]:
     return np.concatenate([batch for _, real, batch in step if real]).tolist()
 
 
@@ -224,12 +224,12 @@ def test_shards_are_read_by_one_rank_each_and_end_together(tmp_path: Path) -> No
         for place, step in enumerate(found["whole"]):
             epoch, round_ = divmod(place, 3)
             numbers = [shares[part] * round_ + k for k in range(shares[part])]
-            # Keyed by the number among all parts' items: two parts' first items draw differently.
+            # Keyed by the number among all parts' items: the first items of two parts draw different numbers.
             expected_rows = [drawn(epoch, 3 * k + part, 100 * part + k).tolist() for k in numbers]
-            assert own_rows(step) == expected_rows, (part, place)
+            assert rows_of_rank(step) == expected_rows, (part, place)
             assert [real for _, real, _ in step] == ([True, True] if part == 0 else [True, False])
-        # Continued by reading again, in another micro-batch: each rank from where it was in its own shard.
-        assert [own_rows(step) for step in found["stopped"]] == [own_rows(step) for step in found["whole"][2:]]
+        # Continued by reading again, with another micro-batch: each rank continues where it was in its shard.
+        assert [rows_of_rank(step) for step in found["stopped"]] == [rows_of_rank(step) for step in found["whole"][2:]]
     for step in zip(*[found["whole"] for found in ranks], strict=True):
         places = [index for own in step for index, real, _ in own if real]
         assert len(set(places)) == len(places)
@@ -244,7 +244,7 @@ def test_shards_are_read_by_one_rank_each_and_end_together(tmp_path: Path) -> No
     )
 
 
-def test_a_dataset_that_can_be_cut_is_whole_for_one_part_and_knows_that_it_was() -> None:
+def test_a_dataset_that_can_be_sharded_is_complete_for_one_part() -> None:
     alone = make(Sharded((3, 5)), global_batch=4)
     steps = take(alone, 2)
     assert [[int(row[0]) for row in items] for items in joined([steps])] == [[0, 1, 2, 100], [101, 102, 103, 104]]
@@ -253,7 +253,7 @@ def test_a_dataset_that_can_be_cut_is_whole_for_one_part_and_knows_that_it_was()
         cut.load_state_dict(alone.state_dict())
 
 
-def test_a_collate_functions_draws_are_no_other_parts() -> None:
+def test_a_collate_functions_draws_differ_between_parts() -> None:
     def noise(items: list[Tensor]) -> list[float]:
         return [float(torch.rand(())) for _ in items]
 
@@ -265,7 +265,7 @@ def test_a_collate_functions_draws_are_no_other_parts() -> None:
             assert micro.batch == [float(torch.rand(())), float(torch.rand(()))]
 
 
-def test_the_last_partial_step_of_shards_is_left_out_and_that_is_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_last_partial_step_of_shards_is_dropped_with_a_message(caplog: pytest.LogCaptureFixture) -> None:
     make(Sharded((3, 5)), (0, 2), last="drop")
     assert not caplog.records
     make(Sharded((3, 5)), (0, 2), last="short")
@@ -273,18 +273,18 @@ def test_the_last_partial_step_of_shards_is_left_out_and_that_is_said(caplog: py
 
 
 class HuggingFace(Sharded):
-    """`datasets.IterableDataset.shard(num_shards, index)`: the other way round."""
+    """`datasets.IterableDataset.shard(num_shards, index)`, with its arguments in the other order."""
 
     def shard(self, num_shards: int, index: int) -> Sharded:  # type: ignore[override]
         return Sharded(self.sizes, index)
 
 
-def test_hugging_faces_shard_is_called_by_its_own_names() -> None:
+def test_hugging_faces_shard_is_called_with_its_argument_names() -> None:
     batches = iter(make(HuggingFace((4, 4, 4)), (2, 3), global_batch=6))
     assert [int(row[0]) for micro in next(batches) for row in micro.batch] == [200, 201]
 
 
-def test_map_style_data_with_a_shard_method_are_not_cut_by_it() -> None:
+def test_map_style_data_with_a_shard_method_are_not_sharded_by_it() -> None:
     class Both(Augmented):
         def shard(self, index: int, count: int) -> Any:
             raise AssertionError("the order cuts map-style data")

@@ -52,7 +52,7 @@ def points(count):
 
 @pytest.fixture
 def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[Path, dict[str, float]]]]:
-    """Trains a config's model beside a frozen reference, by an optimizer and a schedule from Python."""
+    """Trains a config's model together with a frozen reference, with an optimizer and a schedule from Python."""
     (tmp_path / "loading_parts.py").write_text(PARTS)
     monkeypatch.syspath_prepend(tmp_path)
     import loading_parts
@@ -89,17 +89,18 @@ def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
     sys.modules.pop("loading_parts", None)
 
 
-def test_eval_takes_the_configs_model_and_its_objective_from_a_run_of_more(
+def test_eval_reads_the_configs_model_and_objective_from_a_run_with_more(
     trained: Callable[..., tuple[Path, dict[str, float]]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, found_there = trained()
     capsys.readouterr()
     evaluate_run(path=str(run), overrides=[], as_json=True)
-    # The run's own evaluation, to the bit: trained weights, batch statistics, scale, and the draws of its last step.
+    # The result equals the run's evaluation, to the bit: weights, batch statistics, scale, and the draws of its last
+    # step.
     assert json.loads(capsys.readouterr().out) == {"step": 5, **found_there}
 
 
-def test_eval_of_a_run_without_a_model_of_that_name_says_which_it_has(
+def test_eval_of_a_run_without_the_model_lists_its_models(
     trained: Callable[..., tuple[Path, dict[str, float]]],
 ) -> None:
     run, _ = trained("policy")
@@ -118,7 +119,7 @@ def test_a_model_is_loaded_by_its_name(trained: Callable[..., tuple[Path, dict[s
     assert int(policy.norm.num_batches_tracked) == 5 and int(reference.norm.num_batches_tracked) == 0
 
 
-def test_another_models_shapes_are_rejected_with_what_a_user_can_do(
+def test_another_models_shapes_are_rejected_with_a_fix(
     trained: Callable[..., tuple[Path, dict[str, float]]],
 ) -> None:
     run, _ = trained()
@@ -128,7 +129,9 @@ def test_another_models_shapes_are_rejected_with_what_a_user_can_do(
     assert "strict" not in str(refused.value)
 
 
-def test_loading_leaves_the_callers_random_state(trained: Callable[..., tuple[Path, dict[str, float]]]) -> None:
+def test_loading_does_not_change_the_callers_random_state(
+    trained: Callable[..., tuple[Path, dict[str, float]]],
+) -> None:
     def draw() -> list[float]:
         return [float(torch.rand(())), float(np.random.rand()), random.random()]
 

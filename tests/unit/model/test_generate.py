@@ -23,12 +23,12 @@ def model() -> GPT:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:
-                parameter.mul_(25.0)  # opinions strong enough that every token of the window matters
+                parameter.mul_(25.0)  # a distribution so peaked that every token of the window matters
     return model
 
 
 class Returns(nn.Module):
-    """One row of logits for every position, in whatever form is asked for."""
+    """One row of logits for every position, in the requested form."""
 
     def __init__(self, logits: list[float], form: Any = lambda logits: logits) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def test_temperature_zero_takes_the_likeliest_of_the_last_context_tokens(model: GPT) -> None:
+def test_temperature_zero_selects_the_likeliest_after_the_last_context_tokens(model: GPT) -> None:
     expected = [3, 1]
     model.eval()
     for _ in range(12):
@@ -55,7 +55,7 @@ def test_temperature_zero_takes_the_likeliest_of_the_last_context_tokens(model: 
     assert generate(model, [3, 1], length=12, context=5, temperature=0.0) != expected[2:], "any window would pass"
 
 
-def test_equal_generators_give_equal_text_and_others_other_text(model: GPT) -> None:
+def test_equal_generators_give_equal_text_and_others_do_not(model: GPT) -> None:
     texts = [generate(model, [0], length=30, context=6, generator=seeded(seed)) for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
     torch.manual_seed(8)
@@ -65,7 +65,7 @@ def test_equal_generators_give_equal_text_and_others_other_text(model: GPT) -> N
 
 
 @pytest.mark.parametrize(("temperature", "top_k"), [(1.0, None), (0.5, None), (3.0, 3), (1.0, 99)])
-def test_tokens_come_as_often_as_their_softmax_says(temperature: float, top_k: int | None) -> None:
+def test_token_frequencies_match_the_softmax(temperature: float, top_k: int | None) -> None:
     logits = [0.5, -1.0, 2.0, 0.0, -math.inf]
     kept = sorted(range(5), key=lambda token: -logits[token])[:top_k]
     powers = {token: math.exp(logits[token] / temperature) for token in kept}
@@ -81,12 +81,12 @@ def test_tokens_come_as_often_as_their_softmax_says(temperature: float, top_k: i
 
 
 @pytest.mark.parametrize(("temperature", "top_k"), [(1.0, 1), (1e-40, None), (1e-40, 2)])
-def test_one_choice_or_almost_no_temperature_is_the_likeliest(temperature: float, top_k: int | None) -> None:
+def test_one_choice_or_a_temperature_near_zero_gives_the_likeliest(temperature: float, top_k: int | None) -> None:
     logits = torch.tensor([1.0, 3.0, -2.0, 2.9])
     assert {draw(logits, seeded(seed), temperature=temperature, top_k=top_k) for seed in range(20)} == {1}
 
 
-def test_it_reads_in_evaluation_mode_and_puts_every_mode_back(model: GPT) -> None:
+def test_it_reads_in_evaluation_mode_and_restores_every_mode(model: GPT) -> None:
     watched = Returns([0.0, 1.0])
     generate(watched, [0], length=2, context=4)
     assert watched.modes == [(False, False)] * 2
@@ -108,16 +108,16 @@ def test_it_reads_in_evaluation_mode_and_puts_every_mode_back(model: GPT) -> Non
         lambda logits: (logits, None),
         lambda logits: {"logits": logits, "cache": None},
         lambda logits: SimpleNamespace(logits=logits),
-        lambda logits: logits[:, -1:],  # nanoGPT's, when it is not training
+        lambda logits: logits[:, -1:],  # like nanoGPT when it does not train
         lambda logits: logits.bfloat16(),
     ],
     ids=["tuple", "mapping", "object", "last position", "bf16"],
 )
-def test_logits_are_found_where_models_put_them(form: Any) -> None:
+def test_logits_are_read_from_the_usual_outputs_of_models(form: Any) -> None:
     assert generate(Returns([0.0, 5.0, 1.0], form), [0, 0], length=3, context=8, temperature=0.0) == [1, 1, 1]
 
 
-def test_no_tokens_are_asked_for_none_come(model: GPT) -> None:
+def test_zero_tokens_return_the_prompt_only(model: GPT) -> None:
     assert generate(model, [1], length=0, context=6) == []
 
 
@@ -134,14 +134,14 @@ def test_no_tokens_are_asked_for_none_come(model: GPT) -> None:
     ],
     ids=str,
 )
-def test_what_cannot_be_sampled_is_rejected(model: GPT, change: dict[str, Any], named: str) -> None:
+def test_impossible_sampling_settings_are_rejected(model: GPT, change: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         generate(model, **{"prompt_tokens": [0], "length": 1, "context": 6, **change})
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("logits", [[math.nan, 1.0], [math.inf, 1.0], [-math.inf, -math.inf]], ids=str)
-def test_logits_that_are_no_numbers_are_rejected(logits: list[float], temperature: float) -> None:
+def test_logits_that_are_not_finite_are_rejected(logits: list[float], temperature: float) -> None:
     with pytest.raises(TrainingError, match="logits that are not finite"):
         generate(Returns(logits), [0], length=1, context=1, temperature=temperature)
 

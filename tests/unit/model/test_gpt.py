@@ -28,7 +28,7 @@ SIZES = [
 
 
 class PlainUntied(PlainGPT):
-    """The plain decoder with a head of its own over its last normed vectors."""
+    """The plain decoder with a separate head over its last normalized vectors."""
 
     def norm(self, x: Tensor, name: str) -> Tensor:
         self.normed = super().norm(x, name)
@@ -40,7 +40,9 @@ class PlainUntied(PlainGPT):
 
 
 def shaken(**sizes: Any) -> GPT:
-    """In float64, with all parameters, norms too, far from their first values: nothing is hidden by a one or a zero."""
+    """In float64, with all parameters, also norms, far from their initial values, so that no zero or one hides an
+    error.
+    """
     torch.manual_seed(1)
     model = GPT(**sizes).double()
     with torch.no_grad():
@@ -60,7 +62,7 @@ def assert_equals_plain(model: GPT, plain: PlainGPT) -> None:
     logits, expected = model(tokens), plain(tokens)
     (logits * pull).sum().backward()
     (expected * pull).sum().backward()
-    # Sums of some hundred float64 products in another order: 1e-16 each, a thousandfold for what three layers amplify.
+    # Sums of several hundred float64 products in another order: 1e-16 each, times a thousand for three layers.
     torch.testing.assert_close(logits, expected, rtol=1e-12, atol=1e-12)
     for name, parameter in model.named_parameters():
         gradient = plain.value(name).grad
@@ -89,7 +91,9 @@ def test_an_untied_head_reads_the_same_vectors_with_its_own_weight() -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(("kv_heads", "hidden"), [(None, None), (2, 24)])
-def test_it_has_as_many_parameters_as_its_sizes_say(tied: bool, kv_heads: int | None, hidden: int | None) -> None:
+def test_it_has_the_number_of_parameters_that_its_sizes_imply(
+    tied: bool, kv_heads: int | None, hidden: int | None
+) -> None:
     model = GPT(vocab=13, context=5, layers=3, heads=4, width=40, kv_heads=kv_heads, hidden=hidden, tied=tied)
     d, k = 10, 4 if kv_heads is None else kv_heads
     f = next(n for n in range(64, 1000, 64) if n >= 8 * 40 / 3) if hidden is None else hidden
@@ -98,7 +102,7 @@ def test_it_has_as_many_parameters_as_its_sizes_say(tied: bool, kv_heads: int | 
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
-def test_a_token_changes_its_own_logits_and_later_ones_only(kv_heads: int) -> None:
+def test_a_token_changes_only_its_logits_and_later_ones(kv_heads: int) -> None:
     model = shaken(**TINY, kv_heads=kv_heads).float()
     tokens = random_tokens(model)
     before = model(tokens)
@@ -110,7 +114,7 @@ def test_a_token_changes_its_own_logits_and_later_ones_only(kv_heads: int) -> No
         assert (before[:, t:] != after[:, t:]).flatten(2).any(-1).all()
 
 
-def test_a_shorter_text_has_the_logits_of_the_longer_ones_start() -> None:
+def test_a_shorter_text_has_the_logits_of_the_longer_texts_start() -> None:
     model = shaken(**TINY)
     tokens = random_tokens(model)
     whole = model(tokens)
@@ -121,7 +125,9 @@ def test_a_shorter_text_has_the_logits_of_the_longer_ones_start() -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**31), st.integers(0, 900), st.integers(0, 900), st.integers(0, 100))
-def test_turned_vectors_keep_their_length_and_meet_by_distance_alone(seed: int, i: int, j: int, shift: int) -> None:
+def test_rotated_vectors_keep_their_length_and_interact_by_distance_alone(
+    seed: int, i: int, j: int, shift: int
+) -> None:
     q, k = torch.randn(2, 1, 1, 1, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     speed = 10000.0 ** -(torch.arange(3, dtype=torch.float64) / 3)
 
@@ -157,7 +163,7 @@ def test_the_first_weights_have_gpt2s_spread_and_norms_are_one() -> None:
         assert abs(float(parameter.detach().std()) / spread - 1) < 5 / math.sqrt(2 * count), name
 
 
-def test_dropout_is_drawn_in_training_only() -> None:
+def test_dropout_is_active_in_training_only() -> None:
     torch.manual_seed(3)
     model = GPT(**TINY, dropout=0.3)
     sober = GPT(**TINY)
@@ -185,7 +191,7 @@ def test_bf16_autocast_stays_near_float32_and_gives_finite_gradients() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(tokens)
     assert logits.dtype == torch.bfloat16
-    # bf16 keeps 8 bits, 0.4 % a rounding; twenty independent ones, one after another, make four and a half times that.
+    # bf16 keeps 8 bits, 0.4 % per rounding. Twenty independent roundings in sequence make four and a half times that.
     assert float(((logits.float() - exact).norm() / exact.norm()).detach()) < 0.02
     logits.float().square().mean().backward()
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
@@ -203,7 +209,7 @@ def test_bf16_autocast_stays_near_float32_and_gives_finite_gradients() -> None:
         ({"kv_heads": 0}, "kv_heads=0"),
         ({"hidden": 0}, "hidden=0"),
         ({"width": 18}, "width=18 for heads=4"),
-        ({"width": 12}, "width=12 for heads=4"),  # heads of width 3 have no pairs to turn
+        ({"width": 12}, "width=12 for heads=4"),  # heads of width 3 have no pairs to rotate
         ({"kv_heads": 3}, "heads=4 for kv_heads=3"),
         ({"kv_heads": 8}, "heads=4 for kv_heads=8"),
         ({"dropout": 1.0}, "dropout=1.0"),
@@ -231,6 +237,6 @@ def test_sizes_that_do_not_fit_are_rejected_by_name(change: dict[str, Any], name
     ],
     ids=["too long", "one row", "three dims", "floats", "above the vocabulary", "below it"],
 )
-def test_tokens_it_cannot_read_are_rejected(tokens: Tensor, named: str) -> None:
+def test_invalid_token_inputs_are_rejected(tokens: Tensor, named: str) -> None:
     with pytest.raises(DataError, match=named):
         GPT(**TINY)(tokens)

@@ -20,8 +20,8 @@ from disttrain.runtime.seeds import GeneratorFor, generators_for
 TINY: dict[str, Any] = {"vocab": 11, "context": 8, "layers": 2, "heads": 4, "width": 16}
 
 
-class Said(nn.Module):
-    """Says how: a weight under two names, a scalar, a running buffer and a computed one."""
+class WithInitWeights(nn.Module):
+    """Defines `init_weights` for: a weight under two names, a scalar, a running buffer and a computed one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Backwards(GPT):
 
 
 class Headed(GPT):
-    """Adds to the constructor and says nothing of it."""
+    """Adds to the constructor, but not to `init_weights`."""
 
     def __init__(self, **sizes: Any) -> None:
         super().__init__(**sizes)
@@ -62,7 +62,7 @@ class HeadedAndSaid(Headed):
 
 
 class InPlace(nn.Module):
-    """As Hugging Face has it: the same name for another thing."""
+    """Hugging Face's form: the same name with another meaning."""
 
     def init_weights(self) -> None:
         nn.init.zeros_(self.weight)
@@ -93,7 +93,7 @@ def filled_from_shapes(make: Callable[[], nn.Module], seed: int) -> nn.Module:
     module.to_empty(device="cpu")
     with torch.no_grad():
         for value in everything(module).values():
-            value.fill_(float("nan"))  # what is left unwritten shows
+            value.fill_(float("nan"))  # so that unwritten values show
     places = everything(module)
     fill(module, generators_for(seed), lambda name, value: places[name].data.copy_(value))
     return module
@@ -116,14 +116,14 @@ def test_another_seed_gives_other_weights_everywhere_but_norms_and_positions() -
     assert equal == {name for name in one if "norm" in name or name == "rotary"}
 
 
-def test_the_order_of_filling_changes_nothing() -> None:
+def test_the_order_of_filling_does_not_matter() -> None:
     assert_bit_equal(filled_from_shapes(lambda: GPT(**TINY), 7), filled_from_shapes(lambda: Backwards(**TINY), 7))
     assert_bit_equal(
         build_model(lambda: GPT(**TINY), seed=7, meta=False), filled_from_shapes(lambda: Backwards(**TINY), 7)
     )
 
 
-def test_gpts_values_are_whole_and_on_the_cpu_whatever_the_default_device() -> None:
+def test_gpts_values_are_complete_and_on_the_cpu_with_any_default_device() -> None:
     with torch.device("meta"):
         values = dict(GPT(**TINY).init_weights(generators_for(3)))
     assert {value.device.type for value in values.values()} == {"cpu"}
@@ -133,7 +133,7 @@ def test_gpts_values_are_whole_and_on_the_cpu_whatever_the_default_device() -> N
     assert all(torch.equal(values[name], built[name]) for name in built)
 
 
-def test_building_gpt_either_way_leaves_the_generator_where_the_seed_put_it() -> None:
+def test_both_ways_to_build_gpt_leave_the_generator_where_the_seed_put_it() -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     for meta in (False, True):
@@ -144,7 +144,7 @@ def test_building_gpt_either_way_leaves_the_generator_where_the_seed_put_it() ->
 @pytest.mark.parametrize(
     "make", [NanoGPT, Encoder, Awkward, DrawsEverywhere, lambda: MLP(inputs=3, hidden=[5], outputs=2)]
 )
-def test_a_users_module_is_what_its_constructor_makes_in_a_plain_script(make: Callable[[], nn.Module]) -> None:
+def test_a_users_module_equals_its_construction_in_a_plain_script(make: Callable[[], nn.Module]) -> None:
     torch.manual_seed(21)
     np.random.seed(21)
     random.seed(21)
@@ -175,8 +175,8 @@ functools.update_wrapper(wrapped_class, GPT)
     ("maker", "says"),
     [
         (GPT, True),
-        (Said, True),
-        (Said(), True),
+        (WithInitWeights, True),
+        (WithInitWeights(), True),
         (functools.partial(GPT, layers=2), True),
         (functools.partial(functools.partial(GPT, layers=2), heads=2), True),
         (wrapped_class, True),
@@ -188,17 +188,17 @@ functools.update_wrapper(wrapped_class, GPT)
         (NanoGPT, False),
         (nn.Linear(2, 2), False),
         (lambda: GPT(**TINY), False),
-        (functools.partial(build_model, Said, seed=0, meta=False), False),
+        (functools.partial(build_model, WithInitWeights, seed=0, meta=False), False),
     ],
     ids=lambda value: getattr(value, "__qualname__", str(type(value).__name__)) if not isinstance(value, bool) else "",
 )
-def test_only_a_class_that_yields_its_values_says_how(maker: Any, says: bool) -> None:
+def test_only_a_class_that_yields_its_values_is_filled_from_shapes(maker: Any, says: bool) -> None:
     assert says_how(maker) is says
 
 
 @pytest.mark.parametrize("tie", ["first.weight", "second.weight"])
 def test_a_tied_weight_is_written_under_either_name(tie: str) -> None:
-    module = Said()
+    module = WithInitWeights()
     module.tie = tie
     torch.manual_seed(6)
     fill_self(module)
@@ -219,10 +219,12 @@ def test_a_tied_weight_is_written_under_either_name(tie: str) -> None:
     ],
 )
 @pytest.mark.parametrize("meta", [False, True])
-def test_what_nobody_wrote_is_an_error_with_its_name(left_out: tuple[str, ...], named: str, meta: bool) -> None:
-    module = build_model(Said, seed=0, meta=meta)
+def test_an_unwritten_value_is_an_error_with_its_name(left_out: tuple[str, ...], named: str, meta: bool) -> None:
+    module = build_model(WithInitWeights, seed=0, meta=meta)
     module.leaves_out = left_out
-    with pytest.raises(ConfigError, match=f"Said.init_weights must yield a value for every(.|\n)*problem: {named}\n"):
+    with pytest.raises(
+        ConfigError, match=f"WithInitWeights.init_weights must yield a value for every(.|\n)*problem: {named}\n"
+    ):
         fill(module, generators_for(0), lambda name, value: None)
 
 
@@ -236,7 +238,7 @@ def test_what_nobody_wrote_is_an_error_with_its_name(left_out: tuple[str, ...], 
         (None, "it returned a NoneType"),
     ],
 )
-def test_values_that_fit_nowhere_are_rejected(values: Any, named: str) -> None:
+def test_values_that_belong_to_no_tensor_are_rejected(values: Any, named: str) -> None:
     module = nn.Linear(2, 3, bias=False)
     module.init_weights = lambda generator_for: values
     with pytest.raises(ConfigError, match=f"Linear.init_weights(.|\n)*problem: {named}"):

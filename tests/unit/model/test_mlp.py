@@ -23,7 +23,7 @@ from disttrain.model import MLP
         ("sigmoid", lambda x: 1 / (1 + torch.exp(-x))),
     ],
 )
-def test_the_activation_stands_between_the_layers_and_not_after_the_last(activation: str, function: Any) -> None:
+def test_the_activation_is_between_the_layers_and_not_after_the_last(activation: str, function: Any) -> None:
     model = MLP(inputs=3, hidden=[5, 4], outputs=2, activation=activation).double()
     (a, b), (c, d), (e, f) = ((one.weight, one.bias) for one in model.modules() if isinstance(one, nn.Linear))
     x = torch.randn(7, 6, 3, dtype=torch.float64)
@@ -38,7 +38,7 @@ def test_without_hidden_layers_it_is_one_linear_layer() -> None:
     assert torch.equal(model(x), F.linear(x, weight, bias))
 
 
-def test_its_weights_are_those_of_torchs_layers_built_in_turn() -> None:
+def test_its_weights_equal_those_of_torchs_layers_built_in_order() -> None:
     torch.manual_seed(4)
     model = MLP(inputs=3, hidden=[5], outputs=2, dropout=0.5)
     torch.manual_seed(4)
@@ -46,7 +46,7 @@ def test_its_weights_are_those_of_torchs_layers_built_in_turn() -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
 
 
-def test_dropout_is_drawn_in_training_only() -> None:
+def test_dropout_is_active_in_training_only() -> None:
     model, x = MLP(inputs=3, hidden=[50], outputs=2, dropout=0.5), torch.randn(4, 3)
     assert not torch.equal(model(x), model(x))
     model.eval()
@@ -67,6 +67,6 @@ def test_dropout_is_drawn_in_training_only() -> None:
     ],
     ids=str,
 )
-def test_layers_that_cannot_be_are_rejected(change: dict[str, Any], named: str) -> None:
+def test_impossible_layers_are_rejected(change: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         MLP(**{"inputs": 3, "hidden": [4], "outputs": 2, **change})

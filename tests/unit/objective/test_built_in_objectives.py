@@ -18,7 +18,7 @@ from disttrain.errors import ConfigError, TrainingError
 from disttrain.objective import MSE, Context, CrossEntropy, Loss, NextToken, Objective
 
 CLASSES = 5
-# Sums of some dozens of float64 numbers in another order.
+# Sums of a few dozen float64 numbers in another order.
 EXACT = {"rtol": 1e-13, "atol": 1e-13}
 
 
@@ -38,7 +38,7 @@ def classes(*shape: int, seed: int = 1, ignored: float = 0.0, ignore_index: int 
 
 
 class Table(nn.Module):
-    """Logits of each token, whatever stands before it; under Hugging Face's argument names and as its output."""
+    """Logits that depend on the token only, with Hugging Face's argument names and output."""
 
     def __init__(self, form: Callable[[Tensor], Any] = lambda logits: logits) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Table(nn.Module):
         return self.form(self.rows[input_ids])
 
 
-def whole(
+def totals_of_batch(
     model: Callable[[Any], Any], objective: Any, batch: Any, training: bool = False
 ) -> tuple[Loss, dict[str, float]]:
     adapter = Objective(objective)
@@ -76,7 +76,7 @@ def test_next_token_is_the_mean_over_the_targets_that_count(ignore_index: int, m
     model = Table()
     inputs, targets = classes(4, 6, seed=3), classes(4, 6, ignored=0.4, ignore_index=ignore_index)
     batch = {"inputs": inputs, "targets": targets} if mapping else [inputs, targets]
-    loss, found = whole(model, NextToken(ignore_index=ignore_index), batch)
+    loss, found = totals_of_batch(model, NextToken(ignore_index=ignore_index), batch)
     expected = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), ignore_index=ignore_index)
     torch.testing.assert_close(mean(loss), expected, **EXACT)
     torch.testing.assert_close(
@@ -91,26 +91,26 @@ def test_next_token_is_the_mean_over_the_targets_that_count(ignore_index: int, m
     assert found["accuracy"] == int((model(inputs).argmax(-1) == targets)[counts].sum()) / int(counts.sum())
 
 
-def test_next_token_counts_correct_tokens_only_where_it_is_not_training() -> None:
+def test_next_token_counts_correct_tokens_in_evaluation_only() -> None:
     batch = classes(2, 3), classes(2, 3)
-    assert "accuracy" not in whole(Table(), NextToken(), batch, training=True)[1]
-    assert "accuracy" in whole(Table(), NextToken(), batch, training=False)[1]
+    assert "accuracy" not in totals_of_batch(Table(), NextToken(), batch, training=True)[1]
+    assert "accuracy" in totals_of_batch(Table(), NextToken(), batch, training=False)[1]
 
 
-def test_bits_per_byte_are_shared_out_over_a_tokens_bytes_or_left_out() -> None:
+def test_bits_per_byte_are_divided_by_a_tokens_bytes_or_omitted() -> None:
     batch = classes(2, 3), classes(2, 3)
-    one, four = (whole(Table(), NextToken(bytes_per_token=n), batch)[1]["bits_per_byte"] for n in (1.0, 4))
+    one, four = (totals_of_batch(Table(), NextToken(bytes_per_token=n), batch)[1]["bits_per_byte"] for n in (1.0, 4))
     assert four == pytest.approx(one / 4, rel=1e-15)
-    assert "bits_per_byte" not in whole(Table(), NextToken(bytes_per_token=None), batch)[1]
+    assert "bits_per_byte" not in totals_of_batch(Table(), NextToken(bytes_per_token=None), batch)[1]
 
 
-def test_hugging_faces_labels_are_the_tokens_themselves_and_are_shifted_here() -> None:
+def test_hugging_faces_labels_are_the_tokens_and_are_shifted_here() -> None:
     model = Table(lambda logits: SimpleNamespace(logits=logits))
     tokens, labels = classes(3, 6, seed=3), classes(3, 6, seed=3)
     labels[0, 4:] = labels[1, :2] = -100
     mask = torch.ones(3, 6)
     batch = {"input_ids": tokens, "labels": labels, "attention_mask": mask, "length": 3}
-    loss, _ = whole(model, NextToken(), batch)
+    loss, _ = totals_of_batch(model, NextToken(), batch)
     total, count = torch.zeros((), dtype=torch.float64), 0
     for row in range(3):
         for t in range(5):
@@ -124,14 +124,14 @@ def test_hugging_faces_labels_are_the_tokens_themselves_and_are_shifted_here() -
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("form", ["pair", "hugging face", "hugging face, one token"])
-def test_a_batch_in_which_nothing_counts_weighs_nothing_and_pulls_at_nothing(form: str, training: bool) -> None:
+def test_a_batch_without_targets_has_no_weight_and_no_gradient(form: str, training: bool) -> None:
     model, nothing = Table(), torch.full((2, 3), -100)
     batch: Any = (classes(2, 3), nothing)
     if form != "pair":
         batch = {"input_ids": classes(2, 3), "labels": nothing}
     if form == "hugging face, one token":
         batch = {"input_ids": classes(2, 1), "labels": classes(2, 1)}
-    loss, found = whole(model, NextToken(), batch, training)
+    loss, found = totals_of_batch(model, NextToken(), batch, training)
     loss.totals["loss"].backward()
     assert float(loss.weights["loss"]) == float(loss.totals["loss"].detach()) == 0.0
     assert model.rows.grad is not None
@@ -143,19 +143,19 @@ def test_a_batch_in_which_nothing_counts_weighs_nothing_and_pulls_at_nothing(for
 @pytest.mark.parametrize(
     ("nats", "perplexity"), [(0.0, 1.0), (699.0, math.exp(699)), (701.0, math.inf), (math.nan, math.nan)]
 )
-def test_perplexity_is_the_exponential_also_where_that_is_no_number(nats: float, perplexity: float) -> None:
+def test_perplexity_is_the_exponential_even_if_infinite(nats: float, perplexity: float) -> None:
     sums = {"total/loss": torch.tensor(nats * 2, dtype=torch.float64), "weight/loss": torch.tensor(2.0)}
     assert NextToken().summarize(sums)["perplexity"] == pytest.approx(perplexity, rel=1e-12, nan_ok=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_outputs_are_judged_in_float32(dtype: torch.dtype) -> None:
+def test_half_precision_outputs_are_evaluated_in_float32(dtype: torch.dtype) -> None:
     logits, targets = randn(4, 6, CLASSES).to(dtype), classes(4, 6)
-    total = whole(lambda _: logits, NextToken(), (targets, targets))[0].totals["loss"]
+    total = totals_of_batch(lambda _: logits, NextToken(), (targets, targets))[0].totals["loss"]
     assert torch.equal(total, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum"))
-    total = whole(lambda _: logits[:, 0], CrossEntropy(), (targets, targets[:, 0]))[0].totals["loss"]
+    total = totals_of_batch(lambda _: logits[:, 0], CrossEntropy(), (targets, targets[:, 0]))[0].totals["loss"]
     assert torch.equal(total, F.cross_entropy(logits[:, 0].float(), targets[:, 0], reduction="sum"))
-    total = whole(lambda _: logits, MSE(), (targets, logits.double()))[0].totals["loss"]
+    total = totals_of_batch(lambda _: logits, MSE(), (targets, logits.double()))[0].totals["loss"]
     assert total.dtype == torch.float32
     assert float(total) == 0.0
 
@@ -170,11 +170,11 @@ def test_cross_entropy_is_torchs_mean_over_the_whole_batch(
     shape: tuple[int, ...], smoothing: float, ignore_index: int
 ) -> None:
     logits = randn(shape[0], CLASSES, *shape[1:])
-    logits[:, 2] += 1.0  # the ignored class is often the likeliest, and still counts nothing
+    logits[:, 2] += 1.0  # the ignored class is often the likeliest, and still does not count
     logits.requires_grad_()
     targets = classes(*shape, ignored=0.3, ignore_index=ignore_index)
     objective = CrossEntropy(ignore_index=ignore_index, label_smoothing=smoothing)
-    loss, found = whole(lambda _: logits, objective, (targets, targets.int()))
+    loss, found = totals_of_batch(lambda _: logits, objective, (targets, targets.int()))
     expected = nn.CrossEntropyLoss(ignore_index=ignore_index, label_smoothing=smoothing)(logits, targets)
     torch.testing.assert_close(mean(loss), expected, **EXACT)
     torch.testing.assert_close(torch.autograd.grad(mean(loss), logits), torch.autograd.grad(expected, logits), **EXACT)
@@ -187,25 +187,25 @@ def test_cross_entropy_is_torchs_mean_over_the_whole_batch(
 def test_class_probabilities_are_targets_too(shape: tuple[int, ...], smoothing: float) -> None:
     logits = randn(shape[0], CLASSES, *shape[1:])
     targets = randn(shape[0], CLASSES, *shape[1:], seed=4).softmax(1)
-    loss, found = whole(lambda _: logits, CrossEntropy(label_smoothing=smoothing), (targets, targets))
+    loss, found = totals_of_batch(lambda _: logits, CrossEntropy(label_smoothing=smoothing), (targets, targets))
     torch.testing.assert_close(mean(loss), nn.CrossEntropyLoss(label_smoothing=smoothing)(logits, targets), **EXACT)
     assert float(loss.weights["loss"]) == math.prod(shape)
     assert found["accuracy"] == float((logits.argmax(1) == targets.argmax(1)).double().mean())
 
 
-def test_inputs_that_are_a_mapping_go_to_the_model_by_name() -> None:
+def test_inputs_in_a_mapping_are_passed_to_the_model_by_name() -> None:
     def model(image: Tensor, scale: Tensor) -> Tensor:
         return image * scale
 
     image, targets = randn(6, CLASSES), classes(6)
     batch = {"inputs": {"image": image, "scale": torch.tensor(2.0)}, "targets": targets}
     torch.testing.assert_close(
-        mean(whole(model, CrossEntropy(), batch)[0]), F.cross_entropy(image * 2, targets), **EXACT
+        mean(totals_of_batch(model, CrossEntropy(), batch)[0]), F.cross_entropy(image * 2, targets), **EXACT
     )
 
 
 @pytest.mark.parametrize("form", ["logits", "mapping", "attribute", "first of several"])
-def test_predictions_are_found_where_models_put_them(form: str) -> None:
+def test_predictions_are_read_from_the_usual_outputs_of_models(form: str) -> None:
     logits, targets = randn(6, CLASSES), classes(6)
     output = {
         "logits": logits,
@@ -214,7 +214,7 @@ def test_predictions_are_found_where_models_put_them(form: str) -> None:
         "first of several": (logits, None),
     }[form]
     assert torch.equal(
-        whole(lambda _: output, CrossEntropy(), (targets, targets))[0].totals["loss"],
+        totals_of_batch(lambda _: output, CrossEntropy(), (targets, targets))[0].totals["loss"],
         F.cross_entropy(logits, targets, reduction="sum"),
     )
 
@@ -223,7 +223,7 @@ def test_predictions_are_found_where_models_put_them(form: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.int64])
 def test_mse_is_torchs_mean_over_all_elements(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     outputs, targets = randn(*shape).requires_grad_(), (randn(*shape, seed=2) * 3).to(dtype)
-    loss, found = whole(lambda _: outputs, MSE(), (targets, targets))
+    loss, found = totals_of_batch(lambda _: outputs, MSE(), (targets, targets))
     expected = nn.MSELoss()(outputs, targets.double())
     torch.testing.assert_close(mean(loss), expected, **EXACT)
     torch.testing.assert_close(
@@ -232,13 +232,13 @@ def test_mse_is_torchs_mean_over_all_elements(shape: tuple[int, ...], dtype: tor
     assert found["rmse"] == pytest.approx(math.sqrt(float(expected.detach())), rel=1e-13)
 
 
-def test_nothing_to_learn_from_has_no_accuracy_and_no_rmse() -> None:
+def test_without_targets_there_is_no_accuracy_and_no_rmse() -> None:
     nothing = torch.full((3,), -100)
-    assert whole(lambda _: randn(3, CLASSES), CrossEntropy(), (nothing, nothing))[1].keys() == {"loss"}
-    assert whole(lambda _: randn(0, 2), MSE(), (nothing, randn(0, 2)))[1].keys() == {"loss"}
+    assert totals_of_batch(lambda _: randn(3, CLASSES), CrossEntropy(), (nothing, nothing))[1].keys() == {"loss"}
+    assert totals_of_batch(lambda _: randn(0, 2), MSE(), (nothing, randn(0, 2)))[1].keys() == {"loss"}
 
 
-# ---------------------------------------------------------------------- adding up
+# ---------------------------------------------------------------------- sums
 
 
 def added(losses: list[Loss]) -> dict[str, float]:
@@ -254,7 +254,7 @@ def added(losses: list[Loss]) -> dict[str, float]:
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(2, 9), st.data(), st.sampled_from(["next_token", "hugging face", "cross_entropy", "soft", "mse"]))
-def test_the_sums_of_two_parts_are_those_of_the_whole(items: int, data: st.DataObject, kind: str) -> None:
+def test_the_sums_of_two_parts_equal_those_of_the_complete_batch(items: int, data: st.DataObject, kind: str) -> None:
     seed, cut = data.draw(st.integers(0, 10**6)), data.draw(st.integers(1, items - 1))
     ignored = data.draw(st.sampled_from([0.0, 0.5, 1.0]))
     targets = classes(items, 4, seed=seed, ignored=ignored)
@@ -270,11 +270,11 @@ def test_the_sums_of_two_parts_are_those_of_the_whole(items: int, data: st.DataO
     adapter = Objective(objective)
     parts = [{key: value[place] for key, value in batch.items()} for place in (slice(cut), slice(cut, None))]
     together = added([adapter(model, part, at(training=False)) for part in parts])
-    # float64 sums of some dozens of numbers, in another order
+    # float64 sums of a few dozen numbers, in another order
     assert together == pytest.approx(added([adapter(model, batch, at(training=False))]), rel=1e-12, abs=1e-12)
 
 
-# ---------------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------------- rejected batches and arguments
 
 
 @pytest.mark.parametrize(
@@ -328,6 +328,6 @@ def test_batches_and_outputs_of_another_form_are_rejected(objective: Any, output
         (lambda: NextToken(bytes_per_token="4"), "problem: '4'"),
     ],
 )
-def test_arguments_that_make_no_sense_are_rejected(make: Callable[[], Any], named: str) -> None:
+def test_nonsensical_arguments_are_rejected(make: Callable[[], Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         make()

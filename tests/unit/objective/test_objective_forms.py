@@ -48,7 +48,7 @@ class Called:
 
 
 class CalledModule(nn.Module):
-    """The old idiom: a criterion kept as `loss`, which is no method of the objective."""
+    """The old idiom: a criterion kept as `loss`, which is not a method of the objective."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class FullerModule(nn.Module):
 
 
 class Weighed(Fuller):
-    """Its weights are those of `weigh`: numbers in the batch, not its length."""
+    """Its weights come from `weigh`: numbers in the batch, not its length."""
 
     def weigh(self, batch: Any) -> Any:
         return 5
@@ -98,7 +98,7 @@ class Weighed(Fuller):
 
 
 class Detector(Fuller):
-    """Two terms: boxes over the boxes, classes over the images. Their order in `loss` is another than in `weigh`."""
+    """Two terms: boxes over the boxes, classes over the images. `loss` returns them in another order than `weigh`."""
 
     def weigh(self, batch: Any) -> Any:
         return {"boxes": torch.tensor(4), "classes": 3}
@@ -143,7 +143,7 @@ def test_a_modules_hooks_run() -> None:
     assert len(seen) == 1
 
 
-def test_only_a_module_that_holds_something_is_to_be_trained_and_saved() -> None:
+def test_only_a_module_with_parameters_or_buffers_is_trained_and_saved() -> None:
     user = FullerModule()
     assert Objective(user).module is user
     assert Objective(CalledModule()).module is not None, "a buffer moves and is saved too"
@@ -151,7 +151,7 @@ def test_only_a_module_that_holds_something_is_to_be_trained_and_saved() -> None
     assert Objective(Fuller()).module is None
 
 
-def test_where_there_is_a_weigh_its_weights_count_and_a_total_alone_will_do() -> None:
+def test_with_weigh_its_weights_count_and_a_total_is_enough() -> None:
     objective = Objective(Weighed())
     assert objective.has_weigh
     assert objective.weigh(BATCH) == {"loss": 5.0}
@@ -168,7 +168,7 @@ def test_where_there_is_a_weigh_its_weights_count_and_a_total_alone_will_do() ->
     assert Objective(Both())(model, BATCH, at()).weights == {"loss": 5.0}
 
 
-def test_each_of_several_terms_has_its_own_denominator() -> None:
+def test_each_of_several_terms_has_a_separate_denominator() -> None:
     objective = Objective(Detector())
     loss = objective(model, BATCH, at())
     assert list(loss.totals) == list(loss.weights) == ["boxes", "classes"], "ranks add up by position"
@@ -180,7 +180,7 @@ def test_each_of_several_terms_has_its_own_denominator() -> None:
     }
 
 
-def test_a_term_of_weight_zero_counts_nothing_and_all_of_them_give_no_number() -> None:
+def test_a_term_of_weight_zero_counts_nothing_and_only_such_terms_give_no_number() -> None:
     objective = Objective(Detector())
     found = objective.summarize({}, {"boxes": 0.0, "classes": 15.0}, {"boxes": 0.0, "classes": 3.0})
     assert (found["loss"], found["loss/classes"]) == (5.0, 5.0)
@@ -199,7 +199,7 @@ def test_an_objective_says_whether_it_couples_items(couples: bool) -> None:
 # ---------------------------------------------------------------------- context
 
 
-def test_context_is_handed_to_whatever_names_it() -> None:
+def test_context_is_passed_to_every_function_that_names_it() -> None:
     seen: list[tuple[str, Any]] = []
 
     class Watching(Fuller):
@@ -226,7 +226,7 @@ def test_context_is_handed_to_whatever_names_it() -> None:
     assert seen == [("forward", here), ("loss", here), ("module", here), ("plain", here)]
 
 
-def test_a_contexts_generator_is_made_at_its_first_reading_and_once() -> None:
+def test_a_contexts_generator_is_made_once_at_its_first_use() -> None:
     made: list[torch.Generator] = []
 
     def make() -> torch.Generator:
@@ -280,7 +280,7 @@ def test_without_a_summarize_scalar_sums_are_reported_over_the_one_weight() -> N
     assert several["correct"] == 6.0
 
 
-def test_summarize_reads_the_sums_of_all_and_adds_to_the_loss() -> None:
+def test_summarize_reads_the_sums_of_all_ranks_and_adds_to_the_loss() -> None:
     class F1(Detector):
         def summarize(self, sums: Any) -> Any:
             assert sums["total/boxes"].dtype == sums["weight/classes"].dtype == torch.float64
@@ -312,14 +312,14 @@ def test_summarize_reads_the_sums_of_all_and_adds_to_the_loss() -> None:
     ],
     ids=str,
 )
-def test_a_summary_that_is_no_new_numbers_is_rejected(summary: Any, named: str) -> None:
+def test_a_summary_without_new_numbers_is_rejected(summary: Any, named: str) -> None:
     user = Fuller()
     user.summarize = lambda sums: summary  # type: ignore[attr-defined]
     with pytest.raises(TrainingError, match=f"Fuller: summarize(.|\n)*{named}"):
         Objective(user).summarize({}, {"loss": 1.0}, {"loss": 1.0})
 
 
-# ---------------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------------- rejected objectives
 
 ONE = torch.tensor(1.0)
 
@@ -355,7 +355,7 @@ ONE = torch.tensor(1.0)
     ],
     ids=str,
 )
-def test_a_wrong_return_says_what_was_found_and_what_to_do(returned: Any, found: str, do: str) -> None:
+def test_a_wrong_return_is_reported_with_the_actual_value_and_the_fix(returned: Any, found: str, do: str) -> None:
     def mine(model: Any, batch: Any) -> Any:
         return returned
 
@@ -437,6 +437,6 @@ class ModuleOfOne(nn.Module):
         (SummarizesNothing(), r"SummarizesNothing.summarize must accept \(sums\)"),
     ],
 )
-def test_what_can_be_no_objective_is_rejected_before_any_batch(user: Any, named: str) -> None:
+def test_objects_that_cannot_be_an_objective_are_rejected_before_any_batch(user: Any, named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         Objective(user)

@@ -22,7 +22,7 @@ SHAPES = {"embed.weight": (5, 4), "block.weight": (4, 4), "block.bias": (4,), "n
 
 
 def named_parameters(dtype: torch.dtype = torch.float64, **shapes: tuple[int, ...]) -> list[NamedParameter]:
-    """Equal values at each call; each knows its own shape as the global one."""
+    """Equal values at each call. Each parameter's shape is its global shape."""
     generator = torch.Generator().manual_seed(0)
     return [
         NamedParameter(name, nn.Parameter(torch.randn(shape, dtype=dtype, generator=generator)), torch.Size(shape))
@@ -43,7 +43,7 @@ def parameters_of(named: list[NamedParameter]) -> list[Tensor]:
 
 
 def decayed(optimizer_or_groups: Any, named: list[NamedParameter], default: float = 0.1) -> set[str]:
-    """Names in groups that decay."""
+    """The names in groups that decay."""
     groups = getattr(optimizer_or_groups, "param_groups", optimizer_or_groups)
     names = {id(one.parameter): one.name for one in named}
     found = [(names[id(p)], group.get("weight_decay", default)) for group in groups for p in group["params"]]
@@ -65,7 +65,7 @@ def decayed(optimizer_or_groups: Any, named: list[NamedParameter], default: floa
     ],
     ids=lambda value: str(sorted(value) if isinstance(value, set) else value),  # the same in every process
 )
-def test_weights_shrink_by_their_decay_and_the_spared_do_not(options: dict[str, Any], expected: set[str]) -> None:
+def test_weights_shrink_by_their_decay_and_excluded_ones_do_not(options: dict[str, Any], expected: set[str]) -> None:
     named = named_parameters()
     before = {one.name: one.parameter.detach().clone() for one in named}
     optimizer = optimizer_factory(torch.optim.SGD, {"lr": 0.5, "weight_decay": 0.1}, **options)(named)
@@ -81,13 +81,13 @@ def test_weights_shrink_by_their_decay_and_the_spared_do_not(options: dict[str, 
 @pytest.mark.parametrize(
     ("make", "args", "expected"),
     [
-        (torch.optim.AdamW, {}, {"embed.weight", "block.weight"}),  # decays by 0.01 unasked
+        (torch.optim.AdamW, {}, {"embed.weight", "block.weight"}),  # decays by 0.01 by default
         (torch.optim.AdamW, {"weight_decay": 0.0}, set()),
         (torch.optim.Adam, {}, set()),
-        (torch.optim.Rprop, {}, set()),  # knows no decay
+        (torch.optim.Rprop, {}, set()),  # has no decay
     ],
 )
-def test_the_optimizers_own_default_decides_what_is_not_said(
+def test_the_optimizers_default_applies_to_omitted_settings(
     make: Any, args: dict[str, Any], expected: set[str]
 ) -> None:
     named = named_parameters()
@@ -96,11 +96,11 @@ def test_the_optimizers_own_default_decides_what_is_not_said(
     assert len(optimizer.param_groups) == (2 if expected else 1)
 
 
-def test_it_is_the_global_shape_that_makes_a_vector() -> None:
+def test_the_global_shape_decides_what_is_a_vector() -> None:
     cut = [
         NamedParameter("matrix", nn.Parameter(torch.zeros(6)), torch.Size((3, 4))),  # a flat shard of a matrix
         NamedParameter("vector", nn.Parameter(torch.zeros(1, 2)), torch.Size((2,))),
-        NamedParameter("empty", nn.Parameter(torch.zeros(0)), torch.Size((3, 4))),  # this rank holds nothing of it
+        NamedParameter("empty", nn.Parameter(torch.zeros(0)), torch.Size((3, 4))),  # this rank holds no element of it
     ]
     assert decayed(decay_groups(cut, 0.1), cut) == {"matrix", "empty"}
 
@@ -130,7 +130,7 @@ def world_of_one() -> Iterator[None]:
 
 @pytest.mark.parametrize(("decay", "groups"), [(0.1, 4), (0.0, 2)])
 @pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad, torch.optim.RMSprop])
-def test_cut_and_whole_tensors_have_groups_of_their_own_and_train(
+def test_sharded_and_replicated_tensors_have_separate_groups_and_train(
     world_of_one: None, make: Any, decay: float, groups: int
 ) -> None:
     mesh = init_device_mesh("cpu", (1,))
@@ -172,7 +172,7 @@ def test_cut_and_whole_tensors_have_groups_of_their_own_and_train(
     ],
     ids=str,
 )
-def test_the_fused_kernel_is_taken_and_gives_the_numbers_of_the_plain_loop(path: str, args: dict[str, Any]) -> None:
+def test_the_fused_kernel_is_used_and_gives_the_numbers_of_the_plain_loop(path: str, args: dict[str, Any]) -> None:
     make = resolve_target(path, section="optim", folder=None)
     named, plain = named_parameters(), named_parameters()
     optimizer = optimizer_factory(make, args, decay_vectors=True)(named)
@@ -180,13 +180,13 @@ def test_the_fused_kernel_is_taken_and_gives_the_numbers_of_the_plain_loop(path:
     reference = make(parameters_of(plain), **args, fused=False, foreach=False)
     step_on_noise(optimizer, parameters_of(named))
     step_on_noise(reference, parameters_of(plain))
-    # The same float64 formulas, some rounded in another order, over twelve steps.
+    # The same float64 formulas, partly rounded in another order, over twelve steps.
     for a, b in zip(named, plain, strict=True):
         torch.testing.assert_close(a.parameter.detach(), b.parameter.detach(), rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("name", ["Adadelta", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop", "Adafactor"])
-def test_optimizers_without_a_fused_kernel_are_not_asked_for_it(name: str) -> None:
+def test_optimizers_without_a_fused_kernel_do_not_get_the_argument(name: str) -> None:
     make = resolve_target(f"torch.optim.{name}", section="optim", folder=None)
     named, plain = named_parameters(), named_parameters()
     optimizer = optimizer_factory(make, {"lr": 0.01})(named)
@@ -200,28 +200,28 @@ def test_optimizers_without_a_fused_kernel_are_not_asked_for_it(name: str) -> No
 
 
 @pytest.mark.parametrize("given", [{"fused": False}, {"fused": None}, {"foreach": True}, {"foreach": False}], ids=str)
-def test_the_users_own_choice_of_kernel_stands(given: dict[str, Any]) -> None:
+def test_the_users_choice_of_kernel_is_kept(given: dict[str, Any]) -> None:
     optimizer = optimizer_factory(torch.optim.AdamW, given)(named_parameters())
     assert {key: optimizer.defaults[key] for key in given} == given
     assert not optimizer.defaults["fused"]
 
 
-class Own(torch.optim.AdamW):
-    """A user's, which inherits `fused` without promising anything for it."""
+class InheritedFused(torch.optim.AdamW):
+    """A user's optimizer, which inherits `fused` without any promise about it."""
 
 
-def test_a_users_optimizer_is_built_as_it_says() -> None:
-    optimizer = optimizer_factory(Own, {"lr": 0.01})(named_parameters())
+def test_a_users_optimizer_is_built_as_configured() -> None:
+    optimizer = optimizer_factory(InheritedFused, {"lr": 0.01})(named_parameters())
     assert (optimizer.defaults["fused"], optimizer.defaults["foreach"]) == (None, None)
 
 
 @pytest.mark.parametrize("parameter", [torch.zeros(2, 2, dtype=torch.complex64), torch.zeros(2, 2, device="meta")])
-def test_no_kernel_is_asked_of_parameters_that_have_none(parameter: Tensor) -> None:
+def test_parameters_without_a_kernel_request_none(parameter: Tensor) -> None:
     named = [NamedParameter("odd", nn.Parameter(parameter), parameter.shape)]
     assert optimizer_factory(torch.optim.AdamW, {})(named).defaults["fused"] is None
 
 
-# ---------------------------------------------------------------------- import paths, and what is refused
+# ---------------------------------------------------------------------- import paths and rejected arguments
 
 LION = """
 import torch
@@ -271,7 +271,7 @@ def test_an_optimizer_from_a_users_file_trains(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_arguments_it_does_not_take_are_rejected_before_there_is_a_model(args: Mapping[str, Any], named: str) -> None:
+def test_unknown_arguments_are_rejected_before_there_is_a_model(args: Mapping[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         optimizer_factory(torch.optim.AdamW, args)
 
@@ -283,20 +283,20 @@ def test_arguments_it_does_not_take_are_rejected_before_there_is_a_model(args: M
         (torch.optim.AdamW, {"lr": "3e-3"}, r"\(lr='3e-3'\)"),
         (torch.optim.AdamW, {"betas": [0.9]}, r"\(betas=\[0.9\]\)"),
         (torch.optim.SGD, {"lr": 0.1, "nesterov": True}, "Nesterov momentum .*nesterov=True"),
-        (torch.optim.Muon, {}, "2D"),  # vectors want another optimizer
+        (torch.optim.Muon, {}, "2D"),  # vectors need another optimizer
     ],
     ids=str,
 )
-def test_values_that_torch_rejects_are_the_configs_fault(make: Any, args: dict[str, Any], named: str) -> None:
+def test_values_that_torch_rejects_are_config_errors(make: Any, args: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=f"optim.args(.|\n)*problem: .*{named}"):
         optimizer_factory(make, args)(named_parameters())
 
 
-def test_what_makes_no_optimizer_is_rejected() -> None:
+def test_objects_that_make_no_optimizer_are_rejected() -> None:
     with pytest.raises(ConfigError, match="problem: it returns a dict"):
         optimizer_factory(lambda params: {"params": params}, {})(named_parameters())
 
 
-def test_an_optimizer_that_must_call_back_is_rejected() -> None:
+def test_an_optimizer_that_needs_a_closure_is_rejected() -> None:
     with pytest.raises(ConfigError, match=r"LBFGS\.step needs closure"):
         optimizer_factory(torch.optim.LBFGS, {"lr": 1.0})

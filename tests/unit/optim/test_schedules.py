@@ -34,7 +34,7 @@ def build(target: str, args: dict[str, Any], *, total: int, optimizer: Optimizer
 
 
 def rates_of(schedule: LRScheduler, steps: int) -> list[float]:
-    """The rate that each of the next steps is made with."""
+    """The rate used by each of the next steps."""
     found = []
     for _ in range(steps):
         found.append(schedule.optimizer.param_groups[0]["lr"])
@@ -44,7 +44,7 @@ def rates_of(schedule: LRScheduler, steps: int) -> list[float]:
 
 
 def expected_rates(name: str, *, total: int, warmup: int, decay: int, end: float, steps: int) -> list[float]:
-    """Over the whole time axis at once; the warm-up by its two knots, the cosine as the square of half its angle."""
+    """Over the complete time axis at once: the warm-up by its two knots, the cosine as the square of half its angle."""
     at = np.arange(steps)
     start = {"constant": math.inf, "warmup_stable_decay": max(warmup, total - decay)}.get(name, warmup)
     done = np.clip((at - start) / max(total - start, 1), 0, 1) if start < math.inf else np.zeros(steps)
@@ -72,7 +72,7 @@ def args_of(name: str, run: dict[str, Any]) -> dict[str, Any]:
 
 @settings(max_examples=40, deadline=None)
 @given(st.sampled_from(NAMES), runs())
-@example("warmup_stable_decay", {"total": 10, "warmup": 6, "decay": 8, "end": 0.1})  # no room for a plateau
+@example("warmup_stable_decay", {"total": 10, "warmup": 6, "decay": 8, "end": 0.1})  # too short for a plateau
 @example("warmup_stable_decay", {"total": 10, "warmup": 2, "decay": 3, "end": 0.0})
 def test_every_step_has_the_closed_forms_rate(name: str, run: dict[str, Any]) -> None:
     found = rates_of(build(name, args_of(name, run), total=run["total"]), run["total"])
@@ -92,13 +92,13 @@ def test_the_rate_is_at_its_peak_after_the_warmup_and_at_its_end_after_the_run(n
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_warmup_longer_than_the_run_climbs_all_the_way_and_never_arrives(name: str) -> None:
+def test_a_warmup_longer_than_the_run_rises_to_the_end_and_never_arrives(name: str) -> None:
     args = args_of(name, {"warmup": 10, "decay": 3, "end": 0.0})
     assert rates_of(build(name, args, total=4), 4) == pytest.approx([PEAK * n / 10 for n in (1, 2, 3, 4)], rel=1e-15)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_share_of_the_run_is_as_good_as_its_steps(name: str) -> None:
+def test_a_share_of_the_run_equals_its_number_of_steps(name: str) -> None:
     share = args_of(name, {"warmup": 0.1, "decay": 0.25, "end": 0.1})
     steps = args_of(name, {"warmup": 4, "decay": 10, "end": 0.1})
     assert rates_of(build(name, share, total=40), 40) == rates_of(build(name, steps, total=40), 40)
@@ -106,7 +106,7 @@ def test_a_share_of_the_run_is_as_good_as_its_steps(name: str) -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(st.floats(0, 1, exclude_max=True), st.integers(1, 10**6))
-def test_a_share_is_the_nearest_number_of_steps_and_whole_numbers_are_themselves(share: float, total: int) -> None:
+def test_a_share_is_the_nearest_number_of_steps_and_integers_are_themselves(share: float, total: int) -> None:
     # half a step, and the rounding of a product of up to a million
     assert abs(as_steps(share, total, "warmup") - share * total) <= 0.5 + 1e-9
     assert as_steps(total, 7, "warmup") == as_steps(float(total), 7, "warmup") == total
@@ -122,14 +122,14 @@ def test_each_group_keeps_its_own_peak() -> None:
         schedule.step()
 
 
-def test_it_starts_at_once_from_the_first_factor_and_a_constant_stays() -> None:
+def test_it_starts_at_the_first_factor_and_a_constant_stays() -> None:
     optimizer = make_optimizer()
     build("cosine", {"warmup": 5}, total=10, optimizer=optimizer)
     assert optimizer.param_groups[0]["lr"] == PEAK / 5
     assert rates_of(build("constant", {}, total=3), 6) == [PEAK] * 6
 
 
-# ---------------------------------------------------------------------- going on
+# ---------------------------------------------------------------------- resuming
 
 TORCHS = [
     ("torch.optim.lr_scheduler.OneCycleLR", {"max_lr": 0.7}),
@@ -142,7 +142,7 @@ OURS = [(name, args_of(name, {"warmup": 3, "decay": 4, "end": 0.1})) for name in
 
 
 def resumed(target: str, args: dict[str, Any], *, total: int, new_total: int, at: int) -> list[float]:
-    """The rates from step `at` on of a new schedule over a new optimizer, both loaded from a saved state."""
+    """The rates from step `at` of a new schedule with a new optimizer, both loaded from a saved state."""
     before = build(target, args, total=total)
     rates_of(before, at)
     after = build(target, args, total=new_total)
@@ -152,17 +152,17 @@ def resumed(target: str, args: dict[str, Any], *, total: int, new_total: int, at
 
 
 @pytest.mark.parametrize(("target", "args"), OURS + TORCHS, ids=str)
-def test_going_on_from_any_step_is_bit_equal_to_never_stopping(target: str, args: dict[str, Any]) -> None:
+def test_resuming_from_any_step_is_bit_equal_to_an_uninterrupted_run(target: str, args: dict[str, Any]) -> None:
     whole = rates_of(build(target, args, total=12), 12)
     for at in range(12):
         assert resumed(target, args, total=12, new_total=12, at=at) == whole[at:]
 
 
 @pytest.mark.parametrize(("target", "args"), OURS, ids=str)
-def test_going_on_to_a_larger_total_follows_the_longer_runs_form(target: str, args: dict[str, Any]) -> None:
+def test_resuming_with_a_larger_total_follows_the_longer_runs_form(target: str, args: dict[str, Any]) -> None:
     longer = rates_of(build(target, args, total=20), 20)
     for at in (2, 6, 11):
-        # The rate of the first step is the one that was saved with the optimizer; the form holds from the next.
+        # The rate of the first step was saved with the optimizer. The form applies from the next step.
         assert resumed(target, args, total=12, new_total=20, at=at)[1:] == longer[at + 1 :]
 
 
@@ -173,11 +173,11 @@ def test_a_state_is_plain_numbers() -> None:
     assert all(isinstance(item, int | float | bool) for item in flat)
 
 
-# ---------------------------------------------------------------------- torch's own, and users'
+# ---------------------------------------------------------------------- schedulers of torch and of users
 
 
 @pytest.mark.parametrize(("target", "args"), TORCHS, ids=str)
-def test_torchs_schedulers_run_as_they_do_by_hand(target: str, args: dict[str, Any]) -> None:
+def test_torchs_schedulers_equal_a_manual_loop(target: str, args: dict[str, Any]) -> None:
     plain = getattr(torch.optim.lr_scheduler, target.rsplit(".", 1)[1])
     length = {"total_steps": 12} if "OneCycle" in target else {}
     assert rates_of(build(target, args, total=12), 12) == rates_of(plain(make_optimizer(), **args, **length), 12)
@@ -188,7 +188,7 @@ def test_torchs_schedulers_run_as_they_do_by_hand(target: str, args: dict[str, A
     [({}, 12), ({"total_steps": 30}, 30), ({"epochs": 4, "steps_per_epoch": 5}, 20)],
     ids=str,
 )
-def test_the_runs_length_is_offered_and_the_users_own_stands(length: dict[str, int], steps: int) -> None:
+def test_the_runs_length_is_offered_and_a_users_value_is_kept(length: dict[str, int], steps: int) -> None:
     schedule = build("torch.optim.lr_scheduler.OneCycleLR", {"max_lr": 1.0, **length}, total=12)
     assert schedule.total_steps == steps
 
@@ -201,7 +201,7 @@ def test_a_users_function_makes_a_schedule() -> None:
     assert rates_of(schedule, 4) == [PEAK, PEAK, PEAK / 2, PEAK / 2]
 
 
-# ---------------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------------- rejected schedules
 
 
 @pytest.mark.parametrize("amount", [-1, -0.1, 2.5, math.nan, math.inf, True, "10%", None, [1]], ids=repr)
@@ -252,7 +252,8 @@ def test_a_schedule_that_cannot_be_called_is_rejected_before_there_is_an_optimiz
             "total_steps=4 in a run of 5",
         ),
         (lambda optimizer: 3, {}, ConfigError, "problem: it returns a int"),
-        (lambda optimizer: int("x"), {}, ValueError, "invalid literal"),  # a user's own bug stays what it is
+        # a defect in the user's function is not wrapped
+        (lambda optimizer: int("x"), {}, ValueError, "invalid literal"),
     ],
 )
 def test_a_schedule_that_cannot_be_built_is_rejected(

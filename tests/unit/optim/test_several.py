@@ -45,7 +45,7 @@ def step_on_noise(optimizers: list[torch.optim.Optimizer], parameters: list[Tens
             optimizer.step()
 
 
-def test_each_steps_its_own_and_the_first_match_wins() -> None:
+def test_each_steps_its_parameters_and_the_first_match_wins() -> None:
     mine, plain = named(), named()
     several = factory(("*.weight",), ("a.*",))(mine)
     step_on_noise([several], [one.parameter for one in mine])
@@ -55,7 +55,7 @@ def test_each_steps_its_own_and_the_first_match_wins() -> None:
         assert torch.equal(found.parameter, expected.parameter), found.name
 
 
-def test_state_and_groups_are_one_and_the_parts_own() -> None:
+def test_state_and_groups_are_joined_and_belong_to_the_parts() -> None:
     mine = named()
     several = factory(("*.weight",), ("a.*",))(mine)
     assert set(several.state[mine[0].parameter]) == {"step", "sum"}, "Adagrad makes room when it is built"
@@ -69,7 +69,7 @@ def test_state_and_groups_are_one_and_the_parts_own() -> None:
     assert [part.param_groups[0]["lr"] for part in several.parts] == [0.05, 0.05]
 
 
-def test_a_state_dict_goes_to_another_of_its_kind_and_on_from_there() -> None:
+def test_a_state_dict_loads_into_another_of_its_kind_and_continues() -> None:
     first, second = named(), named()
     whole, begun = factory(("*.weight",), ("a.*",))(first), factory(("*.weight",), ("a.*",))(second)
     for optimizer, mine in ((whole, first), (begun, second)):
@@ -90,17 +90,17 @@ def test_a_state_dict_goes_to_another_of_its_kind_and_on_from_there() -> None:
         ([("*",), ("a.*",)], r"optim\.1(.|\n)*earlier optimizers take all parameters that a\.\* matches"),
     ],
 )
-def test_parameters_and_patterns_cover_each_other(patterns: Any, told: str) -> None:
+def test_parameters_and_patterns_must_match_completely(patterns: Any, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         factory(*patterns)(named())
 
 
-def test_a_closure_is_not_taken() -> None:
+def test_a_closure_is_not_accepted() -> None:
     with pytest.raises(TypeError, match="takes no closure"):
         Several([momentum(named())]).step(lambda: 1.0)
 
 
-def test_each_is_a_factory_of_its_own() -> None:
+def test_each_has_a_separate_factory() -> None:
     assert factories_of(factory(("a.*",), ("*",))) == (adagrad, momentum)
     assert factories_of(momentum) == (momentum,)
 
@@ -135,12 +135,12 @@ def test_one_clipping_for_all(said: list[Any], clip: Any) -> None:
         (A, r"optim\.match(.|\n)*write a list"),
     ],
 )
-def test_a_fault_in_a_list_is_told_where_it_stands(optim: Any, told: str) -> None:
+def test_a_fault_in_a_list_is_reported_with_its_position(optim: Any, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         load_config({"optim": optim})
 
 
-def test_overrides_reach_one_of_the_list_and_leave_the_users_own_alone() -> None:
+def test_overrides_change_one_of_the_list_and_leave_the_users_mapping_unchanged() -> None:
     given = {"optim": [A, REST]}
     config = load_config(given, ["optim.0.args.lr=0.5", "optim.1.target=torch.optim.SGD", "optim.1.args.lr=2"])
     assert [one.args for one in config.optim] == [{"lr": 0.5}, {"lr": 2}]

@@ -22,7 +22,7 @@ def factory(make: Any, **args: Any) -> MakeOptimizer:
 
 
 class NormedSGD(torch.optim.SGD):
-    """Each parameter's step has length lr, as in LARS: another length for each part of a cut parameter."""
+    """Each parameter's step has length lr, as in LARS. A shard of a parameter would get another length."""
 
     def step(self, closure: Any = None) -> None:
         for group in self.param_groups:
@@ -32,41 +32,41 @@ class NormedSGD(torch.optim.SGD):
 
 
 @pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "Adadelta", "NAdam", "RAdam", "Rprop"])
-def test_torchs_elementwise_optimizers_are_seen_as_such(name: str) -> None:
+def test_torchs_elementwise_optimizers_are_recognized(name: str) -> None:
     assert is_elementwise(factory(getattr(torch.optim, name), lr=0.1))
 
 
 @pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "Adadelta", "NAdam", "RAdam", "Rprop"])
-def test_adagrad_alone_makes_state_before_its_first_step(name: str) -> None:
+def test_only_adagrad_makes_state_before_its_first_step(name: str) -> None:
     assert has_early_state(factory(getattr(torch.optim, name), lr=0.1)) == (name == "Adagrad")
 
 
 @pytest.mark.parametrize("make", [torch.optim.Adafactor, torch.optim.Muon, NormedSGD])
-def test_those_that_look_at_a_whole_parameter_are_found(make: Any) -> None:
+def test_optimizers_that_read_complete_parameters_are_detected(make: Any) -> None:
     assert not is_elementwise(factory(make, lr=0.1))
 
 
 @pytest.mark.parametrize("options", [{}, {"no_decay": ["norm.*"]}, {"decay_vectors": True}], ids=str)
-def test_what_a_config_says_of_weight_decay_hides_nothing(options: dict[str, Any]) -> None:
+def test_weight_decay_in_a_config_does_not_affect_the_result(options: dict[str, Any]) -> None:
     args = {"lr": 0.1, "weight_decay": 0.1}
     assert is_elementwise(optimizer_factory(torch.optim.AdamW, args, **options))
     assert not is_elementwise(optimizer_factory(torch.optim.Adafactor, args, **options))
 
 
-def test_a_factory_bound_to_its_own_parameters_is_trusted() -> None:
+def test_a_factory_bound_to_given_parameters_is_trusted() -> None:
     own = torch.nn.Parameter(torch.zeros(3))
     assert is_elementwise(lambda named: torch.optim.SGD([own], lr=0.1))
     assert is_elementwise(lambda named: torch.optim.SGD([named[7].parameter], lr=0.1))
 
 
-def test_several_are_elementwise_where_each_is() -> None:
+def test_several_are_elementwise_if_each_is() -> None:
     sgd, muon = factory(torch.optim.SGD, lr=0.1), factory(torch.optim.Muon, lr=0.1)
     assert is_elementwise(SeveralFactory((Part(sgd, ("a",), "optim.0"), Part(sgd, ("b",), "optim.1"))))
     assert not is_elementwise(SeveralFactory((Part(sgd, ("a",), "optim.0"), Part(muon, ("b",), "optim.1"))))
 
 
 class SAM(torch.optim.SGD):
-    """As people write it: a closure that is not optional in truth (arXiv 2010.01412)."""
+    """As people write it: a closure that is required despite its default (arXiv 2010.01412)."""
 
     def step(self, closure: Any = None) -> None:
         assert closure is not None, "sharpness-aware minimization requires closure"
@@ -75,26 +75,26 @@ class SAM(torch.optim.SGD):
 
 
 @pytest.mark.parametrize("make", [torch.optim.LBFGS, SAM])
-def test_those_that_need_a_closure_are_rejected_by_name(make: Any) -> None:
+def test_optimizers_that_need_a_closure_are_rejected_by_name(make: Any) -> None:
     message = f"Cannot use optim.target, which is stepped without(.|\n)*{make.__name__}.*closure"
     with pytest.raises(ConfigError, match=message):
         reject_closures(factory(make, lr=0.1), "optim.target")
 
 
 @pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Muon, torch.optim.Adafactor, NormedSGD])
-def test_those_that_only_take_one_are_not(make: Any) -> None:
+def test_optimizers_with_an_optional_closure_are_accepted(make: Any) -> None:
     assert kind_of(factory(make, lr=0.1)) is make, "it was tried"
     reject_closures(factory(make, lr=0.1), "optim.target")  # raises nothing
 
 
-def test_one_that_cannot_be_tried_is_trusted() -> None:
+def test_an_optimizer_that_cannot_be_tried_is_trusted() -> None:
     picky = lambda named: SAM([named[7].parameter], lr=0.1)  # noqa: E731
     assert kind_of(picky) is None, "it could not be tried"
     reject_closures(picky, "optim.target")  # raises nothing
 
 
 class Masked(torch.optim.SGD):
-    """Elementwise, in a way that torch's DTensor does not take."""
+    """Elementwise, with an operation that torch's DTensor does not support."""
 
     def step(self, closure: Any = None) -> None:
         for group in self.param_groups:
@@ -112,13 +112,13 @@ def on_shards(names: list[str]) -> list[bool]:
     return found
 
 
-def test_what_steps_rightly_on_shards_is_measured() -> None:
-    """A norm over a DTensor is that of the whole: LAMB-like optimizers are right there, though not elementwise."""
+def test_optimizers_that_are_correct_on_shards_are_detected_by_measurement() -> None:
+    """A norm over a DTensor is global, so LAMB-like optimizers are correct there, though not elementwise."""
     expected = {"AdamW": True, "SGD": True, "NormedSGD": True, "Muon": False, "Masked": False, "Rprop": False}
     assert run_world(2, on_shards, list(expected)) == [list(expected.values())] * 2
 
 
-def test_one_that_groups_by_position_is_not_taken_for_one_that_looks_at_a_whole_parameter() -> None:
+def test_an_optimizer_that_groups_by_position_is_not_mistaken_for_one_that_reads_complete_parameters() -> None:
     def make(parameters: Any) -> Any:
         values = [one.parameter for one in parameters]
         groups = [{"params": values[::2], "lr": 0.2}, {"params": values[1::2], "momentum": 0.5}]

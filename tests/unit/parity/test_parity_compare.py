@@ -29,7 +29,7 @@ BOUNDS = Bounds(1e-5, 1e-5, 1e-4)
 def record(
     folder: Path, weights: Sequence[dict[str, Tensor]], losses: Sequence[float], norms: Sequence[float] | None = None
 ) -> Recorded:
-    """A run whose weights before the first and after each step are these."""
+    """A run with these weights before the first and after each step."""
     recorder = Recorder(folder)
     for step, tensors in enumerate(weights):
         recorder.weights(step, tensors)
@@ -38,7 +38,7 @@ def record(
 
 
 def moved(steps: int, start: int, by: float) -> list[dict[str, Tensor]]:
-    """Two tensors of norm 2, the second off by `by` relative from step `start` on."""
+    """Two tensors of norm 2. The second differs by `by` relative from step `start`."""
     a, b = torch.ones(4), torch.ones(2, 2)
     off = torch.tensor([[2.0 * by, 0.0], [0.0, 0.0]])
     return [{"a": a, "b": b + off if step >= start else b} for step in range(steps + 1)]
@@ -62,7 +62,7 @@ def test_a_parameter_is_named_with_its_step_and_size(by: float, equal: bool, tmp
         assert [(one.name, one.step) for one in found.tensors] == [("b", 2)]
 
 
-def test_the_first_of_all_measures_is_the_one_named(tmp_path: Path) -> None:
+def test_the_earliest_difference_is_the_one_named(tmp_path: Path) -> None:
     theirs = record(tmp_path / "y", moved(3, 9, 0.0), [3.0, 2.0, 1.0], [1.0, 1.0, 1.0])
     ours = record(tmp_path / "x", moved(3, 2, 1.0), [3.0, 2.0, 1.1], [1.0001, 1.0, 1.0])
     found = compare_runs(ours, theirs, BOUNDS)
@@ -70,7 +70,7 @@ def test_the_first_of_all_measures_is_the_one_named(tmp_path: Path) -> None:
     assert found.loss == pytest.approx(0.1)
 
 
-def test_initial_weights_are_to_be_bit_equal(tmp_path: Path) -> None:
+def test_initial_weights_must_be_bit_equal(tmp_path: Path) -> None:
     theirs = record(tmp_path / "y", moved(1, 9, 0.0), [1.0])
     found = compare_runs(record(tmp_path / "x", moved(1, 0, 1e-6), [1.0]), theirs, BOUNDS)
     assert (found.equal, found.first_step) == (False, 0)
@@ -99,7 +99,7 @@ def test_entries_without_a_gradient_are_undetermined_and_others_are_not(tmp_path
     found = compare_runs(ours, theirs, BOUNDS, rounding)
     assert found.equal
     assert [(one.name, one.undetermined, one.entries) for one in found.undetermined] == [("b", 1, 4)]
-    # Another entry of the same tensor, whose gradient is there, is not excused.
+    # Another entry of the same tensor, which has a gradient, is not excused.
     elsewhere = [{**one, "b": one["b"] + torch.tensor([[0.0, 0.0], [0.1, 0.0]])} for one in moved(2, 1, 0.5)]
     elsewhere[0] = moved(2, 1, 0.5)[0]
     assert not compare_runs(record(tmp_path / "z", elsewhere, [1.0, 1.0]), theirs, BOUNDS, rounding).equal
@@ -110,7 +110,7 @@ def test_numbers_that_are_not_finite_differ_from_those_that_are() -> None:
     assert relative(math.inf, math.inf) == relative(math.nan, math.nan) == 0.0
 
 
-def test_bounds_follow_the_narrowest_type() -> None:
+def test_bounds_follow_the_narrowest_dtype() -> None:
     assert bounds_for("fp32", "fp32") == BOUNDS
     assert bounds_for("fp64", "fp64") == Bounds(1e-9, 1e-9, 1e-9)
     assert bounds_for("bf16", "fp32").loss == bounds_for("bf16", "bf16").loss == 2.0**-8
@@ -144,10 +144,11 @@ def adding(total: float, weight: float, totals: Sequence[float], weights: Sequen
         (adding(8.0, 4, [6.0, 2.0], [3, 1]), None),  # a sum over its items
         (adding(2.0, 1, [1.9, 2.3], [1, 1]), causes.OBJECTIVE),  # a mean that weighs one
         (adding(2.0, 4, [1.9, 2.3], [3, 1]), causes.OBJECTIVE),  # a mean that weighs its items
-        (adding(9.0, 4, [5.0, 0.0], [3, 1]), causes.COUPLED),  # more than its parts: items see one another
+        # more than the sum of its parts: items depend on one another
+        (adding(9.0, 4, [5.0, 0.0], [3, 1]), causes.COUPLED),
     ],
 )
-def test_objective_is_judged_by_its_parts(found: dict[str, Any], cause: str | None) -> None:
+def test_an_objective_is_judged_by_its_parts(found: dict[str, Any], cause: str | None) -> None:
     judged = causes.objective_cause(probe(objective=found))
     assert (judged and judged.cause) == cause
 
@@ -167,7 +168,7 @@ def trials(*overrides: str, **facts: Any) -> list[tuple[str, tuple[str, ...], bo
     return [(one.cause, one.overrides, one.alone) for one in found]
 
 
-def test_what_the_case_sets_is_suspected_first() -> None:
+def test_a_setting_of_the_case_is_suspected_first() -> None:
     own = ("strategy.name=ddp", "optim.clip_norm=2", "precision.compute=bf16", "data.micro_batch=4")
     assert [one[:2] for one in trials(*own)[:3]] == [
         (causes.CLIP, ("optim.clip_norm=2",)),
@@ -176,13 +177,13 @@ def test_what_the_case_sets_is_suspected_first() -> None:
     ]
 
 
-def test_an_optimizer_is_tried_against_sgd_only_where_it_is_not_elementwise() -> None:
+def test_an_optimizer_is_compared_with_sgd_only_if_it_is_not_elementwise() -> None:
     swap = (causes.OPTIMIZER, ("optim.target=torch.optim.SGD", "optim.args.lr=0.1"), False)
     assert swap in trials("strategy.name=fsdp", elementwise=False)
     assert swap not in trials("strategy.name=fsdp")
 
 
-def test_micro_batches_are_tried_with_what_the_model_has() -> None:
+def test_micro_batches_are_tried_for_the_features_of_the_model() -> None:
     quiet = [one.evaluated for one in causes.micro_batch_trials(probe(draws=True, batch_norms=["n"]))]
     assert quiet == [("dropout",), ("batch_norm",), ("dropout", "batch_norm")]
     assert [one.evaluated for one in causes.micro_batch_trials(probe())] == [("everything",)]
@@ -192,7 +193,7 @@ def test_micro_batches_are_tried_with_what_the_model_has() -> None:
 
 
 @pytest.mark.parametrize(("whole", "micro"), [(32, 16), (32, 32), (16, 4), (7, 7), (2, 2), (3, 1), (64, 1)])
-def test_the_other_micro_batch_leaves_an_uneven_last_one_where_one_can(whole: int, micro: int) -> None:
+def test_the_other_micro_batch_leaves_an_uneven_last_one_where_possible(whole: int, micro: int) -> None:
     found = uneven_micro_batch(whole, micro)
     assert found is not None
     assert 1 <= found <= whole
@@ -200,7 +201,7 @@ def test_the_other_micro_batch_leaves_an_uneven_last_one_where_one_can(whole: in
     assert whole % found or whole <= 3
 
 
-def test_the_last_one_is_no_single_sample_where_two_more_help() -> None:
+def test_the_last_micro_batch_is_no_single_sample_if_two_more_help() -> None:
     assert uneven_micro_batch(16, 4) == 6
     assert uneven_micro_batch(32, 16) == 11
 
@@ -213,13 +214,13 @@ def planned(asked: Asked) -> list[Variant]:
     return plan_variants(lambda more: config("strategy.name=fsdp", *more), asked, global_batch=32, micro_batch=16)
 
 
-def test_default_set_is_every_strategy_in_each_world_of_several() -> None:
+def test_the_default_set_is_every_strategy_in_each_world_of_several() -> None:
     found = [(case.name, case.world_size, case.micro_batch) for case in planned(Asked())]
     assert found[:2] == [("none", 1, 16), ("fsdp", 1, 16)]
     assert {("ddp", 2, 16), ("fsdp", 2, 16), ("fsdp", 2, 11)} <= set(found)
 
 
-def test_own_cases_run_in_the_worlds_that_their_mesh_fits() -> None:
+def test_custom_cases_run_in_the_worlds_that_their_mesh_fits() -> None:
     found = planned(Asked(cases=("strategy.name=fsdp mesh.replicate=2",), world_sizes=(1, 2, 4)))
     assert [case.world_size for case in found] == [2, 4]
     assert found[0].overrides == ("strategy.name=fsdp", "mesh.replicate=2")

@@ -66,7 +66,7 @@ def test_waiting_for_data_counts_even_if_it_raises() -> None:
         ("NVIDIA GeForce GTX 1080", 0),
     ],
 )
-def test_peaks_are_found_by_the_devices_name(name: str, tera: float) -> None:
+def test_peaks_are_looked_up_by_the_devices_name(name: str, tera: float) -> None:
     assert peak_flops(name) == tera * 1e12
 
 
@@ -79,7 +79,7 @@ def test_smoothing_is_a_mean_over_a_window(values: list[float], radius: int) -> 
 
 
 @given(st.text(max_size=60), st.integers(3, 60))
-def test_a_long_name_keeps_both_ends_and_the_length_asked_for(name: str, most: int) -> None:
+def test_a_long_name_keeps_both_ends_and_the_requested_length(name: str, most: int) -> None:
     found = shortened(name, most)
     assert len(found) == min(len(name), most)
     assert found == name or (found[0], found[-1]) == (name[0], name[-1])
@@ -96,7 +96,7 @@ def filled(path: Path, steps: int) -> RunFolder:
     return folder
 
 
-def test_a_summary_says_what_the_lines_say(tmp_path: Path) -> None:
+def test_a_summary_repeats_the_metrics(tmp_path: Path) -> None:
     summary = summarize_run(filled(tmp_path / "mine", 200))
     assert json.loads(json.dumps(summary)) == summary
     assert (summary["run"], summary["state"], summary["step"], summary["total_steps"]) == ("mine", "finished", 200, 200)
@@ -111,7 +111,7 @@ def test_a_summary_says_what_the_lines_say(tmp_path: Path) -> None:
     assert "eval/a/accuracy  0.75" in text
 
 
-def test_a_run_that_has_only_begun_is_summarized(tmp_path: Path) -> None:
+def test_a_run_that_has_just_started_is_summarized(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "new")
     folder.metrics.parent.mkdir()
     folder.metrics.touch()
@@ -130,7 +130,7 @@ def test_a_plot_is_a_png_of_any_run(tmp_path: Path, steps: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["m" * 200, "i" * 200, "costs_$5_or_$\\frac{"])
-def test_a_runs_name_stays_clear_of_what_is_beside_it(name: str) -> None:
+def test_a_runs_name_does_not_overlap_its_neighbours(name: str) -> None:
     figure = Figure(figsize=(9, 5.4), dpi=160)
     FigureCanvasAgg(figure)
     write_head(figure, name, "ddp  ·  2 ranks  ·  800 steps")
@@ -139,6 +139,6 @@ def test_a_runs_name_stays_clear_of_what_is_beside_it(name: str) -> None:
     assert len(title.get_text()) == len(name) or len(title.get_text()) > 30
 
 
-def test_a_plot_of_nothing_is_drawn_too(tmp_path: Path) -> None:
+def test_a_plot_without_data_is_drawn_too(tmp_path: Path) -> None:
     plot_loss([{"step": 1, "loss": float("nan")}], tmp_path / "loss.png")
     assert (tmp_path / "loss.png").stat().st_size > 1000

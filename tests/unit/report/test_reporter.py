@@ -20,7 +20,7 @@ LINE = {"step": 120, "loss": 1.2341, "lr": 3e-3, "grad_norm": 0.8199, "tokens_pe
 
 
 class Memory:
-    """A tracker that remembers, and fails from `fail_at` on."""
+    """A tracker that records its calls and raises from call number `fail_at`."""
 
     def __init__(self, fail_at: int | None = None) -> None:
         self.fail_at, self.calls, self.seen, self.closed = fail_at, 0, [], 0
@@ -36,7 +36,7 @@ class Memory:
 
 
 class Terminal(io.StringIO):
-    """A terminal that can hang up: from then on the system answers every write with EIO."""
+    """A terminal that can hang up. From then on the system answers every write with EIO."""
 
     hung_up = False
 
@@ -69,7 +69,7 @@ def test_time_left_comes_from_the_steps_after_the_first() -> None:
     assert stream.getvalue() == "step 6/16  1:00 left\n"
 
 
-def test_a_run_without_an_end_says_no_time_left() -> None:
+def test_a_run_without_an_end_shows_no_time_left() -> None:
     Lines(stream := io.StringIO(), None).step({"step": 6, "step_time_s": 1.0})
     assert stream.getvalue() == "step 6\n"
 
@@ -95,7 +95,7 @@ def test_losses_of_any_size_stay_short(loss: float, text: str) -> None:
     assert measures({"loss": loss}) == [f"loss {text}"]
 
 
-def test_metrics_trackers_and_ledger_get_their_share(tmp_path: Path) -> None:
+def test_metrics_trackers_and_ledger_get_their_parts(tmp_path: Path) -> None:
     folder, memory = RunFolder(tmp_path), Memory()
     reporter, _ = reporter_of(folder, trackers=[memory])
     reporter.start(0, {"strategy": "ddp"})
@@ -112,7 +112,7 @@ def test_metrics_trackers_and_ledger_get_their_share(tmp_path: Path) -> None:
     assert (folder.read_status() or {})["state"] == "finished"
 
 
-def test_a_tracker_that_raises_is_told_once_and_dropped(tmp_path: Path) -> None:
+def test_a_tracker_that_raises_is_reported_once_and_dropped(tmp_path: Path) -> None:
     folder, broken, whole = RunFolder(tmp_path), Memory(fail_at=2), Memory()
     reporter, _ = reporter_of(folder, trackers=[broken, whole])
     for step in (1, 2, 3, 4):
@@ -135,7 +135,7 @@ def test_a_plot_that_fails_does_not_fail_the_run(tmp_path: Path) -> None:
     assert [line["kind"] for line in folder.read_ledger() if line["event"] == "incident"] == ["plot"]
 
 
-def test_a_silent_rank_says_and_writes_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_silent_rank_prints_and_writes_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     reporter, stream = reporter_of(None)
     reporter.start(0, {})
     reporter.advance(1)
@@ -174,7 +174,7 @@ def test_a_terminal_that_hangs_up_ends_the_display_only(tmp_path: Path) -> None:
     reporter, stream = reporter_of(folder, stream=Terminal())
     reporter.start(0, {})
     stream.hung_up = True
-    time.sleep(0.25)  # the bar's own thread meets the end first: it redraws every 0.1 s
+    time.sleep(0.25)  # the bar's thread reaches the end first: it redraws every 0.1 s
     reporter.advance(1)
     reporter.step(LINE)
     reporter.evaluation(120, {"eval/a/loss": 1.25})
@@ -184,7 +184,7 @@ def test_a_terminal_that_hangs_up_ends_the_display_only(tmp_path: Path) -> None:
     assert (sys.stdout, sys.stderr) == before
 
 
-def test_what_a_script_prints_into_a_file_goes_there_while_the_bar_stands(
+def test_output_that_a_script_redirects_to_a_file_goes_there_while_the_bar_is_shown(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     reporter, stream = reporter_of(RunFolder(tmp_path), stream=Terminal())

@@ -17,7 +17,7 @@ from disttrain.errors import CheckpointError
 from disttrain.report import RunFolder
 
 
-def test_metrics_are_strict_json_and_name_what_json_lacks(tmp_path: Path) -> None:
+def test_metrics_are_strict_json_and_name_values_that_json_lacks(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     folder.append_metrics(
         {"step": 1, "loss": math.inf, "lr": 0.1, "mfu": None, "t": torch.tensor(2.0), "n": np.float32(0.5)}
@@ -29,7 +29,7 @@ def test_metrics_are_strict_json_and_name_what_json_lacks(tmp_path: Path) -> Non
     assert read["mfu"] is None
 
 
-def test_the_names_of_new_folders_are_flushed_before_anything_lies_in_them(
+def test_the_names_of_new_folders_are_flushed_before_their_content(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flushed: list[tuple[int, bool]] = []
@@ -76,14 +76,14 @@ def test_a_second_trim_at_the_same_step_overwrites_nothing(tmp_path: Path) -> No
     assert names == ["metrics-after-step-5-1.jsonl", "metrics-after-step-5-2.jsonl"]
 
 
-def test_a_line_after_a_torn_one_is_whole(tmp_path: Path) -> None:
+def test_a_line_after_a_torn_one_is_intact(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.metrics.write_text('{"step": 1}\n{"st')
     folder.append_metrics({"step": 2})
     assert [line["step"] for line in folder.read_metrics()] == [1, 2]
 
 
-def test_status_is_replaced_whole_and_leaves_nothing_beside(tmp_path: Path) -> None:
+def test_status_is_replaced_atomically_and_leaves_no_other_file(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     assert folder.read_status() is None
     folder.write_status("running", 0, None, None)
@@ -107,7 +107,7 @@ def test_ledger_lines_say_when_and_what(tmp_path: Path) -> None:
     assert line == {"event": "segment", "step": 0, "launcher": "torchrun"}
 
 
-def test_what_cannot_be_written_is_named_with_the_systems_error(tmp_path: Path) -> None:
+def test_an_unwritable_file_is_named_with_the_systems_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     folder = RunFolder(tmp_path / "file" / "run")
     for write in (

@@ -23,7 +23,7 @@ def press() -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_once_is_a_request_said_in_one_line(capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_first_press_is_a_request_and_logs_one_line(capfd: pytest.CaptureFixture[str]) -> None:
     with Interrupts() as interrupts:
         assert interrupts.requested is None
         press()
@@ -40,7 +40,7 @@ def test_the_same_press_delivered_twice_counts_once() -> None:
         assert interrupts.requested
 
 
-def test_a_second_press_stops_now() -> None:
+def test_a_second_press_stops_at_once() -> None:
     now = [10.0]
     with Interrupts(now=lambda: now[0]) as interrupts:
         press()
@@ -50,7 +50,7 @@ def test_a_second_press_stops_now() -> None:
         assert interrupts.requested
 
 
-def test_the_handler_before_is_put_back_and_leaving_twice_is_harmless() -> None:
+def test_the_previous_handler_is_restored_and_leaving_twice_is_harmless() -> None:
     interrupts = Interrupts()
     interrupts.__enter__()
     assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
@@ -59,7 +59,7 @@ def test_the_handler_before_is_put_back_and_leaving_twice_is_harmless() -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_process_that_ignores_ctrl_c_goes_on_ignoring_it() -> None:
+def test_a_process_that_ignores_ctrl_c_still_ignores_it() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with Interrupts() as interrupts:
         press()

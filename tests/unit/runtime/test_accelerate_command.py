@@ -30,7 +30,7 @@ def test_the_options_of_a_launch(line: str, options: dict[str, str] | None) -> N
     assert launch_options(line.split()) == options
 
 
-# Stands where accelerate's launcher would: by its name in the command line, and as the parent of what it starts.
+# A stand-in for accelerate's launcher, with its name in the command line, as the parent of the processes it starts.
 PARENT = """
 import subprocess, sys
 code = "import os; from disttrain.runtime.accelerate_command import asked_processes; print(asked_processes(os.environ))"
@@ -49,7 +49,7 @@ subprocess.run([sys.executable, "-c", code], check=True)
         (["--num_processes", "many"], "None"),
     ],
 )
-def test_the_launcher_above_is_asked(given: list[str], asked: str, tmp_path: Path) -> None:
+def test_the_launcher_in_the_process_tree_is_read(given: list[str], asked: str, tmp_path: Path) -> None:
     (tmp_path / "accelerate-launch").write_text(PARENT, encoding="utf-8")
     (tmp_path / "given.yaml").write_text("num_processes: 5\n", encoding="utf-8")
     (tmp_path / "accelerate").mkdir()

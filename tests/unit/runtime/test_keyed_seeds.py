@@ -57,12 +57,12 @@ def test_a_seed_is_the_hash_of_its_keys(seed: int, keys: list[Any]) -> None:
         ((7, "init", "layers.0.weight"), 271784154244180888),
     ],
 )
-def test_a_seed_stays_what_it_was(keys: tuple[Any, ...], seed: int) -> None:
-    """Another value would change the order, weights and dropout of every run that is to be continued."""
+def test_a_seed_never_changes(keys: tuple[Any, ...], seed: int) -> None:
+    """Another value would change the order, weights and dropout of every run that a user resumes."""
     assert derive_seed(*keys) == by_hand(*keys) == seed
 
 
-def test_keys_that_look_alike_have_seeds_of_their_own() -> None:
+def test_keys_that_look_alike_have_different_seeds() -> None:
     text, number = "\1\1\1\1\1\1\1\1", 0x0101010101010101  # the same eight bytes
     alike: list[tuple[Any, ...]] = [
         *[(0,), (1,), (0, 0), (0, "0"), (0, "00"), (0, "0", "0"), (0, "a", "b"), (0, "ab"), (0, "b", "a")],
@@ -73,7 +73,7 @@ def test_keys_that_look_alike_have_seeds_of_their_own() -> None:
     assert len(many) == 20_000
 
 
-def test_another_process_with_another_hash_seed_finds_the_same() -> None:
+def test_another_process_with_another_hash_seed_computes_the_same() -> None:
     code = (
         "from disttrain.runtime.seeds import *; import torch\n"
         "print(derive_seed(9, 'a', 1), torch.rand(3, generator=generators_for(9)('w')).tolist())"
@@ -93,7 +93,7 @@ def test_another_process_with_another_hash_seed_finds_the_same() -> None:
     assert found == {f"{by_hand(9, 'a', 1)} {here}\n"}
 
 
-def test_a_name_has_its_generator_in_any_order_and_company() -> None:
+def test_a_name_has_its_generator_in_any_order_and_with_any_others() -> None:
     names = ["a", "b", "layers.0.weight"]
 
     def drawn(order: list[str]) -> dict[str, list[float]]:
@@ -128,7 +128,7 @@ def test_an_item_sets_all_three_generators(act: str) -> None:
     [lambda: seed_everything(11), lambda: (seed_torch(11), np.random.seed(11), random.seed(11))],
     ids=["seed_everything", "seed_torch"],
 )
-def test_a_seed_means_what_it_means_in_a_plain_script(seed: Callable[[], Any]) -> None:
+def test_a_seed_has_the_meaning_of_a_plain_script(seed: Callable[[], Any]) -> None:
     torch.manual_seed(11)
     np.random.seed(11)
     random.seed(11)
@@ -137,23 +137,23 @@ def test_a_seed_means_what_it_means_in_a_plain_script(seed: Callable[[], Any]) -
     assert draws() == expected
 
 
-def test_seeds_past_numpys_range_are_cut_for_numpy_only() -> None:
+def test_seeds_beyond_numpys_range_are_reduced_for_numpy_only() -> None:
     seed_everything(2**63 - 1)
     found = draws()
     np.random.seed(2**32 - 1)
     assert found[1] == np.random.rand()
 
 
-def test_the_largest_seeds_are_seeds_and_larger_ones_are_not() -> None:
+def test_the_largest_seeds_are_accepted_and_larger_ones_are_not() -> None:
     seed_item(2**63 - 1, 0, 2**62)
     with pytest.raises(struct.error):
         derive_seed(2**63)
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_generators_are_put_back_as_they_were_found(fails: bool) -> None:
+def test_generators_are_restored(fails: bool) -> None:
     seed_everything(4)
-    np.random.standard_normal()  # numpy keeps a second normal number in hand, which is part of its state
+    np.random.standard_normal()  # numpy keeps a second normal number, which is part of its state
     with restored_generators():
         pass
     expected = (*draws(), float(np.random.standard_normal()))

@@ -43,7 +43,7 @@ SRUN = {
     "SLURM_STEP_NODELIST": "gpu[003-006,9],login1",
     "SLURM_RESTART_COUNT": "1",
 }
-# What accelerate's launcher of single processes exports, for num_processes: 1.
+# The variables that accelerate's single-process launcher exports, for num_processes: 1.
 ACCELERATE_ONE = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "True", "OMP_NUM_THREADS": "2"}
 BY_HAND = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"}
 ALONE_EACH = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
@@ -147,7 +147,7 @@ def test_every_launcher_is_known(environ: dict[str, str], expected: Launch) -> N
         ({**SRUN, "SLURM_PROCID": "7"}, "srun states an impossible rank.\n  problem: rank 7 of 7"),
         ({**SRUN, "SLURM_LOCALID": "1"}, "local rank 1 of 1"),
         ({**SRUN, "SLURM_STEP_NUM_TASKS": "many"}, "SLURM_STEP_NUM_TASKS must be an integer"),
-        # MULTI_CPU, or no type, with num_processes: 2: accelerate exports where to meet, and starts one
+        # MULTI_CPU, or no type, with num_processes: 2: accelerate exports the address, and starts one process
         ({**ACCELERATE_ONE, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}, "started fewer processes"),
         (
             {**SRUN, **ACCELERATE_ONE, "MASTER_ADDR": "127.0.0.1"},
@@ -183,7 +183,7 @@ def test_an_environment_that_contradicts_itself_is_rejected(environ: dict[str, s
         (ELASTIC, 9, False),
     ],
 )
-def test_fewer_processes_than_accelerate_was_asked_for(
+def test_fewer_processes_than_requested_from_accelerate(
     environ: dict[str, str], asked: int | None, refused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(environment, "asked_processes", lambda environ: asked)
@@ -194,7 +194,7 @@ def test_fewer_processes_than_accelerate_was_asked_for(
         read_launch(environ)
 
 
-def test_what_accelerate_hands_on_is_read_under_its_launch_alone() -> None:
+def test_accelerates_variables_are_read_only_under_its_launch() -> None:
     handed = {"ACCELERATE_MIXED_PRECISION": "no", "FSDP_VERSION": "2", "WORLD_SIZE": "2"}
     assert accelerate_variables({**handed, "HOME": "/root", "LD_LIBRARY_PATH": ""}) == handed
     assert accelerate_variables({**ELASTIC, "FSDP_VERSION": "2"}) == {}
@@ -217,7 +217,7 @@ def test_the_first_host_of_a_node_list(nodelist: str, host: str) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 4)), min_size=1, max_size=5), st.data())
-def test_every_task_of_an_srun_finds_its_place(nodes: list[tuple[int, int]], data: st.DataObject) -> None:
+def test_every_task_of_an_srun_gets_its_rank(nodes: list[tuple[int, int]], data: st.DataObject) -> None:
     tasks = [count for count, times in nodes for _ in range(times)]
     node = data.draw(st.integers(0, len(tasks) - 1))
     local = data.draw(st.integers(0, tasks[node] - 1))
@@ -253,10 +253,10 @@ def test_the_environment_of_this_process_is_what_is_read(monkeypatch: pytest.Mon
         ("1", "environment", 1),
         ("1", "srun", 1),
         ("4", "torchrun", 4),
-        # torchrun writes 1 where nothing is set: that is nobody's wish.
+        # torchrun writes 1 if nothing is set, so the value is not a user's choice.
         ("1", "torchrun", None),
         ("1", "accelerate launch", None),
-        # accelerate launch writes the host's cores, whatever the container's share of them.
+        # accelerate launch writes the host's cores, regardless of the container's share of them.
         ("64", "accelerate launch", None),
         ("0", "srun", None),
         ("-2", "srun", None),
@@ -267,7 +267,7 @@ def test_the_environment_of_this_process_is_what_is_read(monkeypatch: pytest.Mon
         ("6,2", "srun", 6),
     ],
 )
-def test_the_users_wish_for_threads(text: str | None, launcher: str, threads: int | None) -> None:
+def test_the_users_setting_for_threads(text: str | None, launcher: str, threads: int | None) -> None:
     environ = {} if text is None else {"OMP_NUM_THREADS": text}
     assert wished_threads(Launch(launcher, 0, 0, 1, 1), environ) == threads
 
@@ -284,12 +284,12 @@ def test_no_more_cores_than_this_process_may_use() -> None:
 
 
 @pytest.mark.skipif(not Path("/sys/fs/cgroup/cpu.max").exists(), reason="no cgroup v2 quota here")
-def test_no_more_cores_than_the_container_pays_for() -> None:
+def test_no_more_cores_than_the_container_may_use() -> None:
     quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
     assert quota == "max" or cpu_quota() <= max(1, int(quota) / int(period))
 
 
-def test_what_libraries_want_is_written_and_a_users_own_level_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_for_libraries_are_written_and_a_users_level_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "INFO")
     quiet_torch()
     assert os.environ["TORCH_CPP_LOG_LEVEL"] == "INFO"

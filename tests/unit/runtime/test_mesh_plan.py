@@ -17,7 +17,7 @@ DEGREES = st.integers(1, 12)
 
 
 @given(DEGREES, DEGREES, DEGREES, st.sampled_from(["replicate", "shard", "tensor", None]))
-def test_the_degree_left_open_is_filled(replicate: int, shard: int, tensor: int, free: str | None) -> None:
+def test_the_missing_degree_is_computed(replicate: int, shard: int, tensor: int, free: str | None) -> None:
     degrees = {"replicate": replicate, "shard": shard, "tensor": tensor}
     asked = {name: -1 if name == free else degree for name, degree in degrees.items()}
     found = plan_mesh(replicate * shard * tensor, **asked)
@@ -26,7 +26,9 @@ def test_the_degree_left_open_is_filled(replicate: int, shard: int, tensor: int,
 
 
 @given(st.integers(1, 64), *[st.integers(-3, 12)] * 3)
-def test_what_does_not_multiply_to_the_world_is_rejected(world: int, replicate: int, shard: int, tensor: int) -> None:
+def test_degrees_that_do_not_multiply_to_the_world_are_rejected(
+    world: int, replicate: int, shard: int, tensor: int
+) -> None:
     degrees = (replicate, shard, tensor)
     fits = any(
         all(asked in (-1, degree) for asked, degree in zip(degrees, whole, strict=True)) and degrees.count(-1) <= 1
@@ -44,7 +46,7 @@ def divisors(number: int) -> list[int]:
     return [degree for degree in range(1, number + 1) if number % degree == 0]
 
 
-def test_without_a_word_all_processes_shard() -> None:
+def test_by_default_all_processes_shard() -> None:
     assert plan_mesh(8) == MeshSizes(replicate=1, shard=8, tensor=1)
     assert plan_mesh(1) == MeshSizes(replicate=1, shard=1, tensor=1)
 

@@ -29,7 +29,7 @@ def join(timeout_s: float = PATIENCE_S) -> Group:
 
 
 def wait_until(holds: Callable[[], Any], what: str) -> Any:
-    """Polls: a rank cannot wait for another's word in the store, which is local on purpose."""
+    """Polls, because a rank cannot wait for another rank's message in the store. That is a deliberate limit."""
     deadline = time.monotonic() + PATIENCE_S
     while not (found := holds()):
         assert time.monotonic() < deadline, f"still waiting until {what}"
@@ -38,7 +38,7 @@ def wait_until(holds: Callable[[], Any], what: str) -> Any:
 
 
 def outcome(act: Callable[[], Any]) -> Any:
-    """What came of it: a value, or the error's kind, text and exit code."""
+    """The outcome: a value, or the error's class, text and exit code."""
     try:
         return act()
     except DisttrainError as error:
@@ -67,7 +67,7 @@ def exchange() -> dict[str, Any]:
     group.barrier()
     group.close()
     group.close()
-    again = join()  # a second world in the same processes does not meet the first one's words
+    again = join()  # a second world in the same processes does not read the messages of the first
     found["again"] = (again.first_failure(), again.gather_all(rank))
     again.close()
     return found
@@ -99,7 +99,7 @@ def test_values_and_failures_over_three_ranks() -> None:
     assert [found["two"] for found in ranks] == [other, ("DataError", "torn", 4), ("ConfigError", "odd", 2)]
 
 
-def test_a_users_own_exception_is_told_to_the_others_with_its_kind() -> None:
+def test_a_users_exception_is_reported_to_the_others_with_its_class() -> None:
     first, second = run_world(2, plain_failure)
     assert first == ("ZeroDivisionError", "division by zero", None)
     told = "building data.train failed on rank 0: ZeroDivisionError: division by zero"
@@ -145,20 +145,20 @@ def first_rank_leaves_before_another_has_looked() -> Any:
         if group.rank == 1:
             group.report_failure("4:DataError: torn")
         if group.rank == 2:
-            time.sleep(1.0)  # busy; nothing is asserted of the time
+            time.sleep(1.0)  # busy; the test makes no assertion about the time
             return group.first_failure()
         return wait_until(group.first_failure, "rank 1 has told")
     finally:
         group.close()
 
 
-def test_rank_0_does_not_take_the_first_cause_along_when_it_leaves() -> None:
+def test_rank_0_does_not_remove_the_first_cause_when_it_leaves() -> None:
     assert run_world(2, first_rank_fails_and_leaves) == [(0, "4:DataError: torn")] * 2
     assert run_world(3, first_rank_leaves_before_another_has_looked) == [(1, "4:DataError: torn")] * 3
 
 
 def join_late(mark: Path) -> bool:
-    """Whether rank 1, slow in connecting, was connected when this rank's group was made."""
+    """Whether rank 1, which connects slowly, was connected when this rank's group was made."""
     connect = dist.init_process_group
 
     def slow_connect(*args: Any, **named: Any) -> None:
@@ -176,7 +176,7 @@ def join_late(mark: Path) -> bool:
 
 
 def test_no_rank_has_a_group_before_all_are_connected(tmp_path: Path) -> None:
-    """Otherwise one that fails at once breaks another's connecting, and the first cause is a closed connection."""
+    """Otherwise a rank that fails at once breaks another connection, and the first cause is a closed connection."""
     assert run_world(3, join_late, tmp_path / "connected") == [True] * 3
 
 
@@ -184,7 +184,7 @@ def outlive_the_store() -> Any:
     group = join()
     keeper = group.gather_all(os.getpid())[0]
     if group.rank == 0:
-        return None  # ends without a word, and takes the store with it
+        return None  # exits silently, and the store ends with it
     wait_until(lambda: not Path(f"/proc/{keeper}").exists(), "rank 0 is gone")
     found = group.first_failure(), group.report_failure("1:RuntimeError: Connection closed by peer")
     try:
@@ -195,13 +195,13 @@ def outlive_the_store() -> Any:
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs Linux's /proc to see a process end")
-def test_a_rank_that_outlives_the_store_keeper_is_on_its_own_and_ends() -> None:
+def test_a_rank_that_outlives_the_store_exits_alone() -> None:
     found = run_world(2, outlive_the_store, timeout_s=2 * PATIENCE_S)[1]
     assert found[:2] == (None, True), "nobody else can say what came first"
     assert found[2] != "no error"
 
 
-# ---------------------------------------------------------------------- no wait without an end
+# ---------------------------------------------------------------------- every wait has a time limit
 
 
 def wait_for_one_that_does_not_come() -> Any:
@@ -239,7 +239,7 @@ def test_a_world_that_does_not_gather_is_a_launch_error(
     assert said in message
     assert "fix: start them all" in message
     assert not dist.is_initialized()
-    capfd.readouterr()  # torch writes a stack of its own
+    capfd.readouterr()  # torch writes its stack trace
 
 
 # ---------------------------------------------------------------------- a world of one
@@ -311,8 +311,8 @@ print(codes)
 """
 
 
-def test_a_process_that_closed_its_group_ends_well_whoever_holds_it_still() -> None:
-    """Without the wait for gloo's threads some of these die of SIGABRT at their very end."""
+def test_a_process_that_closed_its_group_exits_well_despite_remaining_references() -> None:
+    """Without the wait for gloo's threads some of these processes die of SIGABRT at exit."""
     ran = subprocess.run([sys.executable, "-c", ENDINGS], capture_output=True, text=True, timeout=PATIENCE_S)
     assert ran.stdout.strip() == str([0] * 30), ran.stdout + ran.stderr[-2000:]
 

@@ -24,23 +24,23 @@ def walked(way: list[str]) -> CallSequence:
 
 
 @given(ways, ways)
-def test_two_ways_have_one_digest_only_if_they_are_one(first: list[str], second: list[str]) -> None:
+def test_two_call_orders_have_one_digest_only_if_they_are_equal(first: list[str], second: list[str]) -> None:
     assert (walked(first).digest == walked(second).digest) == (first == second)
 
 
-def test_it_begins_anew() -> None:
+def test_it_restarts_after_each_step() -> None:
     calls = walked(["a", "b"])
     calls.restart()
     assert (calls.digest, calls.names) == (walked([]).digest, set())
 
 
-def test_the_message_names_what_each_alone_went_through() -> None:
+def test_the_message_names_the_calls_of_each_rank_alone() -> None:
     assert "only rank 0 calls a, only rank 3 calls c, d" in explain_other_calls(["a", "b"], 3, ["b", "c", "d"])
     assert "another order" in explain_other_calls(["a", "b"], 1, ["b", "a"])
 
 
 class Chosen(nn.Module):
-    """Calls the first of its layers, and the second where it is asked to."""
+    """Calls the first of its layers, and the second on request."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Chosen(nn.Module):
 
 
 @pytest.mark.parametrize(("begins_with_both", "watched"), [(True, 1), (False, 3)])
-def test_calls_are_agreed_on_until_a_forward_calls_all_or_long_enough(
+def test_calls_are_compared_until_a_forward_calls_all_or_for_long_enough(
     begins_with_both: bool, watched: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[int, list[str]]] = []
@@ -90,7 +90,7 @@ class Branches(nn.Module):
 
 
 @given(st.sampled_from(["checkpoint", "both", "tied", "scale"]), st.booleans())
-def test_what_a_backward_reaches_is_known_before(kind: str, zero: bool) -> None:
+def test_the_parameters_that_a_backward_reaches_are_known_in_advance(kind: str, zero: bool) -> None:
     model = Branches()
     total = model(torch.randn(2, 3), kind).sum()
     total = total * 0.0 if zero else total

@@ -47,27 +47,29 @@ def build(layers: int, **memory: Any) -> Stack:
 
 
 def storages() -> dict[int, int]:
-    """Address and bytes of what every tensor in this process that Python can see lies in."""
+    """Address and bytes of the storage of every tensor in this process that Python can see."""
     gc.collect()
     tensors = [found for found in gc.get_objects() if type(found) in (Tensor, nn.Parameter)]
     return {found.untyped_storage().data_ptr(): found.untyped_storage().nbytes() for found in tensors}
 
 
 def kept_bytes(model: nn.Module) -> int:
-    """Bytes that a forward made and that are still there at its end. What autograd alone would hold Python sees too,
-    for it goes through a hook."""
+    """Bytes that a forward allocated and that exist at its end.
+
+    Python also sees tensors that only autograd holds, because they pass through a hook.
+    """
     x = torch.ones(BATCH, WIDTH)
     before = storages()
     with torch.autograd.graph.saved_tensors_hooks(Tensor.detach, Tensor.detach):
         y = model(x)
     after = storages()
-    assert y.requires_grad  # alive until here, with all that its backward holds
+    assert y.requires_grad  # alive until here, with everything that its backward holds
     return sum(size for address, size in after.items() if address not in before)
 
 
 @pytest.fixture
 def only_new_objects() -> Iterator[None]:
-    """Hides what exists already, three hundred thousand objects of imported modules, from the counts of a test."""
+    """Hides existing objects, about three hundred thousand of imported modules, from the counts of a test."""
     gc.freeze()
     yield
     gc.unfreeze()
@@ -80,11 +82,11 @@ def test_each_block_keeps_what_the_setting_says() -> None:
         recompute: kept_bytes(build(5, recompute=recompute)) - kept_bytes(build(4, recompute=recompute))
         for recompute in ("none", "full", "selective")
     }
-    # The block's output, which is the next one's input, and where the random numbers stood.
+    # The block's output, which is the input of the next, and the state of the random number generator.
     assert grows["full"] == activation + random_state
-    # Beside these the results of both products, and the block's gain as a number of float64.
+    # In addition the results of both products, and the block's gain as a float64 number.
     assert grows["selective"] == grows["full"] + hidden + activation + 8
-    # sin's input and result, what dropout scales by (a mask, as wide as its input where torch keeps it so), the output.
+    # sin's input and result, dropout's factor (a mask, as wide as its input where torch keeps one), and the output.
     assert grows["none"] >= 2 * hidden + 2 * activation
 
 
@@ -101,7 +103,7 @@ def test_recomputing_changes_no_bit_and_no_name(recompute: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_budget_keeps_less_and_draws_no_number_twice() -> None:
+def test_a_budget_keeps_less_and_draws_each_number_once() -> None:
     found = []
     for memory in ({}, {"compile": True}, {"compile": True, "recompute": "budget", "budget": 0.0}):
         model = build(3, **memory)
@@ -112,7 +114,7 @@ def test_a_budget_keeps_less_and_draws_no_number_twice() -> None:
     assert found[2][0] < found[1][0] < found[0][0]
     for _, gradients in found[1:]:
         for gradient, plain in zip(gradients, found[0][1], strict=True):
-            # Float32's rounding in fused kernels; with another dropout in the backward it was 0.1.
+            # float32's rounding in fused kernels. With another dropout in the backward it was 0.1.
             torch.testing.assert_close(gradient, plain, rtol=1e-5, atol=1e-4)
 
 
@@ -125,13 +127,13 @@ def test_a_deep_copy_computes_with_its_own_weights(memory: dict[str, Any]) -> No
     with torch.no_grad():
         for parameter in twin.parameters():
             parameter.zero_()
-        if "compile" in memory:  # what it is bound to; to compile it would take seconds
+        if "compile" in memory:  # what it is bound to, because a compilation would take seconds
             assert all(block.forward.__self__ is block for block in twin.blocks)
         else:
             assert torch.equal(twin(torch.ones(1, WIDTH)), torch.ones(1, WIDTH))
 
 
-def test_a_model_without_blocks_has_nothing_to_save() -> None:
+def test_a_model_without_blocks_keeps_its_memory() -> None:
     for memory, asked in (({"recompute": "full"}, "memory.recompute=full"), ({"compile": True}, "memory.compile=true")):
         with pytest.raises(ConfigError, match=asked):
             save_memory(nn.Sequential(nn.Linear(3, 3), nn.Tanh()), MemoryConfig(**memory))
@@ -144,7 +146,7 @@ def test_blocks_can_be_named() -> None:
     assert ["forward" in vars(block) for block in model.blocks] == [False, False, True, True]
 
 
-def test_no_compiler_is_told_before_a_process_group_exists(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_compiler_starts_before_a_process_group_exists(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = Device(torch.device("cpu"), "gloo", 1)
     check_device(cpu, compute="fp32", compiles=False)
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))

@@ -17,7 +17,7 @@ ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), rea
 
 
 def created(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, torch.device]:
-    """Devices of the state that is made for a checkpoint of every kind of AdamW's and NAdam's, by its key."""
+    """Devices of the state that is created for a checkpoint, for every kind of AdamW and NAdam, by key."""
     named = tuple(NamedParameter(name, one, one.shape) for name, one in model.named_parameters())
     prepared = Prepared("net", model, named=named, optimizer=optimizer)
     shapes: dict[str, Any] = {"step": (), "mu_product": (), "exp_avg": tuple(model.weight.shape)}
@@ -27,7 +27,7 @@ def created(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, tor
 
 
 @pytest.mark.parametrize("setting", ["fused", "capturable", None])
-def test_steps_lie_beside_the_parameter_where_a_kernel_reads_them(setting: str | None) -> None:
+def test_steps_are_on_the_parameters_device_if_a_kernel_reads_them(setting: str | None) -> None:
     model = nn.Linear(3, 2, bias=False, device="meta")
     optimizer = torch.optim.AdamW(model.parameters())
     if setting is not None:
@@ -52,7 +52,7 @@ ON_GPUS_ONLY = [(make, {"capturable": True}) for make in (torch.optim.AdamW, tor
         *(pytest.param(*way, "cuda", marks=ON_GPU) for way in (*WAYS, *ON_GPUS_ONLY)),
     ],
 )
-def test_an_optimizers_own_state_lies_there_after_torchs_load(make: Any, settings: Any, device: str) -> None:
+def test_an_optimizers_state_is_there_after_torchs_load(make: Any, settings: Any, device: str) -> None:
     model = nn.Linear(3, 2, bias=False, device=device)
     first = make(model.parameters(), **settings)
     model.weight.grad = torch.ones_like(model.weight)

@@ -15,7 +15,7 @@ CASE = Case("tied-frozen", "adamw", 1, 0.5)
 
 
 def perfect() -> Ran:
-    """The plain loop's own numbers."""
+    """The plain loop's numbers."""
     plain = reference(CASE.model, CASE.optimizer, CASE.clip, CASE.precision)
     first, last = ({name: value.numpy().copy() for name, value in one.items()} for one in (plain.first, plain.last))
     return Ran(list(plain.losses), list(plain.norms), first, last)
@@ -26,7 +26,7 @@ def test_the_plain_loop_itself_passes() -> None:
     assert judge(CASE, [perfect(), perfect()]).faults == []
 
 
-def test_what_differs_is_told() -> None:
+def test_differences_are_reported() -> None:
     loss, norm, first, last = perfect(), perfect(), perfect(), perfect()
     loss.losses[6] *= 1 + 3e-5
     assert "step 7: loss" in judge(CASE, [loss]).faults[0]
@@ -40,7 +40,7 @@ def test_what_differs_is_told() -> None:
     assert judge(CASE, [perfect(), other]).faults == ["rank 1 reports different losses or norms than rank 0"]
 
 
-def test_a_key_bias_is_undetermined_and_nothing_else_is() -> None:
+def test_only_a_key_bias_is_undetermined() -> None:
     width = 8
     expected = torch.zeros(3 * width, dtype=torch.bool)
     expected[width : 2 * width] = True  # queries, keys, values

@@ -22,7 +22,7 @@ placements = st.sampled_from([Replicate(), Partial(), Shard(0), Shard(1)])
 
 
 def mesh_of(shape: tuple[int, ...], coordinate: tuple[int, ...], ranks: Any = None) -> Any:
-    """What the functions read of a DeviceMesh, which would need a process group."""
+    """The parts of a DeviceMesh that the functions read. A real one would need a process group."""
     return SimpleNamespace(shape=shape, ndim=len(shape), mesh=ranks, get_coordinate=lambda: coordinate)
 
 
@@ -30,19 +30,19 @@ def mesh_of(shape: tuple[int, ...], coordinate: tuple[int, ...], ranks: Any = No
     st.tuples(st.integers(0, 13), st.integers(1, 9)),
     st.lists(st.tuples(placements, st.integers(1, 4)), min_size=1, max_size=3),
 )
-def test_boxes_are_torchs(shape: tuple[int, int], axes: list[tuple[Any, int]]) -> None:
+def test_boxes_equal_torchs(shape: tuple[int, int], axes: list[tuple[Any, int]]) -> None:
     chosen, sizes = [placement for placement, _ in axes], tuple(size for _, size in axes)
     for coordinate in itertools.product(*map(range, sizes)):
         found = meshes._box(shape, mesh_of(sizes, coordinate), chosen)
         expected = _compute_local_shape_and_global_offset(shape, sizes, list(coordinate), chosen)
         assert tuple(found[0]) == tuple(expected[0])
-        if all(found[0]):  # an empty box is anywhere
+        if all(found[0]):  # an empty box has any position
             assert tuple(found[1]) == tuple(expected[1])
 
 
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 5))
-def test_boxes_of_tensor_parallelism_under_fsdp_are_torchs(shards: int, degree: int, rows: int) -> None:
-    """FSDP2 shards the rows that tensor parallelism has sharded before, which a plan does evenly."""
+def test_boxes_of_tensor_parallelism_under_fsdp_equal_torchs(shards: int, degree: int, rows: int) -> None:
+    """FSDP2 shards rows that tensor parallelism has sharded before. A plan shards them evenly."""
     shape, sizes = (rows * degree, 3), (shards, degree)
     chosen = [_StridedShard(0, split_factor=degree), Shard(0)]
     for coordinate in itertools.product(*map(range, sizes)):
@@ -88,7 +88,7 @@ class Pair(NamedTuple):
     ],
     ids=lambda tree: type(tree).__name__,
 )
-def test_containers_are_mapped_as_by_torch(tree: Any) -> None:
+def test_containers_are_mapped_like_torchs(tree: Any) -> None:
     found = tensors._map_containers(lambda tensor: tensor.sum().item(), tree)
     expected = tree_map_only(torch.Tensor, lambda tensor: tensor.sum().item(), tree)
     assert found == expected and type(found) is type(expected)

@@ -22,7 +22,7 @@ objective: {target: mse}
 
 
 def write(folder: Path, **files: str) -> Path:
-    """Write `name=text` as name.yaml; returns the last one's path."""
+    """Write `name=text` as name.yaml. Returns the last path."""
     for name, text in files.items():
         (folder / f"{name}.yaml").write_text(text)
     return folder / f"{[*files][-1]}.yaml"
@@ -35,7 +35,7 @@ def only_problem(source: Any, *overrides: Any) -> ConfigProblem:
     return caught.value.problems[0]
 
 
-def test_a_chain_of_files_is_laid_one_over_the_other_and_each_value_knows_its_file(tmp_path: Path) -> None:
+def test_a_chain_of_files_merges_and_each_value_knows_its_file(tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "base.yaml").write_text(BASE)
     (tmp_path / "deep" / "middle.yaml").write_text("extends: base.yaml\nrun: {seed: 2,\n  name: middle}\n")
@@ -53,7 +53,7 @@ def test_a_chain_of_files_is_laid_one_over_the_other_and_each_value_knows_its_fi
     assert config.folder == tmp_path, "import paths resolve from the folder of the file that was asked for"
 
 
-def test_a_circle_of_files_is_told_with_its_way_round(tmp_path: Path) -> None:
+def test_a_circle_of_files_is_reported_with_its_chain(tmp_path: Path) -> None:
     top = write(tmp_path, a="extends: c.yaml\n", b="version: 1\nextends: a.yaml\n", c="extends: b.yaml\n")
     problem = only_problem(top)
     assert problem.key == "extends"
@@ -62,7 +62,7 @@ def test_a_circle_of_files_is_told_with_its_way_round(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("chain_ends_in", ["extends: nowhere.yaml", "extends: [base.yaml]", "extends: broken.yaml"])
-def test_what_is_wrong_in_the_file_itself_is_told_beside_a_chain_that_breaks(
+def test_faults_in_the_file_itself_are_reported_in_addition_to_a_broken_chain(
     tmp_path: Path, chain_ends_in: str
 ) -> None:
     top = write(tmp_path, broken="run: [\n", top=f"run: {{seed: 1, seed: 2}}\n{chain_ends_in}\n")
@@ -83,14 +83,14 @@ def test_another_target_drops_the_old_args_and_nothing_else(tmp_path: Path) -> N
     assert model is not None and model.args == {"layers": 2, "width": 16}
 
 
-def test_an_overridden_target_drops_old_args_wherever_it_stands_among_the_overrides(tmp_path: Path) -> None:
+def test_an_overridden_target_drops_old_args_in_any_order_of_overrides(tmp_path: Path) -> None:
     path = write(tmp_path, base=BASE)
     config = load_config(path, ["model.args.inputs=3", "model.target=mlp", "model.args.hidden=[4, 5]"])
     assert config.model is not None and config.model.args == {"inputs": 3, "hidden": [4, 5]}
     assert "model.args.width" not in config.sources
 
 
-def test_a_nested_target_drops_its_own_args_only() -> None:
+def test_a_nested_target_drops_only_its_args() -> None:
     encoder = {"target": "a.b:C", "args": {"depth": 3}}
     whole = {"model": {"target": "m.n:Net", "args": {"encoder": encoder, "width": 4}}}
     config = load_config(whole, ["model.args.encoder.target=a.b:D"])
@@ -130,7 +130,7 @@ def test_pairs_and_mappings_override_from_python_and_say_so() -> None:
         assert (config.sources["run.seed"], config.sources["run.name"]) == ("argument", "argument")
 
 
-def test_later_overrides_win_and_a_mapping_is_laid_over_what_is_there() -> None:
+def test_later_overrides_win_and_a_mapping_merges_with_the_existing_one() -> None:
     config = load_config({"run": {"seed": 1, "name": "n"}}, ["run.seed=2", "run={seed: 3}", "run.seed=4"])
     assert (config.run.seed, config.run.name) == (4, "n")
 
@@ -149,7 +149,7 @@ def test_later_overrides_win_and_a_mapping_is_laid_over_what_is_there() -> None:
         ("schedule=5", "schedule", "5"),
     ],
 )
-def test_an_override_that_is_none_is_told_with_its_key(override: str, key: str, found: str) -> None:
+def test_a_malformed_override_is_reported_with_its_key(override: str, key: str, found: str) -> None:
     problem = only_problem({"run": {"seed": 1}}, override)
     assert (problem.key, problem.where) == (key, "override")
     assert found in problem.problem
@@ -173,15 +173,13 @@ def test_a_finished_config_takes_overrides_and_keeps_what_it_knew(tmp_path: Path
     assert second.sources["run.name"] == first.sources["run.name"] == f"{tmp_path}/base.yaml:2"
 
 
-def test_a_mapping_resolves_from_the_folder_it_is_said_to_come_from(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_mapping_resolves_from_the_stated_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert load_config({}).folder == tmp_path
     assert load_config({}, folder=tmp_path / "elsewhere").folder == tmp_path / "elsewhere"
 
 
-def test_sections_that_are_needed_and_absent_are_faults_beside_the_others(tmp_path: Path) -> None:
+def test_missing_required_sections_are_reported_with_the_other_faults(tmp_path: Path) -> None:
     path = write(tmp_path, top="objective: {target: mse}\nreport: {evry: 3}\n")
     with pytest.raises(ConfigProblemsError) as caught:
         load_to_train(path, ["objective.target=nowhere.parts:it"])
@@ -190,7 +188,7 @@ def test_sections_that_are_needed_and_absent_are_faults_beside_the_others(tmp_pa
     assert places == {"objective.target": "override", **expected}
 
 
-def test_what_a_run_trains_from_is_looked_for_before_it_starts(tmp_path: Path) -> None:
+def test_training_inputs_are_checked_before_the_start(tmp_path: Path) -> None:
     part = {"target": "builtins:dict"}
     whole = {"run": {"steps": 1}, "model": part, "objective": part, "data": {"train": part, "global_batch": 1}}
     config = load_to_train({**whole, "optim": {"target": "torch.optim.SGD", "args": {"lr": 1}}})
@@ -199,7 +197,7 @@ def test_what_a_run_trains_from_is_looked_for_before_it_starts(tmp_path: Path) -
         load_to_train({**whole, "optim": {"target": "torch.optim.SGD", "args": {"lrr": 1}}})
 
 
-# Keys are no `target`: that one drops what stands beside it, which has its tests above.
+# Keys exclude `target`, which drops its sibling keys and has its tests above.
 _KEYS = st.sampled_from(["a", "b", "c"])
 _TREES = st.recursive(
     st.integers(0, 9) | st.lists(st.integers(0, 2), max_size=2),
@@ -208,18 +206,16 @@ _TREES = st.recursive(
 ).filter(lambda tree: isinstance(tree, dict))
 
 
-def laid_over(low: Any, high: Any) -> Any:
-    """What `high` over `low` must be: mappings key by key, anything else replaced."""
+def merged(low: Any, high: Any) -> Any:
+    """The expected result of `high` over `low`: mappings merge key by key, other values are replaced."""
     if not isinstance(low, dict) or not isinstance(high, dict):
         return high
-    return {key: laid_over(low.get(key), high[key]) if key in high else low[key] for key in {**low, **high}}
+    return {key: merged(low.get(key), high[key]) if key in high else low[key] for key in {**low, **high}}
 
 
 @settings(max_examples=60, deadline=None)
 @given(layers=st.lists(_TREES, min_size=2, max_size=4))
-def test_layers_are_laid_over_one_another_key_by_key(
-    tmp_path_factory: pytest.TempPathFactory, layers: list[dict[str, Any]]
-) -> None:
+def test_layers_merge_key_by_key(tmp_path_factory: pytest.TempPathFactory, layers: list[dict[str, Any]]) -> None:
     folder = tmp_path_factory.mktemp("layers")
     *files, override = layers
     expected: Any = {}
@@ -227,7 +223,7 @@ def test_layers_are_laid_over_one_another_key_by_key(
         extends = f"extends: {number - 1}.yaml\n" if number else ""
         text = f"{extends}model: {{target: gpt, args: {json.dumps(args)}}}\n"
         (folder / f"{number}.yaml").write_text(text)
-        expected = laid_over(expected, args)
-    expected = laid_over(expected, override)
+        expected = merged(expected, args)
+    expected = merged(expected, override)
     config = load_config(folder / f"{len(files) - 1}.yaml", [f"model.args={json.dumps(override)}"])
     assert config.model is not None and config.model.args == expected

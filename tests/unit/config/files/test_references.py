@@ -22,7 +22,7 @@ def problems_of(args: dict[str, Any], **sections: Any) -> tuple[ConfigProblem, .
 
 
 @pytest.mark.parametrize("value", [3, 2.5, True, None, "text", "7", [1, [2]], {"a": {"b": 1}}])
-def test_a_whole_value_keeps_its_type(value: Any) -> None:
+def test_a_complete_value_keeps_its_type(value: Any) -> None:
     found = args_of({"one": value, "two": "${model.args.one}", "three": "${ model.args.two }"})
     for key in ("two", "three"):
         assert found[key] == value and type(found[key]) is type(value)
@@ -43,7 +43,7 @@ def test_it_reaches_defaults_lists_and_other_sections() -> None:
     assert found == {"seed": 8, "device": "auto", "second": 5, "list": [0, {"a": 5}]}
 
 
-def test_it_reads_what_overrides_left(tmp_path: Any) -> None:
+def test_it_reads_the_overridden_values(tmp_path: Any) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("run: {seed: 1}\nmodel: {target: gpt, args: {a: '${run.seed}', b: ['${model.args.a}']}}\n")
     config = load_config(path, ["run.seed=2"])
@@ -63,7 +63,7 @@ def test_braces_without_a_dollar_are_text() -> None:
         ({"a": {"b": "${model.args.a}"}}, "model.args.a"),
     ],
 )
-def test_a_circle_is_told_and_not_walked(args: dict[str, Any], circle: str) -> None:
+def test_a_circle_is_reported_and_not_followed(args: dict[str, Any], circle: str) -> None:
     problems = problems_of(args)
     assert all("a circle of references" in problem.problem for problem in problems)
     assert any(circle in problem.problem for problem in problems)
@@ -81,7 +81,7 @@ def test_a_circle_is_told_and_not_walked(args: dict[str, Any], circle: str) -> N
         ("${}", "refers to a key that this config does not set", ""),
     ],
 )
-def test_a_reference_that_leads_nowhere_is_told_with_its_key(value: str, found: str, do: str) -> None:
+def test_a_reference_to_a_missing_key_is_reported_with_its_key(value: str, found: str, do: str) -> None:
     (problem,) = problems_of({"a": {"b": value}, "list": [1]})
     assert (problem.key, problem.where) == ("model.args.a.b", "argument")
     assert found in problem.problem

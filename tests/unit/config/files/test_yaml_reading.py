@@ -71,7 +71,7 @@ def test_a_value_is_one_of_jsons_kinds_in_files_and_overrides(text: str, value: 
         ("a: &x [*x]", "a.0", 1, "an anchor that contains itself"),
     ],
 )
-def test_what_is_no_plain_value_is_a_fault_with_key_and_line(text: str, key: str, line: int, found: str) -> None:
+def test_values_of_other_kinds_are_faults_with_key_and_line(text: str, key: str, line: int, found: str) -> None:
     (problem,) = problems_of(text)
     assert (problem.key, problem.where) == (key, f"c.yaml:{line}")
     assert found in problem.problem
@@ -90,7 +90,7 @@ def test_what_is_no_plain_value_is_a_fault_with_key_and_line(text: str, key: str
         ("[" * 5000, 1),
     ],
 )
-def test_what_is_not_yaml_is_one_fault_with_its_line(text: str, line: int) -> None:
+def test_invalid_yaml_is_one_fault_with_its_line(text: str, line: int) -> None:
     (problem,) = problems_of(text)
     assert (problem.key, problem.where) == ("", f"c.yaml:{line}")
     assert "not YAML" in problem.problem or "nested too deep" in problem.problem
@@ -134,14 +134,14 @@ def test_a_file_that_is_no_config_is_one_fault(tmp_path: Path, make: Any, found:
     ("value", "do"),
     [("2.5", "quote it: '2.5'"), ("no", "quote it: YAML reads yes, no, on and off"), ("[a]", "write text")],
 )
-def test_text_that_yaml_reads_as_something_else_is_told_how_to_be_text(value: str, do: str) -> None:
+def test_text_that_yaml_reads_as_something_else_is_reported_with_the_quoted_form(value: str, do: str) -> None:
     with pytest.raises(ConfigProblemsError) as caught:
         load_config({}, [f"run.name={value}"])
     assert do in caught.value.problems[0].fix
 
 
 @pytest.mark.parametrize("value", ["true", "'10'", "10.5", "1e400", "[1]", "ten", "0", "-1"])
-def test_a_number_of_steps_is_a_positive_whole_number_and_nothing_in_disguise(value: str) -> None:
+def test_a_number_of_steps_is_a_positive_integer_of_no_other_type(value: str) -> None:
     with pytest.raises(ConfigProblemsError) as caught:
         load_config({}, [f"run.steps={value}"])
     assert [problem.key for problem in caught.value.problems] == ["run.steps"]

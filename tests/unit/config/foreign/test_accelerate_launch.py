@@ -20,7 +20,7 @@ from disttrain.config.foreign.accelerate import differing_settings, translate
 from disttrain.config.foreign.accelerate_settings import read_environment, read_file
 
 
-def test_bound_cores_are_rejected_where_accelerate_hands_them_on() -> None:
+def test_bound_cores_are_rejected_where_accelerate_passes_them_on() -> None:
     handed = {"ACCELERATE_MIXED_PRECISION": "no", "WORLD_SIZE": "2", "ACCELERATE_CPU_AFFINITY": "1"}
     with pytest.raises(ConfigProblemsError, match=r"enable_cpu_affinity \(ACCELERATE_CPU_AFFINITY\)"):
         translate(read_environment(handed, 2), config_with())
@@ -33,7 +33,7 @@ def test_bound_cores_are_rejected_where_accelerate_hands_them_on() -> None:
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "fsdp (FSDP), the config for ddp"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "deepspeed (DEEPSPEED), the config for ddp"),
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "bf16, the config for fp32"),
-        # exported by hand, and no launch with FSDP
+        # exported by hand, without a launch with FSDP
         ({"FSDP_VERSION": "1"}, ""),
     ],
 )
@@ -50,7 +50,7 @@ def launcher() -> Any:
 
 
 def handed_on(path: Path) -> dict[str, str]:
-    """What accelerate's own launcher would hand to its processes for this file; none is started."""
+    """The variables that accelerate's launcher would pass to its processes for this file. No process starts."""
     from accelerate.commands.launch import _validate_launch_command
     from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
@@ -69,7 +69,7 @@ def some(**choices: Any) -> Any:
 
 BOOLS = (True, False, "true", "false")
 FSDP_FILES = st.builds(
-    # cpu_ram_efficient_loading is true by default, and without sync_module_states accelerate itself refuses it
+    # cpu_ram_efficient_loading is true by default, and without sync_module_states accelerate rejects it
     lambda inner, more, sizes: {
         **fsdp(fsdp_cpu_ram_efficient_loading=False, **inner),
         **more,
@@ -128,7 +128,7 @@ DDP_FILES = some(
 )
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(more=st.one_of(DDP_FILES, FSDP_FILES, DEEPSPEED_FILES))
-def test_a_file_and_what_its_launch_hands_on_say_the_same(more: dict[str, Any], tmp_path: Path) -> None:
+def test_a_file_and_its_launch_agree(more: dict[str, Any], tmp_path: Path) -> None:
     path = written(tmp_path, **more)
     said: list[Any] = []
     for settings_read in (read_file(path), read_environment(handed_on(path), 2)):
@@ -149,7 +149,7 @@ def check(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("path", sorted((PROJECT / "configs" / "accelerate").iterdir()), ids=lambda path: path.stem)
-def test_check_shows_each_of_our_files_without_torch(path: Path) -> None:
+def test_check_shows_each_of_the_projects_files_without_torch(path: Path) -> None:
     done = check("configs/quickstart.yaml", "strategy.name=accelerate", "--accelerate", str(path))
     assert done.returncode == 0, done.stderr
     name = {"ddp": "ddp", "fsdp": "fsdp", "multi_node": "fsdp"}.get(path.stem, "deepspeed")

@@ -98,7 +98,7 @@ TRANSLATIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize(("more", "expected"), TRANSLATIONS.values(), ids=TRANSLATIONS)
-def test_a_file_becomes_our_keys(more: dict[str, Any], expected: dict[str, Any], tmp_path: Path) -> None:
+def test_a_file_becomes_config_keys(more: dict[str, Any], expected: dict[str, Any], tmp_path: Path) -> None:
     translated = translate(read_file(written(tmp_path, **more)), config_with())
     assert from_accelerate(translated) == expected
     assert translated.strategy.options is getattr(translated.strategy, expected["strategy.name"])
@@ -212,13 +212,13 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
 
 
 @pytest.mark.parametrize(("more", "expected"), REFUSALS.values(), ids=REFUSALS)
-def test_what_is_not_done_here_is_rejected_by_name(
+def test_unsupported_settings_are_rejected_by_name(
     more: dict[str, Any], expected: dict[str, str], tmp_path: Path
 ) -> None:
     problems = {problem.key: str(problem) for problem in refused(tmp_path, **more).problems}
     for key, said in expected.items():
         assert key in problems and said in problems[key], problems
-    # What the translation then asks of our own config may be refused there too, under our own keys.
+    # The translated config may then be rejected too, under the keys of disttrain.
     theirs = {key for key in problems if not key.startswith(("strategy.", "data."))}
     assert theirs <= {*expected}
     assert all(str(tmp_path / "accelerate.yaml") in problems[key] for key in theirs)
@@ -248,7 +248,7 @@ def test_what_is_not_done_here_is_rejected_by_name(
         ),
     ],
 )
-def test_what_the_config_states_otherwise_is_rejected(
+def test_settings_that_contradict_the_config_are_rejected(
     stated: dict[str, Any], more: dict[str, Any], key: str, tmp_path: Path
 ) -> None:
     (problem,) = refused(tmp_path, config_with(**stated), **more).problems
@@ -256,7 +256,7 @@ def test_what_the_config_states_otherwise_is_rejected(
     assert " is " in problem.problem and "(argument)" in problem.problem
 
 
-def test_what_the_config_states_as_well_stands(tmp_path: Path) -> None:
+def test_settings_that_the_config_repeats_are_accepted(tmp_path: Path) -> None:
     config = config_with(
         mesh={"replicate": 1, "shard": -1, "tensor": 1},
         precision={"compute": "fp64"},
@@ -269,7 +269,7 @@ def test_what_the_config_states_as_well_stands(tmp_path: Path) -> None:
     assert off.optim is not None and off.optim.clip_norm == 0
 
 
-def test_only_what_accelerate_says_has_its_name_as_source(tmp_path: Path) -> None:
+def test_only_settings_of_accelerate_have_its_name_as_source(tmp_path: Path) -> None:
     config = config_with(strategy={"name": "accelerate", "fsdp": {"prefetch_backward": 2}})
     translated = translate(read_file(written(tmp_path, **fsdp())), config)
     sources = {
@@ -279,12 +279,12 @@ def test_only_what_accelerate_says_has_its_name_as_source(tmp_path: Path) -> Non
     assert sources == {
         "reshard": "accelerate: fsdp_config.fsdp_reshard_after_forward",
         "prefetch_backward": "argument",
-        "prefetch_forward": "argument",  # the mapping's source, which stands beside it
+        "prefetch_forward": "argument",  # the mapping's source, given with it
         "tensor": "argument",
     }
 
 
-def test_faults_of_the_whole_are_told_with_the_rejections(tmp_path: Path) -> None:
+def test_faults_of_the_complete_config_are_reported_with_the_rejections(tmp_path: Path) -> None:
     problems = refused(tmp_path, mixed_precision="bf16", **deepspeed(zero_stage=0)).problems
     assert "deepspeed_config.zero_stage" in {problem.key for problem in problems}
 
@@ -306,7 +306,7 @@ NATIVE = {
 }
 
 
-def test_deepspeeds_own_json_is_taken_apart(tmp_path: Path) -> None:
+def test_a_deepspeed_json_becomes_config_keys(tmp_path: Path) -> None:
     (tmp_path / "ds.json").write_text(json.dumps(NATIVE), encoding="utf-8")
     named = deepspeed(deepspeed_config_file=str(tmp_path / "ds.json"), zero3_init_flag=False)
     translated = translate(read_file(written(tmp_path, mixed_precision=None, **named)), config_with())
@@ -330,7 +330,7 @@ def test_deepspeeds_own_json_is_taken_apart(tmp_path: Path) -> None:
         ({"gradient_accumulation_steps": 9}, {"zero_stage": 2}, "deepspeed_config.deepspeed_config_file"),
     ],
 )
-def test_deepspeeds_own_json_may_not_say_otherwise(
+def test_a_deepspeed_json_may_not_contradict(
     inner: dict[str, Any], more: dict[str, Any], key: str, tmp_path: Path
 ) -> None:
     (tmp_path / "ds.json").write_text(json.dumps(inner), encoding="utf-8")
@@ -338,7 +338,7 @@ def test_deepspeeds_own_json_may_not_say_otherwise(
     assert [problem.key for problem in refused(tmp_path, **named).problems] == [key]
 
 
-def test_the_type_that_deepspeeds_own_json_names(tmp_path: Path) -> None:
+def test_the_dtype_in_a_deepspeed_json(tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": 1}, "fp16": {"enabled": True}}), encoding="utf-8")
     named = deepspeed(deepspeed_config_file=str(path))
@@ -346,7 +346,7 @@ def test_the_type_that_deepspeeds_own_json_names(tmp_path: Path) -> None:
     assert "fp16.enabled: true" in next(problem.problem for problem in problems if problem.key == "mixed_precision")
 
 
-def test_a_file_that_is_none_is_rejected(tmp_path: Path) -> None:
+def test_a_file_of_another_format_is_rejected(tmp_path: Path) -> None:
     for text in ("- a\n- b\n", "a: [\n", ""):
         (tmp_path / "accelerate.yaml").write_text(text, encoding="utf-8")
         with pytest.raises(ConfigProblemsError):

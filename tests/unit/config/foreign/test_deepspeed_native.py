@@ -18,7 +18,7 @@ CONFIGS = Path(__file__).parents[4] / "configs"
 
 
 def config(native: Any, folder: Path | None = None, **sections: Any) -> Any:
-    """A config that trains by deepspeed, with `sections` over it."""
+    """A config that trains with deepspeed, with `sections` merged into it."""
     values: dict[str, Any] = {
         "run": {"steps": 1},
         "model": {"target": "mlp", "args": {"inputs": 2, "hidden": [2], "outputs": 2}},
@@ -37,14 +37,14 @@ def config(native: Any, folder: Path | None = None, **sections: Any) -> Any:
 
 
 def problems(native: Any, folder: Path | None = None, **sections: Any) -> dict[str, str]:
-    """Key under `native` (empty for itself) to what the problem says."""
+    """Maps keys under `native` (empty for the JSON as such) to the text of the problem."""
     with pytest.raises(ConfigProblemsError) as caught:
         config(native, folder, **sections)
     prefix = "strategy.deepspeed.native"
     return {one.key.removeprefix(prefix).lstrip("."): f"{one.problem}; {one.fix}" for one in caught.value.problems}
 
 
-def test_a_json_that_agrees_passes_and_stands_in_the_resolved_config(tmp_path: Path) -> None:
+def test_a_consistent_json_passes_and_is_in_the_resolved_config(tmp_path: Path) -> None:
     agreeing = {
         "train_batch_size": 32,
         "train_micro_batch_size_per_gpu": 4,
@@ -59,12 +59,12 @@ def test_a_json_that_agrees_passes_and_stands_in_the_resolved_config(tmp_path: P
     (tmp_path / "ds.json").write_text(json.dumps(agreeing))
     found = config("ds.json", tmp_path, optim={"clip_norm": 0.5})
     assert found.strategy.deepspeed.native == agreeing
-    again = load_config(found.to_dict())  # as a run's folder is read, wherever the JSON is by then
+    again = load_config(found.to_dict())  # as a run's folder is read, which does not depend on the JSON's location
     assert again.strategy.deepspeed.native == agreeing
     assert ranks_of(agreeing) == 4
 
 
-def test_every_contradiction_is_told_at_once() -> None:
+def test_every_contradiction_is_reported_at_once() -> None:
     told = problems(
         {
             "train_batch_size": 64,
@@ -100,7 +100,7 @@ def test_every_contradiction_is_told_at_once() -> None:
         ({"zero_optimization": {"zenflow": {"topk_ratio": 0.1}}}, {}, "zero_optimization.zenflow"),
     ],
 )
-def test_precision_and_what_checkpoints_rest_on(native: Any, precision: Any, key: str) -> None:
+def test_precision_and_settings_that_checkpoints_depend_on(native: Any, precision: Any, key: str) -> None:
     assert set(problems(native, precision=precision)) == {key}
 
 
@@ -130,13 +130,13 @@ def test_keys_that_would_be_ignored(native: Any, key: str, says: str) -> None:
 @pytest.mark.parametrize(
     ("text", "says"), [("{", "not JSON"), ("[1]", "not an object"), ('{"bf16": {}, "bf16": {}}', "bf16 twice")]
 )
-def test_a_file_that_is_none(text: str, says: str, tmp_path: Path) -> None:
+def test_a_file_of_another_format(text: str, says: str, tmp_path: Path) -> None:
     (tmp_path / "ds.json").write_text(text)
     assert says in problems("ds.json", tmp_path)[""]
     assert "cannot be read" in problems("other.json", tmp_path)[""]
 
 
-def test_another_strategy_is_not_held_to_it() -> None:
+def test_another_strategy_ignores_it() -> None:
     native = {"gradient_clipping": 1.0}
     assert config(native, strategy={"name": "ddp", "deepspeed": {"native": native}}).strategy.name == "ddp"
     assert (
@@ -145,7 +145,7 @@ def test_another_strategy_is_not_held_to_it() -> None:
     )
 
 
-def test_a_clip_left_to_deepspeed_is_seen() -> None:
+def test_a_clip_left_to_deepspeed_is_detected() -> None:
     assert clip_left_out({"bf16": {"enabled": True}}) and clip_left_out({"gradient_clipping": "auto"})
     assert not clip_left_out({"gradient_clipping": 0.0}) and not clip_left_out(None)
 
@@ -180,7 +180,7 @@ MODELS = {
 }
 
 
-def test_the_tables_hold_what_the_installed_deepspeed_knows() -> None:
+def test_the_tables_match_the_installed_deepspeed() -> None:
     pytest.importorskip("deepspeed")
     for section, place in MODELS.items():
         module, _, name = place.partition(":")

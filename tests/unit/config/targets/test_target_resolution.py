@@ -30,7 +30,7 @@ PLACES = ("folder", "working", "installed")
 
 @pytest.fixture
 def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Path]]:
-    """Three folders, in the order in which modules are looked for; whatever tests import from them is forgotten."""
+    """Three folders in the order in which modules are searched. Modules imported from them are removed afterwards."""
     before = set(sys.modules)
     for name in PLACES:
         (tmp_path / name).mkdir()
@@ -43,12 +43,12 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
 
 
 def by_source(target: str, args: dict[str, Any], folder: Path) -> list[ConfigProblem]:
-    """What `check` says, from the source alone."""
+    """The result of `check`, from the source alone."""
     return find_target_problems({"data": {"train": {"target": target, "args": args}}}, {}, folder)
 
 
 def by_import(target: str, args: dict[str, Any], folder: Path) -> Any:
-    """What a run builds."""
+    """The object that a run builds."""
     return build_target(Target(target=target, args=args), section="data", folder=folder)
 
 
@@ -58,7 +58,7 @@ def by_import(target: str, args: dict[str, Any], folder: Path) -> Any:
 def test_the_first_of_folder_working_directory_and_installed_wins_for_check_and_run(
     places: Callable[[str], Path], present: tuple[str, ...]
 ) -> None:
-    # Each place's module takes an argument of its own name: so both say which of them they looked at.
+    # The module in each folder takes an argument with a different name, so both results show which module was read.
     for place in present:
         (places(place) / "placed.py").write_text(f"def make(in_{place}):\n    return in_{place}\n")
     winner = next(place for place in PLACES if place in present)
@@ -103,7 +103,7 @@ def write_package(folder: Path) -> None:
         ("parts.inner.Net.build", {"width": 2}, (2, 9)),
     ],
 )
-def test_every_way_to_write_a_path_finds_the_same_thing(
+def test_every_form_of_a_path_resolves_to_the_same_object(
     places: Callable[[str], Path], target: str, args: dict[str, Any], expected: tuple[int, int]
 ) -> None:
     write_package(places("folder"))
@@ -135,7 +135,7 @@ def test_check_and_run_reject_the_same_targets(
     assert found in str(caught.value) and do in str(caught.value)
 
 
-def test_what_is_there_and_cannot_be_called_is_rejected_at_import(places: Callable[[str], Path]) -> None:
+def test_an_existing_object_that_is_not_callable_is_rejected_at_import(places: Callable[[str], Path]) -> None:
     write_package(places("folder"))
     with pytest.raises(ConfigError, match="a int, which cannot be called"):
         by_import("parts:VALUE", {}, places("folder"))
@@ -171,7 +171,7 @@ def test_the_source_is_read_and_never_run(places: Callable[[str], Path]) -> None
         "with open(__file__) as make: pass\nmake = dict",
     ],
 )
-def test_what_the_source_alone_cannot_tell_is_left_to_the_run(places: Callable[[str], Path], source: str) -> None:
+def test_names_that_the_source_does_not_show_are_left_to_the_run(places: Callable[[str], Path], source: str) -> None:
     (places("folder") / "dynamic.py").write_text(source + "\n")
     assert by_source("dynamic:make", {"a": 1}, places("folder")) == []
     by_import("dynamic:make", {"a": 1}, places("folder"))
@@ -185,7 +185,7 @@ def test_names_inside_functions_and_classes_are_no_names_of_the_module(places: C
 
 
 @pytest.mark.parametrize("key", ["weight_decy", "lrr"])
-def test_a_misspelt_argument_of_an_installed_class_is_seen_through_its_packages_reexport(key: str) -> None:
+def test_a_misspelt_argument_of_a_class_reexported_by_its_package_is_detected(key: str) -> None:
     values = {"optim": {"target": "torch.optim.AdamW", "args": {"lr": 0.1, key: 0.1}}}
     (problem,) = find_target_problems(values, {f"optim.args.{key}": "c.yaml:9"}, Path.cwd())
     assert (problem.key, problem.where) == (f"optim.args.{key}", "c.yaml:9")
@@ -194,8 +194,8 @@ def test_a_misspelt_argument_of_an_installed_class_is_seen_through_its_packages_
     assert find_target_problems(good, {}, Path.cwd()) == []
 
 
-def test_a_collate_function_may_be_named_itself(places: Callable[[str], Path]) -> None:
-    """Not what makes it: its items are no argument that a config could give."""
+def test_a_collate_function_is_a_target_itself(places: Callable[[str], Path]) -> None:
+    """A function that makes one is not, because its items are no argument that a config could give."""
     source = "def pad(items, *, length=3):\n    return items[:length]\ndef make(length):\n    return pad\n"
     (places("folder") / "tagging.py").write_text(source)
     folder = places("folder")
@@ -212,7 +212,7 @@ def test_a_collate_function_may_be_named_itself(places: Callable[[str], Path]) -
     ]
 
 
-def test_reexports_that_go_in_a_circle_are_not_followed_for_ever(places: Callable[[str], Path]) -> None:
+def test_circular_reexports_end(places: Callable[[str], Path]) -> None:
     (places("folder") / "one.py").write_text("from two import make\n")
     (places("folder") / "two.py").write_text("from one import make\n")
     (places("folder") / "three.py").write_text("from ..above import make\n")
@@ -232,14 +232,14 @@ def test_two_modules_of_one_name_in_one_process_are_never_mixed_up(places: Calla
     )
 
 
-def test_a_users_module_named_as_one_of_pythons_is_rejected_and_not_swapped(places: Callable[[str], Path]) -> None:
+def test_a_users_module_named_like_one_of_pythons_is_rejected_and_not_swapped(places: Callable[[str], Path]) -> None:
     (places("folder") / "itertools.py").write_text("def make(): ...\n")
     (places("folder") / "random.py").write_text("def make(): ...\n")
     with pytest.raises(ConfigError, match=r"random\.py, but this process has already loaded"):
         by_import("random:make", {}, places("folder"))
 
 
-def test_a_short_name_is_our_own_part_in_any_folder(places: Callable[[str], Path]) -> None:
+def test_a_short_name_is_a_part_of_disttrain_in_any_folder(places: Callable[[str], Path]) -> None:
     import disttrain.optim.schedules as ours
 
     (places("folder") / "disttrain" / "optim").mkdir(parents=True)
@@ -249,7 +249,7 @@ def test_a_short_name_is_our_own_part_in_any_folder(places: Callable[[str], Path
     assert resolve_target("cosine", section="schedule", folder=places("folder")) is ours.cosine
 
 
-def test_what_the_running_script_defines_is_found_by_name() -> None:
+def test_names_defined_by_the_running_script_resolve() -> None:
     sys.modules["__main__"].made_for_a_test = lambda: 7  # type: ignore[attr-defined]
     try:
         assert resolve_target("__main__:made_for_a_test", section="data", folder=None)() == 7
@@ -258,7 +258,7 @@ def test_what_the_running_script_defines_is_found_by_name() -> None:
         del sys.modules["__main__"].made_for_a_test  # type: ignore[attr-defined]
 
 
-def test_mappings_with_a_target_are_built_first_wherever_they_stand() -> None:
+def test_mappings_with_a_target_are_built_first_at_any_depth() -> None:
     args = {
         "inner": {"target": "types:SimpleNamespace", "args": {"deep": {"target": "types:SimpleNamespace"}, "x": 1}},
         "list": [{"target": "builtins:complex", "args": {"real": 2, "imag": 3}}, 4],
@@ -275,7 +275,7 @@ def test_mappings_with_a_target_are_built_first_wherever_they_stand() -> None:
     assert again["inner"] is not found.inner, "each building makes a part of its own"
 
 
-def test_a_nested_fault_is_told_with_the_way_to_it(places: Callable[[str], Path]) -> None:
+def test_a_nested_fault_is_reported_with_its_path(places: Callable[[str], Path]) -> None:
     write_package(places("folder"))
     inner = {"target": "parts.inner:Net", "args": {"width": {"target": "parts.inner:Nett"}, "dpth": 1}}
     problems = by_source("builtins:dict", {"list": [0, inner]}, places("folder"))
@@ -286,7 +286,7 @@ def test_a_nested_fault_is_told_with_the_way_to_it(places: Callable[[str], Path]
 
 
 def make_pair(first: int, second: int = 0, *, context: Any = None) -> tuple[int, int, Any]:
-    """A callable that a Python user hands over."""
+    """A callable that a Python user passes."""
     return first, second, context
 
 
@@ -296,12 +296,12 @@ def test_a_callable_is_a_target_from_python() -> None:
     assert build_target(config.schedule, section="schedule", folder=None) == (1, 0, None)
     assert find_target_problems(config.values(), config.sources, config.folder) == []
     assert f"target: {__name__}:make_pair" in render_config(config)
-    dynamic = type("Dynamic", (), {})  # its name is no name of its module: only the object itself can be trusted
+    dynamic = type("Dynamic", (), {})  # its name is no name of its module, so only the object itself can be trusted
     config = load_config({"schedule": {"target": dynamic}})
     assert find_target_problems(config.values(), config.sources, config.folder) == []
 
 
-def test_what_is_offered_is_passed_where_it_is_asked_for_and_args_win() -> None:
+def test_offered_arguments_are_passed_where_named_and_args_win() -> None:
     target = Target(target=make_pair, args={"first": 1})
     offered = {"context": "offered", "unwanted": 1}
     assert build_target(target, section="data", folder=None, offered=offered) == (1, 0, "offered")
@@ -325,7 +325,7 @@ def test_what_is_offered_is_passed_where_it_is_asked_for_and_args_win() -> None:
         ),
     ],
 )
-def test_arguments_that_do_not_fit_are_told_before_the_call(args: dict[str, Any], found: str, do: str) -> None:
+def test_arguments_that_do_not_fit_are_reported_before_the_call(args: dict[str, Any], found: str, do: str) -> None:
     with pytest.raises(ConfigError) as caught:
         check_arguments(make_pair, (), args, what="data.train.target")
     assert str(caught.value).startswith("Cannot call data.train.target with its args.")
@@ -333,7 +333,7 @@ def test_arguments_that_do_not_fit_are_told_before_the_call(args: dict[str, Any]
     check_arguments(make_pair, (), {"first": 1, "second": 2}, what="")
 
 
-def test_what_the_callable_raises_is_the_users_own_and_comes_through() -> None:
+def test_errors_raised_by_a_users_callable_are_not_wrapped() -> None:
     with pytest.raises(ZeroDivisionError):
         args = {"numerator": 1, "denominator": 0}
         build_target(Target(target="fractions:Fraction", args=args), section="data", folder=None)

@@ -66,7 +66,7 @@ def prepare(
     rates: Sequence[float] = (0.1, 0.02),
     make_optimizer: Callable[..., Optimizer] = AdamW,
 ) -> Prepared:
-    """As a strategy leaves it: parameters by name in groups, a rate for each group."""
+    """As a strategy prepares it: parameters by name in groups, and a rate for each group."""
     given = [
         {"params": [nn.Parameter(torch.ones(2)) for _ in names], "lr": rate}
         for names, rate in zip(groups, rates, strict=True)
@@ -78,7 +78,7 @@ def prepare(
 
 
 def advance(prepared: Prepared, steps: int) -> list[dict[str, tuple[Any, Any]]]:
-    """For each of `steps` updates, the rate and momentum by which each parameter is changed."""
+    """For each of `steps` updates, the rate and momentum applied to each parameter."""
     optimizer, schedule, found = prepared.optimizer, prepared.schedule, []
     assert optimizer is not None and schedule is not None
     for _ in range(steps):
@@ -97,7 +97,7 @@ def through_json(prepared: Prepared) -> Mapping[str, Any]:
 
 @pytest.mark.parametrize("make_optimizer", [AdamW, lambda groups: SGD(groups, momentum=0.9)], ids=["adamw", "sgd"])
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_a_schedule_goes_on_bit_for_bit(name: str, make_optimizer: Callable[..., Optimizer]) -> None:
+def test_a_schedule_continues_bit_for_bit(name: str, make_optimizer: Callable[..., Optimizer]) -> None:
     make = SCHEDULES[name]
     whole = advance(prepare(make, make_optimizer=make_optimizer), STEPS)
     first, second = (prepare(make, make_optimizer=make_optimizer) for _ in range(2))
@@ -107,7 +107,7 @@ def test_a_schedule_goes_on_bit_for_bit(name: str, make_optimizer: Callable[...,
     assert len({step["a"] for step in whole}) > 2, "a rate that stands still shows nothing"
 
 
-def test_what_a_schedule_holds_keeps_its_type() -> None:
+def test_values_in_a_schedule_keep_their_type() -> None:
     first, second = prepare(SCHEDULES["multi_step"]), prepare(SCHEDULES["multi_step"])
     restore_optimizer(second, through_json(first), same_settings=True)
     assert isinstance(second.schedule, MultiStepLR)
@@ -131,7 +131,7 @@ TURNED = (("scale", "c"), ("b", "a"))
     ],
     ids=["divided", "joined", "turned"],
 )
-def test_groups_made_otherwise_go_on_with_their_parameters_rates(
+def test_regrouped_parameters_keep_their_rates(
     name: str, then: Sequence[Sequence[str]], now: Sequence[Sequence[str]], rates: tuple[float, float]
 ) -> None:
     def of(groups: Sequence[Sequence[str]]) -> Prepared:
@@ -149,7 +149,7 @@ def test_groups_of_different_settings_are_not_joined() -> None:
         restore_optimizer(prepare(SCHEDULES["step"], ONE, (0.1,)), through_json(first), same_settings=True)
 
 
-def test_a_parameter_that_no_group_held_is_named() -> None:
+def test_a_parameter_that_was_in_no_group_is_named() -> None:
     first = prepare(SCHEDULES["step"])
     other = prepare(SCHEDULES["step"], (("a", "b"), ("c", "new")))
     with pytest.raises(CheckpointError, match="no saved group holds new"):

@@ -25,7 +25,7 @@ STEPS, HALF, RATE = 5, 2, 0.25
 
 
 class Kept:
-    """Tracked: a state as it is."""
+    """Tracked: any state, unchanged."""
 
     def __init__(self, state: Any) -> None:
         self.state = state
@@ -56,7 +56,7 @@ def through_json(source: Any, target: Any) -> None:
         ({"betas": (0.9, 0.95), "list": [1, 2]}, {"betas": (0.0, 0.0), "list": []}),
     ],
 )
-def test_a_state_comes_back_with_its_keys_and_types(state: Any, fresh: Any) -> None:
+def test_a_state_is_restored_with_its_keys_and_types(state: Any, fresh: Any) -> None:
     target = Kept(fresh)
     through_json(Kept(copy.deepcopy(state)), target)
     assert target.state == state
@@ -80,7 +80,7 @@ def test_an_optimizer_of_torch_can_be_tracked() -> None:
     assert torch.equal(step(other, resumed), step(weight, optimizer))
 
 
-def test_an_object_without_a_state_yet_takes_what_it_is_given() -> None:
+def test_an_object_without_a_state_yet_accepts_the_saved_one() -> None:
     class Late(Kept):
         def state_dict(self) -> Any:
             return self.state["later"]
@@ -96,7 +96,7 @@ def test_a_key_that_json_cannot_hold_is_rejected_by_name() -> None:
 
 
 class Net(nn.Module):
-    """Of sizes that no number of ranks divides."""
+    """Sizes that no number of ranks divides."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class Average:
         for name, value in self.values.items():
             value.copy_(state["values"][name])
 
-    def whole(self) -> dict[str, Tensor]:
+    def full_average(self) -> dict[str, Tensor]:
         return {n: v.full_tensor() if isinstance(v, DTensor) else v.clone() for n, v in self.values.items()}
 
 
@@ -132,7 +132,10 @@ def squared(model: nn.Module, batch: Any) -> Any:
 
 
 def train(folder: Path, strategy: str, stop_at: int, expected: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Train to `stop_at`; the average of the whole weights, taken along in plain tensors, is the tracked one's."""
+    """Train to `stop_at`.
+
+    The average of the complete weights, kept in plain tensors as well, equals the tracked one.
+    """
     data = TensorDataset(torch.arange(36.0).reshape(12, 3).sin(), torch.arange(12.0)[:, None].cos())
     config = {"run": {"name": "it", "dir": str(folder), "steps": STEPS}, "strategy": {"name": strategy}}
     with disttrain.Engine(config, QUIET) as engine:
@@ -143,7 +146,7 @@ def train(folder: Path, strategy: str, stop_at: int, expected: dict[str, Any] | 
         if plain is None:
             plain = engine.full_weights()
         for batches in engine.batches(data, global_batch=6, micro_batch=2):
-            torch.testing.assert_close(average.whole(), plain, rtol=0, atol=0)
+            torch.testing.assert_close(average.full_average(), plain, rtol=0, atol=0)
             engine.accumulate("model", batches, squared)
             engine.step()
             average.update(model)
@@ -151,7 +154,7 @@ def train(folder: Path, strategy: str, stop_at: int, expected: dict[str, Any] | 
             engine.log()
             if engine.progress.steps == stop_at:
                 break
-        torch.testing.assert_close(average.whole(), plain, rtol=0, atol=0)
+        torch.testing.assert_close(average.full_average(), plain, rtol=0, atol=0)
         assert all(isinstance(value, DTensor) == (strategy == "fsdp") for value in average.values.values())
         return {name: value.tolist() for name, value in plain.items()}
 
@@ -159,7 +162,9 @@ def train(folder: Path, strategy: str, stop_at: int, expected: dict[str, Any] | 
 @pytest.mark.parametrize(
     ("then", "now"), [(("fsdp", 2), ("fsdp", 3)), (("fsdp", 2), ("none", 1)), (("ddp", 2), ("fsdp", 2))]
 )
-def test_an_average_of_cut_parameters_goes_on(then: tuple[str, int], now: tuple[str, int], tmp_path: Path) -> None:
+def test_an_average_of_sharded_parameters_continues(
+    then: tuple[str, int], now: tuple[str, int], tmp_path: Path
+) -> None:
     half = run_world(then[1], train, tmp_path, then[0], HALF, None)[0]
     stored = Checkpoint.open(next((tmp_path / "it" / "checkpoints").iterdir())).tensors[
         "user/average/values/inner.weight"

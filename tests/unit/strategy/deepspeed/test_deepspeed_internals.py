@@ -34,7 +34,7 @@ def prepare(engine: disttrain.Engine) -> nn.Module:
 
 @contextmanager
 def missing(owner: Any, name: str) -> Iterator[None]:
-    """Meanwhile `owner` has no attribute of that dotted name, wherever it is defined."""
+    """Inside the context `owner` has no attribute of that dotted name, wherever it is defined."""
     *path, last = name.split(".")
     holder = reduce(getattr, path, owner)
     kind = holder if isinstance(holder, type) else type(holder)
@@ -52,7 +52,7 @@ def missing(owner: Any, name: str) -> Iterator[None]:
 
 @contextmanager
 def initialized(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
-    """The engines that DeepSpeed makes meanwhile."""
+    """The engines that DeepSpeed makes inside the context."""
     deepspeed: Any = importlib.import_module("deepspeed")
     found: list[Any] = []
     initialize = deepspeed.initialize
@@ -146,14 +146,14 @@ def trained(folder: Path) -> torch.Tensor:
         return engine.full_weights("model")["weight"]
 
 
-def test_the_public_way_to_partition_trains_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_public_partitioning_trains_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     init = importlib.import_module("deepspeed").zero.Init
     expected = trained(tmp_path / "private")
     real = init.__init__
     converted = init._convert_to_zero_parameters
 
     def built(self: Any, *args: Any, module: Any = None, **more: Any) -> None:
-        """As DeepSpeed's, whose constructor alone still knows the private function."""
+        """Like DeepSpeed's, where only the constructor knows the private function."""
         with monkeypatch.context() as patch:
             patch.setattr(init, "_convert_to_zero_parameters", converted, raising=False)
             real(self, *args, module=module, **more)

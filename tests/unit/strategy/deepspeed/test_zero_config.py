@@ -18,7 +18,7 @@ def config_of(stage: int, **given: Any) -> dict[str, Any]:
     return engine_config(SimpleNamespace(stage=stage, **{**defaults, **given}), PrecisionConfig(), "cpu")
 
 
-def test_stage_three_has_no_place_for_gradients_that_it_copies_anyway() -> None:
+def test_stage_three_has_no_buffer_for_gradients_that_it_copies_anyway() -> None:
     found = {stage: config_of(stage)["zero_optimization"]["contiguous_gradients"] for stage in (1, 2, 3)}
     assert found == {1: True, 2: True, 3: False}
 
@@ -36,9 +36,9 @@ def test_the_largest_module_counts_its_own_parameters_not_its_childrens() -> Non
     assert largest_module(model, nn.Linear(100, 3, bias=False)) == 300
 
 
-def test_the_prefetcher_gathers_a_bucket_ahead_and_no_further_than_its_bound() -> None:
+def test_the_prefetcher_gathers_a_bucket_ahead_and_never_beyond_its_bound() -> None:
     sizes = dict.fromkeys("abcdef", 20_000)
     found = play("abcdef", sizes, bucket=30_000, bound=70_000)
-    # b and c share a buffer, which goes as c, its last, is used; so do d and e; f has the room that is left to itself
+    # b and c share a buffer, which is freed when c, its last, is used. So do d and e. f gets the remaining space alone.
     assert [one.held for one in found] == [60_000, 120_000, 80_000, 100_000, 40_000, 20_000]
     assert [one.in_flight for one in found] == [40_000, 40_000, 60_000, 20_000, 20_000, 0]

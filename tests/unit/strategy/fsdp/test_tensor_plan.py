@@ -26,7 +26,7 @@ def gpt(**changes: Any) -> GPT:
 
 
 class Pair(nn.Module):
-    """Two layers and a table, and no plan of its own."""
+    """Two layers and a table, without a plan."""
 
     def __init__(self, width: int = 6) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Pair(nn.Module):
         self.mix = nn.Conv1d(4, 4, 1)
 
 
-def test_every_matrix_of_gpt_is_cut_and_no_norm() -> None:
+def test_every_matrix_of_gpt_is_sharded_and_no_norm() -> None:
     model = gpt(tied=False)
     styles = plan_modules(model, TensorOptions(), 2)
     matrices = {name.removesuffix(".weight") for name, p in model.named_parameters() if p.dim() == 2}
@@ -47,7 +47,7 @@ def test_every_matrix_of_gpt_is_cut_and_no_norm() -> None:
         assert style.takes == (FEATURES if narrows else WHOLE), name
 
 
-def test_along_time_gpt_is_cut_from_the_table_to_the_head() -> None:
+def test_with_sequence_sharding_gpt_is_sharded_from_the_table_to_the_head() -> None:
     styles = plan_modules(gpt(tied=False, dropout=0.1), TensorOptions(sequence=True), 2)
     assert styles["tokens"].gives == TIME and styles["blocks.1.attention.out"].gives == TIME
     assert styles["blocks.0.attention.q"].takes == TIME and styles["blocks.0.attention.q"].gives == FEATURES
@@ -57,12 +57,12 @@ def test_along_time_gpt_is_cut_from_the_table_to_the_head() -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_head_is_what_may_stay_cut(tied: bool) -> None:
+def test_only_the_head_may_stay_sharded(tied: bool) -> None:
     styles = plan_modules(gpt(tied=tied), TensorOptions(loss=True), 2)
     assert [name for name, style in styles.items() if style.head] == (["tokens"] if tied else ["tokens", "head"])
 
 
-def test_a_users_plan_stands_for_the_models_own_and_its_later_patterns_win() -> None:
+def test_a_users_plan_replaces_the_models_and_later_patterns_win() -> None:
     plan = {"blocks.*.swiglu.*": "colwise", "blocks.*.down": "rowwise", "blocks.1.*": "replicate"}
     styles = plan_modules(gpt(), TensorOptions(plan=plan), 2)
     assert {name: style.weight for name, style in styles.items()} == {
@@ -73,7 +73,7 @@ def test_a_users_plan_stands_for_the_models_own_and_its_later_patterns_win() -> 
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_an_odd_vocabulary_stays_whole_unless_it_is_asked_for(tied: bool) -> None:
+def test_an_odd_vocabulary_stays_replicated_by_default(tied: bool) -> None:
     odd = gpt(vocab=11, tied=tied)
     assert not {"tokens", "head"} & set(plan_modules(odd, TensorOptions(), 2))
     for asked in (TensorOptions(sequence=True), TensorOptions(loss=True), TensorOptions(plan=odd.tp_plan)):
@@ -100,19 +100,19 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("plan", "options", "degree", "told"), REFUSED)
-def test_what_a_plan_cannot_do_is_told_by_name(plan: Any, options: Any, degree: int, told: list[str]) -> None:
+def test_unsupported_plans_are_rejected_by_name(plan: Any, options: Any, degree: int, told: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
         plan_modules(Pair(), TensorOptions(plan=plan, **options), degree)
     assert all(part in str(caught.value) for part in told), str(caught.value)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "degree"), [(4, 2, 4), (4, 4, 3), (6, 3, 2)])
-def test_gpts_heads_are_whole(heads: int, kv_heads: int, degree: int) -> None:
+def test_gpts_heads_are_never_split(heads: int, kv_heads: int, degree: int) -> None:
     with pytest.raises(ConfigError, match=f"heads={heads}, kv_heads={kv_heads}"):
         plan_modules(gpt(heads=heads, kv_heads=kv_heads, width=12 * heads), TensorOptions(), degree)
 
 
-def test_a_model_that_says_how_is_looked_into_before_any_group_and_no_other_is_built() -> None:
+def test_a_model_with_init_weights_is_inspected_before_any_group_and_no_other_is_built() -> None:
     sizes = MeshSizes(replicate=1, shard=1, tensor=3)
     with pytest.raises(ConfigError, match=r"mesh\.tensor=3"):
         FSDP.check_model(FSDPOptions(), sizes, partial(GPT, **SIZES))
@@ -135,8 +135,8 @@ def test_groups_that_do_not_fit_the_mesh_are_rejected(reshard: int, shard: int, 
     assert all(part in str(caught.value) for part in told)
 
 
-def test_the_words_are_those_of_transformers_5() -> None:
-    # distributed/tensor_parallel.py of transformers 5.24.0, but for experts, packed weights and MLA
+def test_the_style_names_are_those_of_transformers_5() -> None:
+    # distributed/tensor_parallel.py of transformers 5.24.0, without experts, packed weights and MLA
     assert {"colwise", "colwise_rep", "colwise_gather_output", "rowwise", "rowwise_rep"} <= set(WORDS)
     assert {"rowwise_split_input", "embedding_rowwise", "embedding_colwise", "sequence_parallel"} <= set(WORDS)
     assert {"replicated_with_grad_allreduce", "replicate"} <= set(WORDS)

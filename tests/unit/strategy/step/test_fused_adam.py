@@ -25,7 +25,7 @@ SHAPES = ((5, 7), (3,), (1,), (4, 2, 3), (0, 6))
 
 
 class Twins:
-    """The same parameters twice: stepped by the kernel where it is ready, and by the optimizer alone."""
+    """The same parameters twice: stepped by the kernel when it is ready, and by the optimizer alone."""
 
     def __init__(
         self, make: Callable[[list[nn.Parameter]], Optimizer], dtype: torch.dtype = torch.float32, device: str = "cpu"
@@ -37,7 +37,7 @@ class Twins:
         self.fused = FusedAdam(self.optimizer, self.mine)
 
     def step(self, divisor: float | None = None) -> bool:
-        """Both steps on the same gradients; whether the kernel took this one."""
+        """Take both steps on the same gradients. Returns whether the kernel was used."""
         for one, other in zip(self.mine, self.theirs, strict=True):
             one.grad = torch.randn(one.shape, generator=self._draws).to(one)
             other.grad = one.grad.clone()
@@ -48,12 +48,12 @@ class Twins:
             if taken:
                 self.fused.step(gradients, by)
             else:
-                self._own_step(self.optimizer, by)
-            self._own_step(self.plain, by)
+                self._custom_step(self.optimizer, by)
+            self._custom_step(self.plain, by)
         return taken
 
     @staticmethod
-    def _own_step(optimizer: Any, divisor: Any) -> None:
+    def _custom_step(optimizer: Any, divisor: Any) -> None:
         optimizer.grad_scale = divisor
         optimizer.step()
         optimizer.grad_scale = None
@@ -93,7 +93,7 @@ def test_the_same_bits(name: str, divisor: float | None, dtype: torch.dtype, dev
 
 
 def moved(twins: Twins) -> None:
-    """As scripts do that keep state on another device for a while."""
+    """As in scripts that keep state on another device for a while."""
     for row in twins.optimizer.state.values():
         row.update({key: value.clone() for key, value in row.items()})
 
@@ -153,12 +153,12 @@ def hook_before_everywhere(twins: Twins) -> Any:
     return register_optimizer_step_pre_hook(lambda *_: None)
 
 
-def own_step(twins: Twins) -> None:
+def custom_step(twins: Twins) -> None:
     step = twins.optimizer.step
     twins.optimizer.step = lambda *given: step(*given)  # type: ignore[method-assign]
 
 
-def own_step_then_schedule(twins: Twins) -> None:
+def custom_step_then_schedule(twins: Twins) -> None:
     def step(self: Any) -> None:
         AdamW.step(self)
 
@@ -189,7 +189,7 @@ def not_fused(twins: Twins) -> None:
 
 
 ENDS = [
-    *(hook, hook_before, hook_everywhere, hook_before_everywhere, own_step, own_step_then_schedule),
+    *(hook, hook_before, hook_everywhere, hook_before_everywhere, custom_step, custom_step_then_schedule),
     *(rate_tensor, state_gone, more_parameters, not_fused),
 ]
 
@@ -203,7 +203,7 @@ def _hooks_removed() -> Iterator[list[Any]]:
 
 
 @pytest.mark.parametrize("act", ENDS)
-def test_gives_way(act: Callable[[Twins], Any], _hooks_removed: list[Any]) -> None:
+def test_falls_back_to_the_optimizer(act: Callable[[Twins], Any], _hooks_removed: list[Any]) -> None:
     twins = Twins(MAKES["AdamW"])
     for _ in range(3):
         twins.step()
@@ -214,7 +214,7 @@ def test_gives_way(act: Callable[[Twins], Any], _hooks_removed: list[Any]) -> No
     twins.assert_equal()
 
 
-def test_gives_way_to_a_profiler() -> None:
+def test_falls_back_under_a_profiler() -> None:
     twins = Twins(MAKES["AdamW"])
     twins.step()
     with torch.profiler.profile() as profile:
@@ -225,7 +225,7 @@ def test_gives_way_to_a_profiler() -> None:
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_gives_way_to_another_step_of_the_class(wrapped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_falls_back_if_the_class_has_another_step(wrapped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     inner = AdamW.step
 
     def step(self: Any, closure: Any = None) -> Any:
@@ -237,7 +237,7 @@ def test_gives_way_to_another_step_of_the_class(wrapped: bool, monkeypatch: pyte
     twins.assert_equal()
 
 
-def test_a_schedule_made_later_hears_of_the_step() -> None:
+def test_a_later_schedule_counts_the_step() -> None:
     twins = Twins(MAKES["AdamW"])
     twins.step()
     schedule = LambdaLR(twins.optimizer, lambda _: 0.5)
@@ -257,7 +257,7 @@ def test_state_of_another_size_is_left_to_torch() -> None:
 
 
 class OwnAdam(AdamW):
-    """A subclass, whose step may be another."""
+    """A subclass, whose step may differ."""
 
 
 NEVER: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
@@ -270,13 +270,13 @@ NEVER: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
 
 
 @pytest.mark.parametrize("name", NEVER)
-def test_leaves_the_others_alone(name: str) -> None:
+def test_ignores_other_optimizers(name: str) -> None:
     twins = Twins(NEVER[name])
     assert [twins.step() for _ in range(3)] == [False] * 3
     twins.assert_equal()
 
 
-def test_leaves_several_dtypes_alone() -> None:
+def test_ignores_several_dtypes() -> None:
     twins = Twins(MAKES["AdamW"])
     for parameters in (twins.mine, twins.theirs):
         parameters[0].data = parameters[0].data.double()

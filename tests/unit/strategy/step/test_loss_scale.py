@@ -27,7 +27,7 @@ def grad_scaler(finite: list[bool]) -> list[float]:
     return [*scales, scaler.get_scale()]
 
 
-def own(finite: list[bool]) -> list[float]:
+def disttrain_scales(finite: list[bool]) -> list[float]:
     scale, scales = LossScale(), []
     for good in finite:
         scales.append(scale.factor(divided=True))
@@ -44,11 +44,11 @@ def own(finite: list[bool]) -> list[float]:
     ],
     ids=["skips", "grows", "a skip counts anew"],
 )
-def test_moves_as_torchs_grad_scaler(finite: list[bool]) -> None:
-    assert own(finite) == grad_scaler(finite)
+def test_changes_like_torchs_grad_scaler(finite: list[bool]) -> None:
+    assert disttrain_scales(finite) == grad_scaler(finite)
 
 
-def test_no_scale_left_is_an_error() -> None:
+def test_a_scale_of_zero_is_an_error() -> None:
     scale = LossScale()
     for _ in range(16):
         scale.update(finite=False, weight=1.0)
@@ -64,10 +64,10 @@ def test_a_summed_loss_is_scaled_as_its_mean_within_a_factor_of_two(before: floa
     assert 0.7 < scale.factor(divided=False) * before / scale.value < 1.5
     scale.expect(weight)
     assert 0.7 < scale.factor(divided=False) * weight / scale.value < 1.5
-    # A power of two: what is multiplied by it and divided again is as it was.
+    # A power of two: multiplying and then dividing by it changes no bit.
     assert torch.frexp(torch.tensor(scale.factor(divided=False), dtype=torch.float64)).mantissa == 0.5
     kept = scale.factor(divided=False)
-    scale.expect(0.0)  # a step without weight says nothing
+    scale.expect(0.0)  # a step without weight gives no information
     assert scale.factor(divided=False) == kept
 
 

@@ -19,7 +19,7 @@ WEIGHT, CLIP = 37.0, 0.25
 
 
 class OwnAdam(torch.optim.AdamW):
-    """A subclass may look at gradients in its step: it is to find them scaled."""
+    """A subclass whose step may read gradients, which must be scaled by then."""
 
 
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
