@@ -42,7 +42,6 @@ SAMPLE: list[Cell] = [
     (Place("fsdp", 2), Place("replicate", 3)),
     (Place("zero1", 2), Place("zero2", 3)),
     (Place("fsdp", 2), Place("zero3", 3)),
-    (Place("zero3", 4), Place("tensor", 4)),
     (Place("zero1", 2), Place("fsdp", 4)),
 ]
 """Each strategy saves and loads at least once; every size loads from other sizes."""

@@ -59,7 +59,7 @@ LONG = ("ZeRO2Offload", "ZeRO3Offload")
 """Left out of CI, where tests/contract/test_deepspeed.py covers offload."""
 
 
-FOUR = ("DDPBuckets", "FSDPTensor")
+FOUR = ("DDPBuckets",)
 """Run at four ranks in CI, too. The others are sampled at one to three ranks, with the same cases."""
 
 

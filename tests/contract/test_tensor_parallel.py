@@ -114,12 +114,24 @@ def assert_equal(found: dict[str, Any], plain: dict[str, Any], precision: str, c
 
 
 CASES = [
-    (2, "tied", {"two/fp32": TWO, "two/fp64": TWO, "loss/fp64": [*TWO, LOSS], "time/fp64": [*TWO, SEQUENCE]}),
+    pytest.param(
+        2,
+        "tied",
+        {"two/fp32": TWO, "two/fp64": TWO, "loss/fp64": [*TWO, LOSS], "time/fp64": [*TWO, SEQUENCE]},
+        marks=pytest.mark.slow,
+    ),
     (2, "untied", {"all/fp32": [*TWO, SEQUENCE, LOSS], "again/fp64": [*TWO, SEQUENCE, "memory.recompute=full"]}),
     (2, "dropped", {"two/fp64": TWO, "time/fp64": [*TWO, SEQUENCE]}),
-    (4, "tied", {"shard/fp32": TWO, "shard/fp64": TWO, "replicate/fp64": [*TWO, "mesh.replicate=2"]}),
-    (4, "untied", {"all/fp64": [*TWO, SEQUENCE, LOSS, "strategy.fsdp.offload=true", "strategy.fsdp.reduce=every"]}),
-    (4, "heads", {"four/fp64": FOUR, "all/fp32": [*FOUR, SEQUENCE, LOSS]}),
+    (4, "tied", {"shard/fp32": TWO, "replicate/fp64": [*TWO, "mesh.replicate=2"]}),
+    pytest.param(4, "tied", {"shard/fp64": TWO}, marks=pytest.mark.slow),
+    pytest.param(
+        4,
+        "untied",
+        {"all/fp64": [*TWO, SEQUENCE, LOSS, "strategy.fsdp.offload=true", "strategy.fsdp.reduce=every"]},
+        marks=pytest.mark.slow,
+    ),
+    (4, "heads", {"all/fp32": [*FOUR, SEQUENCE, LOSS]}),
+    pytest.param(4, "heads", {"four/fp64": FOUR}, marks=pytest.mark.slow),
 ]
 
 
@@ -144,14 +156,17 @@ NORMS = {"layers.*.*layernorm": "sequence_parallel", "norm": "sequence_parallel"
 MLP = {"*.gate_proj": "colwise", "*.up_proj": "colwise", "*.down_proj": "rowwise"}
 
 
-def test_a_hugging_face_style_model_by_its_plan_or_the_users(outside: Path) -> None:
+@pytest.mark.parametrize(
+    "chosen", [("tied", "whole along time"), pytest.param(("own", "mlp alone"), marks=pytest.mark.slow)]
+)
+def test_a_hugging_face_style_model_by_its_plan_or_the_users(chosen: tuple[str, str], outside: Path) -> None:
     cases = {
         "own": [],
         "tied": ["model.args={tied: true}"],
         "whole along time": [f"strategy.fsdp.tensor.plan={ {**decoder(outside)()._tp_plan, **NORMS} }", SEQUENCE, LOSS],
         "mlp alone": [f"strategy.fsdp.tensor.plan={MLP}"],
     }
-    runs = {case: [*TWO, "precision.compute=fp64", *overrides] for case, overrides in cases.items()}
+    runs = {case: [*TWO, "precision.compute=fp64", *cases[case]] for case in chosen}
     found = run_world(4, train_all, outside / "decoder.yaml", outside / "runs", runs)[0]
     for case, run in found.items():
         assert_equal(run, expected(decoder(outside, tied=case == "tied"), torch.float64), "fp64", case)

@@ -74,7 +74,7 @@ def is_steady(model: str, name: str, size: int) -> bool:
     return model == "Awkward" and name.startswith("zero") and size > 1
 
 
-@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("size", [3, *(pytest.param(size, marks=pytest.mark.slow) for size in (1, 2))])
 @pytest.mark.parametrize("model", ["NanoGPT", "Encoder", "Awkward"])
 def test_with_yaml_only(model: str, size: int, outside: Path) -> None:
     cases = {}

@@ -48,9 +48,9 @@ def named(case: dict[str, Any]) -> list[str]:
 
 def test_quick_start_is_equal_with_dropout_too(tmp_path: Path) -> None:
     config = str(PROJECT / "configs" / "quickstart.yaml")
-    asked = ("--steps", "2", "--strategies", "ddp,fsdp,deepspeed:1,deepspeed:2,deepspeed:3", "--world-sizes", "2")
+    asked = ("--steps", "2", "--strategies", "ddp,fsdp,deepspeed:3", "--world-sizes", "2")
     found, cases = parity(tmp_path, config, *SMALL, "model.args.dropout=0.2", *asked, expect=0)
-    assert [case["verdict"] for case in cases] == ["equal"] * 5, cases
+    assert [case["verdict"] for case in cases] == ["equal"] * 3, cases
     assert found["model"]["draws"] is True
     assert all(case["loss"] < 1e-5 and case["grad_norm"] < 1e-5 and case["parameters"] < 1e-4 for case in cases)
     assert found["reference"]["loss"][1] != found["reference"]["loss"][0] > 1.0
