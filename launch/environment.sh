@@ -28,8 +28,9 @@ print(torch.__version__) if not torch.__file__.startswith(sys.prefix) else sys.e
         chmod +x .venv/bin/torchrun # its own torchrun starts a Python without disttrain
     fi
     echo "installing into .venv with extras $extras (once; takes some minutes if torch must be downloaded)"
-    # deepspeed's build imports torch, setuptools and ninja, so it cannot run in isolation
-    pip install --quiet --constraint "$pins" "setuptools>=77" wheel ninja torch
-    pip install --quiet --constraint "$pins" --no-build-isolation --editable ".[$extras]"
+    # --no-compile: Python compiles modules at their first import; to compile every module takes more than a minute.
+    # deepspeed's build imports torch, setuptools and ninja, so it cannot run in isolation.
+    pip install --no-compile --quiet --constraint "$pins" "setuptools>=77" wheel ninja torch
+    pip install --no-compile --quiet --constraint "$pins" --no-build-isolation --editable ".[$extras]"
     touch "$made"
 }
