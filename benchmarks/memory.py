@@ -150,7 +150,7 @@ def run_case(model: dict[str, Any], case: dict[str, Any], world_size: int) -> li
 
 
 def settled_peak(ranks: list[dict[str, Any]]) -> float:
-    """Bytes of the median step, of the rank with most: in some steps one of gloo's threads lets go of its copy late."""
+    """Bytes of the median step, of the rank with most: in some steps one of gloo's threads frees its copy late."""
     return max(median(rank["peaks"]) for rank in ranks)
 
 

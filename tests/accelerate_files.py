@@ -74,7 +74,7 @@ def from_accelerate(config: Config) -> dict[str, Any]:
     return found
 
 
-def refused(folder: Path, config: Config | None = None, **more: Any) -> ConfigProblemsError:
+def rejected(folder: Path, config: Config | None = None, **more: Any) -> ConfigProblemsError:
     with pytest.raises(ConfigProblemsError) as error:
         translate(read_file(written(folder, **more)), config or config_with())
     return error.value

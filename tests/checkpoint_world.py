@@ -75,7 +75,7 @@ def on_ranks(size: int, act: Callable[[ThreadRanks], Any]) -> list[Any]:
     return results
 
 
-def whole_on_every_rank(tensors: Mapping[str, Tensor], rank: int, size: int) -> list[Shard]:
+def replicated(tensors: Mapping[str, Tensor], rank: int, size: int) -> list[Shard]:
     """The shards that DDP holds."""
     return [full_shard(name, tensor.clone(), (rank, size)) for name, tensor in tensors.items()]
 
@@ -130,7 +130,7 @@ def hybrid(tensors: Mapping[str, Tensor], rank: int, size: int) -> list[Shard]:
 
 
 LAYOUTS: dict[str, Callable[[Mapping[str, Tensor], int, int], list[Shard]]] = {
-    "replicated": whole_on_every_rank,
+    "replicated": replicated,
     "rows": cut_along(0),
     "columns": cut_along(1),
     "flat": flat_parts,

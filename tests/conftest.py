@@ -22,7 +22,7 @@ settings.load_profile("here")
 
 
 @pytest.fixture(autouse=True)
-def left_as_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def unchanged_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Environment, import path, process group and children are unchanged after each test."""
     environ, path = dict(os.environ), list(sys.path)
     yield

@@ -93,7 +93,7 @@ def every_state(node: File | Folder) -> Iterator[Tree]:
 
 
 def some_state(node: File | Folder, chosen: random.Random) -> Tree:
-    """One of these trees, chosen at random."""
+    """A random one of these trees."""
     if isinstance(node, File):
         return chosen.choice(node.possible())
     entries = chosen.choice(list(node.possible()))

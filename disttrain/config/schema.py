@@ -114,8 +114,8 @@ class OptimConfig(Target):
 
 
 class MatchedOptimConfig(OptimConfig):
-    """One of several optimizers. It steps the parameters whose names `match` a pattern, or one of a list of patterns,
-    and that no earlier optimizer takes. `clip_norm` applies to all parameters: state it in one item of the list."""
+    """An optimizer among several. It steps the parameters whose names `match` a pattern, or one of a list of patterns,
+    and that no earlier optimizer steps. `clip_norm` applies to all parameters: state it in one item of the list."""
 
     match: tuple[str, ...]
 

@@ -48,7 +48,7 @@ _log = package_logger("engine")
 
 @dataclass(frozen=True)
 class Plan:
-    """What is known of a run before the process group exists."""
+    """The properties of a run that are known before the process group exists."""
 
     config: Config
     launch: Launch

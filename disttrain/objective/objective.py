@@ -28,7 +28,7 @@ SINGLE = "loss"
 
 @dataclass
 class Loss:
-    """What one micro-batch adds to the step: by term, the sums of losses and of weights, and the objective's `sums`.
+    """A micro-batch's contribution to the step: by term, the sums of losses and of weights, and the objective's `sums`.
 
     All values are read before the backward of the micro-batch. Values that backward hooks fill in come too late.
     """

@@ -51,7 +51,7 @@ class Several(Optimizer):
 
 @dataclass(frozen=True)
 class Part:
-    """One of several optimizers: its factory, the patterns of its parameters' names, and its key in the config."""
+    """An optimizer among several: its factory, the patterns of its parameters' names, and its key in the config."""
 
     make: MakeOptimizer
     match: tuple[str, ...]

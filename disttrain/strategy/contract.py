@@ -183,7 +183,7 @@ class StepSums:
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What happened in a step.
+    """The result of a step.
 
     Attributes:
         grad_norm: the global 2-norm before clipping, or None where it was neither requested nor needed.

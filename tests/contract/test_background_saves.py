@@ -262,10 +262,10 @@ def test_a_manual_save_waits_for_the_one_under_way_and_is_durable_on_return(tmp_
 def without_permission_for_priorities(folder: Path) -> str:
     import os
 
-    def refuse(*args: Any) -> None:
+    def reject(*args: Any) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    os.setpriority = refuse
+    os.setpriority = reject
     with start(folder, "plain", [*BACKGROUND, "strategy.name=none"]) as engine:
         loop(engine)
         return engine.finish()

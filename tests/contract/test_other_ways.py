@@ -52,7 +52,7 @@ def test_ddp_and_fsdp_as_one_group_equal_a_plain_loop(size: int, config: Path) -
             assert worst(found, plain) < 2e-5, name
 
 
-def refused(config: Path, name: str) -> str:
+def rejected(config: Path, name: str) -> str:
     try:
         train_all(config, config.parent / "runs", {name: STRATEGIES[name]})
     except TrainingError as error:
@@ -65,7 +65,7 @@ def refused(config: Path, name: str) -> str:
     [("fsdp", "experts."), ("zero1", "experts.0."), ("zero2", "experts.0."), ("zero3", "experts.")],
 )
 def test_other_strategies_reject_before_a_weight_changes(name: str, part: str, config: Path) -> None:
-    told: list[Any] = run_world(2, refused, config, name)
+    told: list[Any] = run_world(2, rejected, config, name)
     assert told[0] == told[1]
     assert (
         "ranks call different parts" in told[0] and "use strategy ddp" in told[0] and "strategy.fsdp.blocks" in told[0]

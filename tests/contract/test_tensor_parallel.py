@@ -202,7 +202,7 @@ def test_a_checkpoint_moves_between_meshes(outside: Path) -> None:
     assert abs(run["eval"] / evaluated[-1] - 1) < 1e-9
 
 
-def refused(config: Path, folder: Path, *overrides: str) -> tuple[str, bool]:
+def rejected(config: Path, folder: Path, *overrides: str) -> tuple[str, bool]:
     """Returns the message, and whether a process group existed."""
     try:
         train_all(config, folder, {"refused": overrides})
@@ -213,14 +213,14 @@ def refused(config: Path, folder: Path, *overrides: str) -> tuple[str, bool]:
 
 def test_a_plan_that_omits_a_module_with_some_of_the_heads_is_rejected(outside: Path) -> None:
     plan = {name: style for name, style in decoder(outside)()._tp_plan.items() if "_norm" not in name}
-    told = run_world(2, refused, outside / "decoder.yaml", outside / "runs", *TWO, f"strategy.fsdp.tensor.plan={plan}")
+    told = run_world(2, rejected, outside / "decoder.yaml", outside / "runs", *TWO, f"strategy.fsdp.tensor.plan={plan}")
     assert told[0] == told[1]
     assert "TrainingError" in told[0][0] and "layers.0.self_attn.q_norm.weight" in told[0][0]
     assert "replicated_with_grad_allreduce" in told[0][0] and "layernorm" not in told[0][0]
 
 
 def three_ways(folder: Path) -> list[tuple[str, bool]]:
-    return [refused(folder / f"{name}.yaml", folder / "runs", "mesh.tensor=3") for name in ("tied", "decoder")]
+    return [rejected(folder / f"{name}.yaml", folder / "runs", "mesh.tensor=3") for name in ("tied", "decoder")]
 
 
 def test_heads_that_do_not_divide_are_rejected_before_the_group_where_possible(outside: Path) -> None:

@@ -123,7 +123,7 @@ def free_port() -> int:
 
 
 def changed(folder: Path, file: str, **values: Any) -> Path:
-    """One of the project's files with other values."""
+    """A copy of one of the project's files with other values."""
     path = folder / f"{file}.yaml"
     text = yaml.safe_load((ACCELERATE / f"{file}.yaml").read_text(encoding="utf-8"))
     path.write_text(yaml.safe_dump({**text, **values}), encoding="utf-8")

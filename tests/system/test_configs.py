@@ -16,7 +16,7 @@ CONFIGS = PROJECT / "configs"
 
 @dataclass(frozen=True)
 class Expectation:
-    """What a run must reach. `overrides` shorten it. Without overrides it runs in full."""
+    """The result that a run must reach. `overrides` shorten it. Without overrides it runs in full."""
 
     reaches: Callable[[Path], bool]
     overrides: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""What users expect of a run's messages, status and process group, from Python and from the command line."""
+"""A run's messages, status and process group match users' expectations, from Python and from the command line."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Runs the commands of docs/tutorials/several-machines.md with two torchrun agents, one per machine.
 
-Both machines are this one. Each has a folder of its own with a copy of the project's configs and scripts, which stands
-for its local disk. What the page calls /shared is a folder that both see.
+Both machines are this one. Each has a separate folder with a copy of the project's configs and scripts, which stands
+for its local disk. The page's /shared is a folder that both see.
 """
 
 from __future__ import annotations

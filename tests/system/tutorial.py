@@ -13,8 +13,8 @@ A page is Markdown. Its fenced blocks mean:
 
 The folder also has links to the project's ``configs``, ``launch`` and ``slurm``, as a clone has them.
 
-By hand: ``python tests/system/tutorial.py docs/tutorials/x.md``. ``--show`` prints the real output of every command,
-ready to be pasted; ``--code DIR`` runs another copy of disttrain; ``--folder DIR`` keeps the files.
+Usage by hand: ``python tests/system/tutorial.py docs/tutorials/x.md``. ``--show`` prints the real output of every
+command, ready to be pasted. ``--code DIR`` runs another copy of disttrain. ``--folder DIR`` keeps the files.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Command:
 
 @dataclass(frozen=True)
 class Ran:
-    """What a command printed (stdout and stderr in order), its exit code, and how long it took."""
+    """A command's output (stdout and stderr in order), its exit code, and its duration."""
 
     output: str
     code: int

@@ -76,8 +76,8 @@ class Grid:
 def find_grid(shape: Sequence[int], held: Mapping[Box, int]) -> Grid | None:
     """Return the grid that the boxes, each with its writer, form of a tensor. Return None if they form no grid.
 
-    Boxes that tile the tensor in another way, or whose writers are in another order, remain a list. Boxes that form a
-    grid tile the tensor. Each box is looked at once, because a thousand ranks have many.
+    Boxes that tile the tensor differently, or whose writers are in another order, remain a list. Boxes that form a
+    grid tile the tensor. Each box is read once, because a thousand ranks have many.
     """
     shape = tuple(shape)
     if not math.prod(shape):

@@ -30,7 +30,7 @@ EXPORTS = ("huggingface", "safetensors", "torch")
 
 @dataclass(frozen=True)
 class Extras:
-    """What only the model knows: the texts of a Hugging Face folder by file name, and other names of tied weights."""
+    """Data of the model only: the texts of a Hugging Face folder by file name, and other names of tied weights."""
 
     texts: Mapping[str, str] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)

@@ -82,7 +82,7 @@ class CheckpointStatus:
 
 @dataclass(frozen=True)
 class Listing:
-    """What a PATH names.
+    """The checkpoints that a PATH names.
 
     `checkpoints` are in order of steps. `root` is the folder that contains them, or None if PATH names one checkpoint.
     `others` are the other names in `root`, each with a description.

@@ -30,7 +30,7 @@ RANKS = "$ranks"
 
 @dataclass
 class Progress:
-    """What a run has done so far, in numbers that do not depend on the mesh.
+    """A run's progress so far, in numbers that do not depend on the mesh.
 
     Attributes:
         steps: optimizer steps, including steps that were skipped.

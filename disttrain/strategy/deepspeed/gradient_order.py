@@ -2,7 +2,7 @@
 
 DeepSpeed (0.19) fills a bucket in the order of a backward, and reduces it by position. Where ranks compute the same
 gradients in another order (a packed LSTM of other lengths, experts called by load), DeepSpeed adds one parameter's
-gradient to another's and reports nothing. Imports no deepspeed: it stands between DeepSpeed's hooks and its buckets.
+gradient to another's and reports nothing. Imports no deepspeed: it works between DeepSpeed's hooks and its buckets.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ _PLAIN = {"fused": True, "amsgrad": False, "capturable": False, "differentiable"
 
 
 class _Group(NamedTuple):
-    """One of the optimizer's groups: parameters, a function that picks their gradients from all, and their state."""
+    """A group of the optimizer: parameters, a function that picks their gradients from all, and their state."""
 
     settings: dict[str, Any]
     parameters: list[nn.Parameter]

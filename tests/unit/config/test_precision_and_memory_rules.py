@@ -1,4 +1,4 @@
-"""Which precisions and memory savers can be combined; everything else is rejected by key."""
+"""Precisions and memory savers that can be combined. Every other combination is rejected by key."""
 
 from __future__ import annotations
 

@@ -23,16 +23,16 @@ def read(dataset: Any, steps: int = 3, **more: Any) -> Any:
     return take(Batches(dataset, **options | more), steps)
 
 
-def refusal(dataset: Any, **more: Any) -> str:
+def rejection(dataset: Any, **more: Any) -> str:
     with pytest.raises(DataError) as refused:
         read(dataset, **more)
     return str(refused.value)
 
 
 def test_too_little_data() -> None:
-    assert "Cannot fill a step of data.global_batch=4 samples.\n  problem: Numbers is empty" in refusal(Numbers(0))
-    assert "problem: Numbers has 3\n  fix: lower data.global_batch" in refusal(Numbers(3))
-    assert "problem: list is empty" in refusal([])
+    assert "Cannot fill a step of data.global_batch=4 samples.\n  problem: Numbers is empty" in rejection(Numbers(0))
+    assert "problem: Numbers has 3\n  fix: lower data.global_batch" in rejection(Numbers(3))
+    assert "problem: list is empty" in rejection([])
 
 
 class Endless(IterableDataset):
@@ -52,7 +52,7 @@ class Endless(IterableDataset):
     ],
 )
 def test_objects_that_are_no_dataset(thing: Any, said: str) -> None:
-    message = refusal(thing)
+    message = rejection(thing)
     assert message.startswith("A dataset needs __len__ and __getitem__, or __iter__")
     assert said in message
 
@@ -85,14 +85,14 @@ class Ragged(Numbers):
     ],
 )
 def test_items_of_different_shape_are_named(item: Any, odd: Any, said: str, workers: int) -> None:
-    message = refusal(Ragged(item, odd), workers=workers)
+    message = rejection(Ragged(item, odd), workers=workers)
     assert message.startswith("Cannot collate the items of Ragged into a batch.\n"), "no worker's traceback before it"
     assert f"problem: {said}\n" in message
     assert "data.collate" in message
 
 
 def test_items_that_cannot_form_a_batch() -> None:
-    assert "problem: items of object: default_collate" in refusal([object()] * 8)
+    assert "problem: items of object: default_collate" in rejection([object()] * 8)
 
 
 class Items(IterableDataset):
@@ -101,7 +101,7 @@ class Items(IterableDataset):
 
 
 def test_items_of_different_shape_in_a_stream_are_named() -> None:
-    assert "item 6 is tensor (4,) float32, item 4 is tensor (3,) float32" in refusal(Items())
+    assert "item 6 is tensor (4,) float32, item 4 is tensor (3,) float32" in rejection(Items())
 
 
 class Short(Numbers):
@@ -110,7 +110,7 @@ class Short(Numbers):
 
 
 def test_fewer_items_than_asked_for() -> None:
-    assert "Short.__getitems__ returned the wrong number of items.\n  problem: 3 items for 4 indices" in refusal(
+    assert "Short.__getitems__ returned the wrong number of items.\n  problem: 3 items for 4 indices" in rejection(
         Short(8)
     )
 
@@ -195,7 +195,7 @@ class Killed(Numbers):
 
 
 def test_a_killed_worker_is_reported_with_the_fix() -> None:
-    message = refusal(Killed(12), workers=2, prefetch=1)
+    message = rejection(Killed(12), workers=2, prefetch=1)
     assert (
         "A worker process (data.workers) that fetched items of Killed died.\n  problem: DataLoader worker (pid"
         in message

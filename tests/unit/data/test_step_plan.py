@@ -1,4 +1,4 @@
-"""Which rank computes which samples of a step: every sample once, and ranks in step with one another."""
+"""The division of a step's samples over ranks: every sample once, and the same number of rounds on every rank."""
 
 from __future__ import annotations
 

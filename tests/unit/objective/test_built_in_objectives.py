@@ -166,7 +166,7 @@ def test_half_precision_outputs_are_evaluated_in_float32(dtype: torch.dtype) -> 
 @pytest.mark.parametrize("shape", [(7,), (4, 3), (2, 3, 4)], ids=str)
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("ignore_index", [-100, 2])
-def test_cross_entropy_is_torchs_mean_over_the_whole_batch(
+def test_cross_entropy_is_torchs_mean_over_the_batch(
     shape: tuple[int, ...], smoothing: float, ignore_index: int
 ) -> None:
     logits = randn(shape[0], CLASSES, *shape[1:])

@@ -18,7 +18,7 @@ from disttrain.objective import Context, Objective
 
 X, Y = torch.arange(6.0).reshape(3, 2), torch.tensor([1.0, -1.0, 2.0])
 BATCH = (X, Y)
-# By hand: predictions are the rows' sums 1, 5, 9; errors 0, 6, 7.
+# Computed by hand: predictions are the rows' sums 1, 5, 9; errors 0, 6, 7.
 TOTAL, COUNT = 85.0, 3
 
 

@@ -1,4 +1,4 @@
-"""Which device, backend and number of threads a rank uses."""
+"""The choice of a rank's device, backend and number of threads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A rank's way as a digest, and the parameters that a backward reaches against those that it then does reach."""
+"""Digests of a rank's call order, and predictions of the parameters that a backward reaches."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def test_every_form_of_weights_loads(kind: str, net: Net, tmp_path: Path) -> Non
 
 
 def test_only_the_requested_part_of_a_tensor_is_read(net: Net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any) -> Any:
+    def reject(*_: Any) -> Any:
         raise AssertionError("a whole tensor was read")
 
     class Slices:
@@ -104,7 +104,7 @@ def test_only_the_requested_part_of_a_tensor_is_read(net: Net, tmp_path: Path, m
 
         def __init__(self, path: str, **options: Any) -> None:
             self._handle = safe_open(path, **options)
-            self.keys, self.get_slice, self.get_tensor = self._handle.keys, self._handle.get_slice, refuse
+            self.keys, self.get_slice, self.get_tensor = self._handle.keys, self._handle.get_slice, reject
 
     monkeypatch.setattr(huggingface_format, "safe_open", Slices)
     weights = open_weights(written("safetensors", net, tmp_path / "there"))

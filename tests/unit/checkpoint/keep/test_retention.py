@@ -1,4 +1,4 @@
-"""Which checkpoints are kept: the newest, every n steps, the best; none is removed in favour of an unverified one."""
+"""Retention keeps the newest, every nth and the best checkpoints. None is removed in favour of an unverified one."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def resume(root: Any, tensors: dict[str, torch.Tensor], layout: str, ranks: int)
     return on_ranks(ranks, act)
 
 
-def refuse_other_bits(shards: Any, tensors: dict[str, torch.Tensor]) -> None:
+def reject_other_bits(shards: Any, tensors: dict[str, torch.Tensor]) -> None:
     for shard in shards:
         assert same_bits(shard.tensor, tensors[shard.name][shard.box.slices()]), shard.name
 
@@ -80,7 +80,7 @@ def test_all_ranks_together_read_every_chunk_once(
         monkeypatch.setattr(reader, "_MOST_HEADERS", 64)  # the first bytes of all headers here, then the rest
         for found, rejected, shards in resume(root, large_tensors(), "rows", loaded):
             assert (found.step, rejected) == (7, [])
-            refuse_other_bits(shards, large_tensors())
+            reject_other_bits(shards, large_tensors())
         assert sorted(summed) == sorted(chunks)
         stored = sum(info.size for info in files.values())
         assert stored <= sum(read) <= stored + 1000 * saved, "a header is read before, to know where all is"
@@ -119,7 +119,7 @@ def test_a_flip_anywhere_makes_every_rank_load_the_previous_checkpoint(layout: s
             ((what, why),) = rejected
             assert what == path
             assert file.name in why, (bit, why)
-            refuse_other_bits(shards, old)
+            reject_other_bits(shards, old)
         file.write_bytes(original)
 
 
@@ -134,7 +134,7 @@ def test_all_ranks_reject_a_checkpoint_that_one_rank_finds_damaged(tmp_path: Pat
     for found, rejected, shards in resume(tmp_path, large_tensors(), "rows", 2):
         assert found.step == 1
         assert "rank 1" in rejected[0][1] and file.name in rejected[0][1]
-        refuse_other_bits(shards, large_tensors())
+        reject_other_bits(shards, large_tensors())
 
 
 def test_an_error_while_filling_rejects_the_candidate_on_every_rank(tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_a_header_that_differs_in_a_second_reading_is_damage(tmp_path: Path, mon
     for found, rejected, shards in resume(tmp_path, large_tensors(), "rows", 2):
         assert found.step == 1
         assert "its header was read twice and differed" in rejected[0][1]
-        refuse_other_bits(shards, large_tensors())
+        reject_other_bits(shards, large_tensors())
     with pytest.raises(DamagedError, match="read twice"):
         Checkpoint.open(tmp_path / "step-00000002").load_into(blank(LAYOUTS["replicated"](large_tensors(), 0, 1)))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_world import LAYOUTS, on_ranks, same_bits
-from power_cut import ModelDisk, Operation, Recorder, count_states, every_state, lay_out, some_state
+from power_cut import ModelDisk, Operation, Recorder, count_states, every_state, write_tree, some_state
 
 from disttrain.checkpoint import (
     Checkpoint,
@@ -90,7 +90,7 @@ def replay(run: Path, operations: Sequence[Operation], place: Path, limit: int) 
         for state in states:
             tally.looked_at += 1
             shutil.rmtree(place, ignore_errors=True)
-            lay_out(state, place)
+            write_tree(state, place)
             fault = fault_of(place / "checkpoints", safe, begun, go_on=tally.looked_at % 7 == 0)
             if fault:
                 done = operations[number - 1] if number else None

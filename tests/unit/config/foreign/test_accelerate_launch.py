@@ -49,7 +49,7 @@ def launcher() -> Any:
     return launch_command_parser()
 
 
-def handed_on(path: Path) -> dict[str, str]:
+def passed_on(path: Path) -> dict[str, str]:
     """The variables that accelerate's launcher would pass to its processes for this file. No process starts."""
     from accelerate.commands.launch import _validate_launch_command
     from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
@@ -131,7 +131,7 @@ DDP_FILES = some(
 def test_a_file_and_its_launch_agree(more: dict[str, Any], tmp_path: Path) -> None:
     path = written(tmp_path, **more)
     said: list[Any] = []
-    for settings_read in (read_file(path), read_environment(handed_on(path), 2)):
+    for settings_read in (read_file(path), read_environment(passed_on(path), 2)):
         try:
             translated = translate(settings_read, config_with())
         except ConfigProblemsError as error:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from accelerate_files import config_with, deepspeed, degrees, from_accelerate, fsdp, refused, written
+from accelerate_files import config_with, deepspeed, degrees, from_accelerate, fsdp, rejected, written
 
 from disttrain.config import ConfigProblemsError
 from disttrain.config.foreign.accelerate import translate
@@ -215,7 +215,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
 def test_unsupported_settings_are_rejected_by_name(
     more: dict[str, Any], expected: dict[str, str], tmp_path: Path
 ) -> None:
-    problems = {problem.key: str(problem) for problem in refused(tmp_path, **more).problems}
+    problems = {problem.key: str(problem) for problem in rejected(tmp_path, **more).problems}
     for key, said in expected.items():
         assert key in problems and said in problems[key], problems
     # The translated config may then be rejected too, under the keys of disttrain.
@@ -251,7 +251,7 @@ def test_unsupported_settings_are_rejected_by_name(
 def test_settings_that_contradict_the_config_are_rejected(
     stated: dict[str, Any], more: dict[str, Any], key: str, tmp_path: Path
 ) -> None:
-    (problem,) = refused(tmp_path, config_with(**stated), **more).problems
+    (problem,) = rejected(tmp_path, config_with(**stated), **more).problems
     assert problem.key == key
     assert " is " in problem.problem and "(argument)" in problem.problem
 
@@ -285,7 +285,7 @@ def test_only_settings_of_accelerate_have_its_name_as_source(tmp_path: Path) -> 
 
 
 def test_faults_of_the_complete_config_are_reported_with_the_rejections(tmp_path: Path) -> None:
-    problems = refused(tmp_path, mixed_precision="bf16", **deepspeed(zero_stage=0)).problems
+    problems = rejected(tmp_path, mixed_precision="bf16", **deepspeed(zero_stage=0)).problems
     assert "deepspeed_config.zero_stage" in {problem.key for problem in problems}
 
 
@@ -335,14 +335,14 @@ def test_a_deepspeed_json_may_not_contradict(
 ) -> None:
     (tmp_path / "ds.json").write_text(json.dumps(inner), encoding="utf-8")
     named = deepspeed(deepspeed_config_file=str(tmp_path / "ds.json"), **more)
-    assert [problem.key for problem in refused(tmp_path, **named).problems] == [key]
+    assert [problem.key for problem in rejected(tmp_path, **named).problems] == [key]
 
 
 def test_the_dtype_in_a_deepspeed_json(tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": 1}, "fp16": {"enabled": True}}), encoding="utf-8")
     named = deepspeed(deepspeed_config_file=str(path))
-    problems = refused(tmp_path, mixed_precision="bf16", **named).problems
+    problems = rejected(tmp_path, mixed_precision="bf16", **named).problems
     assert "fp16.enabled: true" in next(problem.problem for problem in problems if problem.key == "mixed_precision")
 
 

@@ -37,7 +37,7 @@ def config(native: Any, folder: Path | None = None, **sections: Any) -> Any:
 
 
 def problems(native: Any, folder: Path | None = None, **sections: Any) -> dict[str, str]:
-    """Maps keys under `native` (empty for the JSON as such) to the text of the problem."""
+    """Maps keys under `native` (empty for the JSON itself) to the text of the problem."""
     with pytest.raises(ConfigProblemsError) as caught:
         config(native, folder, **sections)
     prefix = "strategy.deepspeed.native"
