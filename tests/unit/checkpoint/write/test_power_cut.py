@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_world import LAYOUTS, on_ranks, same_bits
-from power_cut import ModelDisk, Operation, Recorder, count_states, every_state, write_tree, some_state
+from power_cut import ModelDisk, Operation, Recorder, count_states, every_state, some_state, write_tree
 
 from disttrain.checkpoint import (
     Checkpoint,
