@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from disttrain.runtime.imports import fast_imports
+
 if TYPE_CHECKING:
     from disttrain.config import Config as Config
     from disttrain.engine import Engine as Engine
@@ -27,5 +29,6 @@ _PACKAGES = {
 
 def __getattr__(name: str) -> Any:
     if name in _PACKAGES:
-        return getattr(import_module(_PACKAGES[name]), name)
+        with fast_imports():
+            return getattr(import_module(_PACKAGES[name]), name)
     raise AttributeError(f"module 'disttrain' has no attribute {name!r}; it has {', '.join(__all__)}")

@@ -91,7 +91,7 @@ def _wait_for_first_process(launch: Launch | None) -> None:
 def _train(config: str, overrides: Sequence[str]) -> int:
     loaded = settle_strategy(load_to_train(config, overrides))  # an invalid config is reported before torch is loaded
     quiet_torch()
-    with fast_imports():
+    with fast_imports(keep=True):
         from disttrain.engine.loop import train
 
     run = train(loaded)

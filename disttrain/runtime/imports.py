@@ -8,19 +8,20 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def fast_imports() -> Iterator[None]:
-    """Pause the garbage collector, and afterwards exempt every object that exists from collection. Local.
+def fast_imports(*, keep: bool = False) -> Iterator[None]:
+    """Pause the garbage collector, which would traverse up to 300,000 objects several times. Local.
 
-    Only for the entry of a process that trains until it ends: what the imports created is never garbage before.
-    Measured with torch 2.13 on one core: a process that trains starts and ends in 4.8 s instead of 6.8 s, because
-    collections traverse up to 300,000 objects during the imports and again at the end.
+    With `keep`, every object that exists afterwards is exempt from collection. Only for a process that trains until it
+    ends, because what it imported is never garbage before. Measured with torch 2.13: such a process starts and ends in
+    4.8 s of CPU time instead of 6.8 s. The pause saves 0.8 s of them.
     """
     enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.freeze()
+        if keep:
+            gc.freeze()
         if enabled:
             gc.enable()
 

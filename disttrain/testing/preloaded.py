@@ -7,7 +7,7 @@ import importlib
 
 from disttrain.runtime.imports import fast_imports
 
-with fast_imports():
+with fast_imports(keep=True):
     import torch.distributed.fsdp
 
     importlib.import_module("disttrain.engine.loop")
