@@ -24,7 +24,7 @@ PHRASES: dict[str, str] = {
     "is to ...": r"\b(?:is|are|was|were) (?:not |only |then |also |still )?to (?!the\b|an?\b|this\b)[a-z]",
     "own without its owner": r"(?<!\bits )(?<!\btheir )(?<!\byour )(?<!\bour )(?<!'s )(?<!s' )\bown\b",
     "of its own": r"\b(?:of|for) (?:its|their|your|our|his|my) own\b",
-    "What of": r"\b[Ww]hat of\b",
+    "What of": r"\bwhat of\b",
     "begin anew": r"\banew\b",
     "way": r"\bby which way\b|\bother ways\b|\bin (?:one|no|another) way\b|\bthe way to (?:it|them)\b|\b's way\b",
     "goes on": r"\b(?:go|goes|went|going|gone) on\b",
@@ -46,7 +46,7 @@ PHRASES: dict[str, str] = {
     "old labels": r"(?:^|\s)(?:found|to do): ",
 }
 STARTS = r"\A\s*(?:(?:What|Which|Whose|Ones|Those|Them|Such)\b|One (?:of|that|which|in|with)\b)"
-COMPILED = {name: re.compile(pattern.replace(" ", r"\s")) for name, pattern in PHRASES.items()}
+COMPILED = {name: re.compile(pattern.replace(" ", r"\s"), re.IGNORECASE) for name, pattern in PHRASES.items()}
 DOCSTRINGS = {**COMPILED, "begins with a pronoun": re.compile(STARTS)}
 
 EXEMPT = {"tests/check_prose.py", "LICENSE"}

@@ -1,7 +1,7 @@
 """A plain PyTorch training loop, without a line of disttrain: the reference for `parity` and for the contract suite.
 
 Model, micro-batches, seeds and learning rates are arguments. The loss of a step is, for each term, the sum of its
-items' losses over the sum of their weights, and the gradient is the gradient of that loss.
+items' losses over the sum of their weights. The gradient is the gradient of that loss.
 """
 
 from __future__ import annotations

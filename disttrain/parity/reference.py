@@ -181,8 +181,8 @@ def train_plain(plain: Plain, recorder: Recorder, *, steps: int, micro_batch: in
 def probe_plain(plain: Plain, micro_batch: int) -> dict[str, Any]:
     """Measures the user's model, objective and optimizer. Returns the facts as JSON values. Local.
 
-    The facts say whether a forward draws random numbers, whether items of a batch see one another, which buffers a
-    forward changes, and whether the optimizer is elementwise.
+    The facts say whether a forward draws random numbers, whether items of a batch influence one another, which buffers
+    a forward changes, and whether the optimizer is elementwise.
     """
     assert plain.config.data is not None
     batch = build.samples_of(plain.config.data.global_batch, dataset=plain.dataset, key="data.global_batch")

@@ -112,7 +112,7 @@ class FusedAdamKernels:
         return is_wrapper and getattr(inner, "__wrapped__", None) is self._plain_step
 
     def note_call(self, optimizer: Optimizer) -> None:
-        """Tell schedules that the optimizer has stepped, as its wrapped `step` does."""
+        """Notify schedules that the optimizer has stepped, as its wrapped `step` does."""
         optimizer._opt_called = True  # type: ignore[attr-defined]
 
     def step(

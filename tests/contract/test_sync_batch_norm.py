@@ -133,7 +133,7 @@ def test_a_converted_model_keeps_its_names_classes_and_copies(tmp_path: Path) ->
     torch.testing.assert_close(model(x), before(x), rtol=0, atol=0)  # without a group it is torch's module
 
 
-class Own(nn.BatchNorm1d):
+class CustomForward(nn.BatchNorm1d):
     def forward(self, input: Tensor) -> Tensor:
         return input * 2
 
@@ -142,7 +142,7 @@ class Own(nn.BatchNorm1d):
     ("model", "told"),
     [
         (nn.Linear(2, 2), "Linear has no batch norm"),
-        (nn.Sequential(Own(2)), r"'0' is a .*\.Own, which has a custom forward"),
+        (nn.Sequential(CustomForward(2)), r"'0' is a .*\.CustomForward, which has a custom forward"),
     ],
     ids=["none", "own"],
 )

@@ -66,7 +66,7 @@ def contrasted(model, batch):
     return F.cross_entropy(scores, torch.arange(len(scores)), reduction="sum"), len(scores)
 
 
-class Whole(torch.optim.Optimizer):
+class NormedSteps(torch.optim.Optimizer):
     """Steps with the length of a parameter's norm. It depends on complete parameters and cannot detect a shard."""
 
     def __init__(self, params, lr=0.01):

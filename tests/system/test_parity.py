@@ -92,7 +92,7 @@ def test_batch_norm_is_named(folder: Path) -> None:
 def test_an_optimizer_that_reads_complete_parameters_is_named(folder: Path) -> None:
     """Strategies that shard parameters reject it before training, with the cause. `ddp` trains it like one process."""
     asked = ("--steps", "1", "--strategies", "ddp,fsdp,deepspeed:2", "--world-sizes", "2")
-    found, cases = parity(folder, "mine.yaml", "optim.target=parity_models:Whole", *asked, expect=0)
+    found, cases = parity(folder, "mine.yaml", "optim.target=parity_models:NormedSteps", *asked, expect=0)
     assert found["model"]["elementwise"] is False
     assert [case["verdict"] for case in cases] == ["equal", "rejected", "rejected"]
     assert [named(case) for case in cases] == [[], ["optimizer"], ["optimizer"]]

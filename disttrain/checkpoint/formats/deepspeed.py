@@ -6,8 +6,8 @@ parameters are in the partition (`param_slice_mappings`). Stage 3 cuts every par
 concatenates them in each rank's flat tensors. (Layout: deepspeed 0.19, runtime/zero/stage_1_and_2.py, stage3.py and
 utils/zero_to_fp32.py.)
 
-This module does not import deepspeed. A restricted loader reads the files. Besides tensors and plain values, it knows
-the names in ALLOWED. Model parallelism, pipeline parallelism, experts and other layouts are rejected.
+This module does not import deepspeed. A restricted loader reads the files. In addition to tensors and plain values, it
+knows the names in ALLOWED. Model parallelism, pipeline parallelism, experts and other layouts are rejected.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Reads a checkpoint: first the manifest, then only the chunks that hold requested tensors, each verified.
 
-All methods of `Checkpoint` are local: no rank waits for another. Besides the tensors that it fills, it holds one chunk
-in memory. Links, paths outside the folder, and bytes that differ from their checksum are rejected. By default they are
-rejected before a tensor is changed. After `verify_while_loading`, they are rejected while tensors are filled.
+All methods of `Checkpoint` are local: no rank waits for another. In addition to the tensors that it fills, it holds one
+chunk in memory. Links, paths outside the folder, and bytes that differ from their checksum are rejected. By default
+they are rejected before a tensor is changed. After `verify_while_loading`, they are rejected while tensors are filled.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Saves a checkpoint: each rank writes one file, then rank 0 writes the manifest and commits.
 
 The ranks meet three times: to compare their plans with those of the previous save, to check all plans before a byte is
-written, and to check all files before the commit. Besides the state itself, one piece of one tensor is in memory.
-Nothing is overwritten. If any rank fails, every rank raises the first cause, and the unfinished files are removed.
+written, and to check all files before the commit. In addition to the state itself, one piece of one tensor is in
+memory. Nothing is overwritten. If any rank fails, every rank raises the first cause, and the unfinished files are
+removed.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Passes gradients to ZeRO's buckets in one order on all ranks, whatever the order in which a backward computes them.
 
-DeepSpeed (0.19) fills a bucket in the order of a backward, and reduces it by position. Where ranks compute the same
-gradients in another order (a packed LSTM of other lengths, experts called by load), DeepSpeed adds one parameter's
-gradient to another's and reports nothing. Imports no deepspeed: it works between DeepSpeed's hooks and its buckets.
+DeepSpeed (0.19) fills a bucket in the order of a backward, and reduces it by position. Ranks may compute the
+same gradients in another order (a packed LSTM of other lengths, experts called by load). DeepSpeed then adds one
+parameter's gradient to another's and reports nothing. Imports no deepspeed. It works between DeepSpeed's hooks and its
+buckets.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Steps Adam and AdamW by torch's fused kernel, without the Python of `Optimizer.step`.
 
 This module also decides whether that gives the same result. It does for torch's two classes with fused=True and state
-for every parameter, while nothing watches the step: no hook, no profiler, no replaced `step`. The optimizer takes all
-other steps itself, and the first one. State stays where torch keeps it, and is looked up at every step.
+for every parameter, as long as no hook, profiler or replaced `step` observes the step. The optimizer takes all other
+steps itself, and the first one. State stays where torch keeps it, and is looked up at every step.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Adds up what a step computes over all ranks: totals, weights and sums by name, in one float64 vector.
 
-The vector travels in one all-reduce. It starts with a digest, by which ranks see that they add up the same things:
-the objective's terms and sums are equal on every rank, and so is the order of calls that collectives depend on.
+The vector travels in one all-reduce. It starts with a digest, by which ranks verify that they add up the same values.
+The objective's terms and sums must be equal on every rank, and so must the order of calls that collectives depend on.
 """
 
 from __future__ import annotations
