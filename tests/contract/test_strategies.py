@@ -55,7 +55,7 @@ VARIATIONS = {
 }
 
 
-LONG = ("ZeRO2Offload", "ZeRO3Offload")
+LONG = ("FSDPOffload", "ZeRO2Offload", "ZeRO3Offload")
 """Left out of CI, where tests/contract/test_deepspeed.py covers offload."""
 
 

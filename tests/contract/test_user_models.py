@@ -75,7 +75,7 @@ def is_steady(model: str, name: str, size: int) -> bool:
 
 
 @pytest.mark.parametrize("size", [3, *(pytest.param(size, marks=pytest.mark.slow) for size in (1, 2))])
-@pytest.mark.parametrize("model", ["NanoGPT", "Encoder", "Awkward"])
+@pytest.mark.parametrize("model", ["NanoGPT", pytest.param("Encoder", marks=pytest.mark.slow), "Awkward"])
 def test_with_yaml_only(model: str, size: int, outside: Path) -> None:
     cases = {}
     for name in strategies_at(size):

@@ -68,7 +68,7 @@ CASES: list[Any] = [
     pytest.param("ddp", "accelerate", {"name": "ddp"}, marks=pytest.mark.slow),
     pytest.param("fsdp", "accelerate", {"name": "fsdp"}, marks=pytest.mark.slow),  # two machines below are FSDP, too
     pytest.param("zero2", "accelerate", {"name": "deepspeed", "stage": 2}, marks=(needs_deepspeed, pytest.mark.slow)),
-    pytest.param("zero3", "accelerate", {"name": "deepspeed", "stage": 3}, marks=needs_deepspeed),
+    pytest.param("zero3", "accelerate", {"name": "deepspeed", "stage": 3}, marks=(needs_deepspeed, pytest.mark.slow)),
     ("fsdp", "ddp", {"name": "ddp"}),  # the README's command: accelerate only starts the processes
 ]
 

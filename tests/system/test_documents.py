@@ -69,7 +69,7 @@ def test_command_runs(command: str, tmp_path: Path) -> None:
     assert len(column(tmp_path / "quickstart", "loss")) == 2
 
 
-@pytest.mark.parametrize("strategy", ["none", pytest.param("ddp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("strategy", [pytest.param(name, marks=pytest.mark.slow) for name in ("none", "ddp")])
 def test_the_step_benchmark_prints_a_table(strategy: str) -> None:
     asked = ("--strategies", strategy, "--tensors", "12", "--rounds", "1", "--steps", "20")
     done = launch(sys.executable, "benchmarks/step.py", *asked, timeout_s=300)

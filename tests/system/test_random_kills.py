@@ -211,9 +211,9 @@ def judge(found: Hunt, kills: int, most: int = 2 * EVERY) -> None:
     assert max(found.lost, default=0) <= most
 
 
-@pytest.mark.parametrize(("name", "seed"), [("ddp", 1), ("fsdp", 2)])
-def test_ten_kills_while_saving_in_the_background(name: str, seed: int, run: Path) -> None:
-    judge(hunt(run, STRATEGIES[name], random.Random(seed), 5), 5)
+@pytest.mark.parametrize(("name", "seed"), [("ddp", 1), pytest.param("fsdp", 2, marks=pytest.mark.slow)])
+def test_three_kills_while_saving_in_the_background(name: str, seed: int, run: Path) -> None:
+    judge(hunt(run, STRATEGIES[name], random.Random(seed), 3), 3)
 
 
 @pytest.mark.slow

@@ -142,6 +142,7 @@ def unfinished(case: str) -> Path:
     return run
 
 
+@pytest.mark.slow
 def test_the_run_continues_past_any_damaged_file_and_names_it(folder: Path) -> None:
     assert run_world(2, train, [], "first") == [0, 0]
     expected = numbers(Path("whole/mine"))

@@ -377,6 +377,7 @@ def test_an_unusable_store_ends_a_run_before_its_first_step(
     assert not (folder / "runs" / "afar" / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_memory_is_bounded_by_parts_and_chunks_not_by_the_state() -> None:
     """With a small benchmark: six parts of 16 MiB. A save holds at most three of them, a load one."""
     script = Path(__file__).parents[2] / "benchmarks" / "checkpoint_storage.py"

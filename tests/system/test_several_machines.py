@@ -129,6 +129,7 @@ def test_page_starts_one_run_and_continues_it(machines: Machines) -> None:
     assert {line["world_size"] for line in metrics(machines.shared / "runs" / "custom_net")} == {2}
 
 
+@pytest.mark.slow
 def test_page_replicates_over_machines_with_the_same_losses(machines: Machines) -> None:
     command, shown = page_blocks("Shards within a machine, replicas across machines")
     printed = machines.wait(machines.start(command.body))

@@ -92,6 +92,7 @@ def test_job_fails_when_one_rank_fails(
     assert state == "FAILED", printed
 
 
+@pytest.mark.slow
 def test_losses_equal_a_world_of_one(cluster: SlurmCluster, tmp_path: Path) -> None:
     state, printed = run_job(cluster, tmp_path, "configs/quickstart.yaml", f"run.dir={tmp_path / 'slurm'}", *STEPS)
     assert state == "COMPLETED", printed

@@ -10,10 +10,12 @@ from launched import PROJECT
 from tutorial import PAGE_TIMEOUT_S, PageError, blocks, commands, faults, matches, missing_line, run_page
 
 PAGES = sorted((PROJECT / "docs" / "tutorials").glob("*.md"))
+BY_CI = [pytest.param(page, marks=pytest.mark.slow) if page.stem.startswith("from-") else page for page in PAGES]
+"""CI runs the pages that every reader starts with. The three pages about moving from another library take minutes."""
 
 
 @pytest.mark.timeout(PAGE_TIMEOUT_S + 60)
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", BY_CI, ids=lambda page: page.stem)
 def test_page_prints_what_it_shows(page: Path, tmp_path: Path) -> None:
     run_page(page, tmp_path)
 

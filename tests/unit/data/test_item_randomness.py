@@ -154,6 +154,7 @@ def train_in_world(folder: Path, runs: list[tuple[str, int, int, int]]) -> dict[
     return found
 
 
+@pytest.mark.slow
 def test_draws_are_equal_at_any_world_size_with_workers_and_after_a_resume(tmp_path: Path) -> None:
     found: dict[str, list[list[Tensor]]] = {}
 
